@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fine-tuning of DeepSeek models in JAX and Flax.
+
+Out: `load_pretrained` and `save_pretrained`, each imported on first use, so that `import dsjax`
+starts neither JAX nor a device. Commands are modules of their own: `python -m dsjax.train`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsjax.convert import load_pretrained
+    from dsjax.export import save_pretrained
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_pretrained", "save_pretrained"]
+
+_HOMES = {"load_pretrained": "dsjax.convert", "save_pretrained": "dsjax.export"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

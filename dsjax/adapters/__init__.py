@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters: what is attached to a model, from the YAML or from a PEFT adapter on disk.
+
+In: the `adapter` section and an abstract model. Out: the model with its slots filled, the first
+values of the new arrays, and the same arrays as PEFT's tensors. Not done here: deciding what trains
+(`partition`), writing an export.
+"""
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from dsjax.adapters import lora, peft_files, prefix
+from dsjax.adapters.lora import LoraSpec
+from dsjax.adapters.prefix import PrefixSpec
+from dsjax.config import AdapterSection
+from dsjax.errors import raise_all
+from dsjax.partition import Leaf
+
+Spec = LoraSpec | PrefixSpec
+
+ADAPTERS = {"LORA": lora, "PREFIX_TUNING": prefix}
+"""adapter.peft_type -> the module that implements it."""
+
+KEYS = {
+    "LORA": tuple(LoraSpec.__dataclass_fields__),
+    "PREFIX_TUNING": tuple(PrefixSpec.__dataclass_fields__),
+}
+"""adapter.peft_type -> the keys of the section that it uses."""
+
+
+def resolve(section: AdapterSection) -> Spec | None:
+    """What to attach: the adapter at `adapter.path`, or what the YAML says, or nothing.
+
+    Raises:
+        ConfigError: a key of the YAML disagrees with the adapter on disk, or that adapter needs
+            what we do not have.
+    """
+    if section.path is not None:
+        spec = peft_files.read_spec(section.path)
+        _check_agreement(section, spec)
+        return spec
+    if section.peft_type == "LORA":
+        return LoraSpec(**{key: getattr(section, key) for key in KEYS["LORA"]})
+    if section.peft_type == "PREFIX_TUNING":
+        return PrefixSpec(section.num_virtual_tokens)
+    return None
+
+
+def unused_keys(section: AdapterSection, spec: Spec | None) -> list[str]:
+    """Keys that the user gave and that this kind of adapter does not have."""
+    used = KEYS[spec.peft_type] if spec else ()
+    off = {"peft_type", "path", "use_dora", *used}
+    return [f"adapter.{key}" for key in sorted(section.model_fields_set - off)]
+
+
+def _check_agreement(section: AdapterSection, spec: Spec) -> None:
+    problems = []
+    given = section.model_fields_set - {"path"}
+    if "peft_type" in given and section.peft_type != spec.peft_type:
+        problems.append(
+            f"adapter.peft_type: got {section.peft_type!r}, expected {spec.peft_type!r} as in "
+            f"{section.path}/adapter_config.json; remove the key"
+        )
+    for key in sorted(given & set(KEYS[spec.peft_type])):
+        mine, theirs = getattr(section, key), getattr(spec, key)
+        if _comparable(mine) != _comparable(theirs):
+            problems.append(
+                f"adapter.{key}: got {mine!r}, expected {theirs!r} as in "
+                f"{section.path}/adapter_config.json; remove the key, the adapter decides"
+            )
+    raise_all(problems)
+
+
+def _comparable(value: Any) -> Any:
+    if isinstance(value, list):
+        return frozenset(value) if value else None
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def attach(model: nnx.Module, spec: Spec | None) -> None:
+    """Put the adapter into the model's slots (abstract)."""
+    if spec is not None:
+        ADAPTERS[spec.peft_type].attach(model, spec)
+
+
+def initial_params(
+    model: nnx.Module,
+    spec: Spec | None,
+    leaves: Mapping[str, Leaf],
+    shardings: Mapping[str, NamedSharding],
+    seed: int,
+) -> dict[str, jax.Array]:
+    """First values of every adapter leaf, made on their devices; the mesh does not change them."""
+    if spec is None:
+        return {}
+    module = ADAPTERS[spec.peft_type]
+    params = {}
+    for path, leaf in leaves.items():
+        if leaf.kind == "base":
+            continue
+
+        def make(path=path, leaf=leaf) -> jax.Array:
+            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+            return module.initial(path, leaf, model, key)
+
+        params[path] = jax.jit(make, out_shardings=shardings[path])()
+    return params
+
+
+def load_params(
+    path: str,
+    model: nnx.Module,
+    spec: Spec,
+    leaves: Mapping[str, Leaf],
+    shardings: Mapping[str, NamedSharding],
+) -> dict[str, jax.Array]:
+    """Every adapter leaf from a PEFT adapter on disk.
+
+    Raises:
+        ConfigError: tensors are missing, left over, or of another shape than the model's.
+    """
+    params = initial_params(model, spec, leaves, shardings, seed=0)
+    for name, values in peft_files.read_params(path, model, spec, leaves).items():
+        params[name] = jax.make_array_from_callback(
+            values.shape, shardings[name], lambda index, values=values: values[index]
+        )
+    return params
+
+
+def peft_tensors(
+    model: nnx.Module, spec: Spec, params: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The adapter's arrays as the tensors of PEFT's file, by its names."""
+    return peft_files.to_tensors(model, spec, params)
+
+
+def peft_config(model: nnx.Module, spec: Spec, base: str) -> dict[str, Any]:
+    """The adapter_config.json for these arrays, every field written out."""
+    return {
+        "peft_type": spec.peft_type,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        **ADAPTERS[spec.peft_type].config_fields(model, spec),
+    }

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA (arXiv 2106.09685) with PEFT's initialisation, scaling, dropout and target matching.
+
+In: a `LoraSpec` and a model. Out: A and B in the slot of every targeted linear map, and the same
+arrays under PEFT's names. A stack holds one A and one B for all its layers; where layers differ in
+rank, or have no adapter, the missing rows are zeros, which stay zeros: each factor's gradient is a
+product with the other. Not done here: reading and writing files, merging (`export`).
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dsjax.errors import nearest, raise_all
+from dsjax.models import entries_of
+from dsjax.models.layers import (
+    AdapterBuffer,
+    AdapterParam,
+    Linear,
+    abstract,
+    precision,
+    stacked_axes,
+)
+from dsjax.partition import Leaf
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """PEFT's LoraConfig, the fields that we honour, under its names."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    layers_to_transform: list[int] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+
+    peft_type = "LORA"
+
+    def rank_of(self, module: str) -> int:
+        """Rank of the adapter of one module, by its full name."""
+        return _pattern_value(self.rank_pattern, module, self.r)
+
+    def scaling_of(self, module: str) -> float:
+        """What the update of one module is multiplied by: alpha / r, or alpha / sqrt(r)."""
+        rank = self.rank_of(module)
+        alpha = _pattern_value(self.alpha_pattern, module, self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if _ends_in(pattern, module):
+            return value
+    return default
+
+
+def _ends_in(pattern: str, module: str) -> bool:
+    """PEFT's rule for rank_pattern and alpha_pattern: a regular expression for the name's end."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+class Lora(nnx.Module):
+    """The update of one linear map: y + scaling * B A dropout(x)."""
+
+    def __init__(self, linear: Linear, path: str, ranks: list[int], scalings: list[float], p: float):
+        """Declare the factors for all layers of a stack (one outside a stack).
+
+        Args:
+            linear: the map whose slot this goes into.
+            path: its path; makes its dropout differ from every other's.
+            ranks: rank per layer, 0 for a layer without an adapter.
+            scalings: factor of the update per layer.
+            p: probability that dropout zeroes an input.
+        """
+        rank, layers = max(ranks), linear.layers
+        out_axis, in_axis = linear.axes
+        self.dropout, self.seed = p, zlib.crc32(path.encode())
+        self.ranks = tuple(ranks)
+        self.lora_A = AdapterParam(
+            abstract((rank, linear.in_features), layers),
+            axes=stacked_axes((None, in_axis), layers),
+            count=sum(ranks) * linear.in_features,
+        )
+        self.lora_B = AdapterParam(
+            abstract((linear.out_features, rank), layers),
+            axes=stacked_axes((out_axis, None), layers),
+            count=sum(ranks) * linear.out_features,
+        )
+        self.scaling = AdapterBuffer(
+            abstract((), layers), axes=stacked_axes((), layers), values=tuple(scalings)
+        )
+
+    def __call__(
+        self, x: Float[Array, "*B I"], y: Float[Array, "*B O"], dropout_key: jax.Array | None
+    ) -> Float[Array, "*B O"]:
+        """Add the update to y. Products run in x's dtype and are summed in float32."""
+        if self.dropout and dropout_key is not None:
+            key = jax.random.fold_in(dropout_key, self.seed)
+            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        low = _product(x, self.lora_A[...]).astype(x.dtype)
+        update = _product(low, self.lora_B[...]) * self.scaling[...]
+        return (y.astype(jnp.float32) + update).astype(y.dtype)
+
+
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.einsum(
+        "...i,oi->...o",
+        x,
+        weight.astype(x.dtype),
+        precision=precision(x.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def attach(model: nnx.Module, spec: LoraSpec) -> None:
+    """Put an adapter into the slot of every targeted linear map.
+
+    Raises:
+        ConfigError: a target, pattern or layer matches nothing.
+    """
+    for path, modules in targets(model, spec).items():
+        linear = _module_at(model, path)
+        ranks = [spec.rank_of(name) if hit else 0 for name, hit in modules.items()]
+        scalings = [spec.scaling_of(name) if hit else 0.0 for name, hit in modules.items()]
+        linear.adapter = Lora(linear, path, ranks, scalings, spec.lora_dropout)
+
+
+def targets(model: nnx.Module, spec: LoraSpec) -> dict[str, dict[str, bool]]:
+    """The targeted linear maps: path -> for each layer's module name, whether it is adapted."""
+    linears = linear_modules(model)
+    names = [name for modules in linears.values() for name in modules]
+    _check(spec, names, model)
+    hits = {
+        path: {name: _is_target(spec, name) for name in modules}
+        for path, modules in linears.items()
+    }
+    return {path: modules for path, modules in hits.items() if any(modules.values())}
+
+
+def linear_modules(model: nnx.Module) -> dict[str, list[str]]:
+    """Path of every linear map -> the module names of its layers, as PEFT sees them."""
+    linears: dict[str, list[str]] = {}
+    for entry in entries_of(model):
+        path = entry.path.removesuffix(".weight")
+        if path != entry.path and isinstance(_module_at(model, path), Linear):
+            linears.setdefault(path, []).append(entry.hf.removesuffix(".weight"))
+    return linears
+
+
+def _module_at(model: nnx.Module, path: str) -> Any:
+    for name in path.split("."):
+        model = getattr(model, name)
+    return model
+
+
+def _is_target(spec: LoraSpec, module: str) -> bool:
+    """PEFT's rule: all linear maps but the head, one regular expression, or a list of name ends."""
+    wanted = spec.target_modules
+    if isinstance(wanted, str):
+        if wanted.lower() == "all-linear":
+            return module != "lm_head" and _in_layers(spec, module)
+        return re.fullmatch(wanted, module) is not None
+    named = any(module == name or module.endswith(f".{name}") for name in wanted)
+    return named and _in_layers(spec, module)
+
+
+def _in_layers(spec: LoraSpec, module: str) -> bool:
+    if not spec.layers_to_transform:
+        return True
+    layer = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+    return layer is not None and int(layer[1]) in spec.layers_to_transform
+
+
+def _check(spec: LoraSpec, names: list[str], model: nnx.Module) -> None:
+    problems = _target_problems(spec, names)
+    layers = model.config.num_hidden_layers
+    wrong = [layer for layer in spec.layers_to_transform or [] if not 0 <= layer < layers]
+    if wrong:
+        problems.append(
+            f"adapter.layers_to_transform: got {wrong}, expected indices from 0 to {layers - 1}"
+        )
+    if spec.layers_to_transform and _is_regex(spec.target_modules):
+        problems.append(
+            "adapter.layers_to_transform: got it beside a regular expression in "
+            "adapter.target_modules, expected one of both; name the layers in the expression"
+        )
+    raise_all(problems)
+    adapted = [name for name in names if _is_target(spec, name)]
+    if not adapted:
+        problems.append(f"adapter.target_modules: got {spec.target_modules!r}, which matches nothing")
+    for key, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+        problems += [
+            f"adapter.{key}: got {pattern!r}, which matches no adapted module; "
+            f"{nearest(pattern, _short_names(adapted) + adapted)}"
+            for pattern in patterns
+            if not any(_ends_in(pattern, name) for name in adapted)
+        ]
+    if "lm_head" in adapted and model.config.tie_word_embeddings:
+        problems.append(
+            "adapter.target_modules: got lm_head, whose weight is the embedding's too "
+            "(tie_word_embeddings), expected modules of their own; leave lm_head out"
+        )
+    raise_all(problems)
+
+
+def _is_regex(wanted: str | list[str]) -> bool:
+    return isinstance(wanted, str) and wanted.lower() != "all-linear"
+
+
+def _target_problems(spec: LoraSpec, names: list[str]) -> list[str]:
+    problems = []
+    for key, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+        problems += [
+            f"adapter.{key}: got {pattern!r}, expected a regular expression"
+            for pattern in patterns
+            if not _compiles(pattern)
+        ]
+    if _is_regex(spec.target_modules):
+        wanted = str(spec.target_modules)
+        if not _compiles(wanted):
+            problems.append(
+                f"adapter.target_modules: got {wanted!r}, expected a regular expression, a list of "
+                "module names, or all-linear"
+            )
+        elif not any(re.fullmatch(wanted, name) for name in names):
+            problems.append(
+                f"adapter.target_modules: got {wanted!r}, which matches no linear module; write a "
+                f"list to name modules by their ends; {nearest(wanted, names)}"
+            )
+        return problems
+    wanted_names = [] if isinstance(spec.target_modules, str) else spec.target_modules
+    for wanted in wanted_names:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            problems.append(
+                f"adapter.target_modules: got {wanted!r}, which matches no linear module; "
+                f"{nearest(wanted, _short_names(names))}"
+            )
+    return problems
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def _short_names(names: list[str]) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
+
+
+def initial(path: str, leaf: Leaf, model: nnx.Module, key: jax.Array) -> jax.Array:
+    """PEFT's start of one leaf: A uniform in +-1/sqrt(in) (kaiming, a = sqrt 5), B zero.
+
+    Rows of A beyond a layer's own rank are zero.
+    """
+    module = _module_at(model, path.rsplit(".", 1)[0])
+    if path.endswith(".scaling"):
+        values = dict(module.scaling.get_metadata())["values"]
+        return jnp.asarray(values, jnp.float32).reshape(leaf.shape)
+    if path.endswith(".lora_B"):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    bound = 1 / math.sqrt(leaf.shape[-1])
+    values = jax.random.uniform(key, leaf.shape, leaf.dtype, -bound, bound)
+    rows = np.arange(leaf.shape[-2]) < np.asarray(module.ranks)[:, None]
+    return values * jnp.asarray(rows.reshape(*leaf.shape[:-1], 1), leaf.dtype)
+
+
+def tensors(model: nnx.Module, spec: LoraSpec) -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Every tensor of the adapter in PEFT's file: key -> (path, index into that array)."""
+    found = {}
+    for path, modules in targets(model, spec).items():
+        linear = _module_at(model, path)
+        for layer, (name, hit) in enumerate(modules.items()):
+            if not hit:
+                continue
+            rank = slice(spec.rank_of(name))
+            lead = () if linear.layers is None else (layer,)
+            key = f"base_model.model.{name}"
+            found[f"{key}.lora_A.weight"] = (f"{path}.adapter.lora_A", (*lead, rank, slice(None)))
+            found[f"{key}.lora_B.weight"] = (f"{path}.adapter.lora_B", (*lead, slice(None), rank))
+    return found
+
+
+def config_fields(model: nnx.Module, spec: LoraSpec) -> dict[str, Any]:
+    """The fields of adapter_config.json that are LoRA's own, all written out."""
+    wanted = spec.target_modules
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
+        wanted = _short_names([p for p in linear_modules(model) if p != "lm_head"])
+    return {
+        "r": spec.r,
+        "lora_alpha": spec.lora_alpha,
+        "lora_dropout": spec.lora_dropout,
+        "target_modules": wanted,
+        "layers_to_transform": spec.layers_to_transform,
+        "rank_pattern": dict(spec.rank_pattern),
+        "alpha_pattern": dict(spec.alpha_pattern),
+        "use_rslora": spec.use_rslora,
+        "use_dora": False,
+        "lora_bias": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's adapter folder: adapter_config.json and adapter_model.safetensors.
+
+In: a folder, or our arrays. Out: our spec and arrays, or PEFT's tensors by its names. PEFT drops
+unknown tensors without a word and only warns of missing ones; here both are errors, and so is every
+field of the config that changes the numbers and that we do not implement.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dsjax.adapters import lora, prefix
+from dsjax.adapters.lora import LoraSpec
+from dsjax.adapters.prefix import PrefixSpec
+from dsjax.errors import ConfigError, nearest, raise_all
+from dsjax.partition import Leaf
+from dsjax.safetensors_file import read_header, read_tensor
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+
+_REFUSED = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "exclude_modules",
+    "target_parameters",
+    "layer_replication",
+    "layers_pattern",
+    "trainable_token_indices",
+    "arrow_config",
+    "alora_invocation_tokens",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+)
+"""Fields that change what an adapter computes and that we do not implement, unless empty."""
+
+_INITIALISED_AS_LORA = (None, True, False, "gaussian")
+"""init_lora_weights whose saved tensors are a plain LoRA; the others change the base too."""
+
+
+def read_spec(path: str) -> LoraSpec | PrefixSpec:
+    """Read adapter_config.json.
+
+    Raises:
+        ConfigError: no such folder, not an adapter that we implement, or fields that we would have
+            to ignore.
+    """
+    config = _read_config(Path(path))
+    kind = config.get("peft_type")
+    field = f"adapter.path {path}/{CONFIG}"
+    if kind not in ("LORA", "PREFIX_TUNING"):
+        raise ConfigError(f"{field} peft_type: got {kind!r}, expected LORA or PREFIX_TUNING")
+    problems = []
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        problems.append(f"{field} task_type: got {config['task_type']!r}, expected CAUSAL_LM")
+    problems += [
+        f"{field} {name}: got {config[name]!r}, expected it empty; it is not implemented"
+        for name in _REFUSED
+        if config.get(name)
+    ]
+    if kind == "PREFIX_TUNING":
+        raise_all(problems + _count_problems(field, config, "num_virtual_tokens"))
+        return PrefixSpec(config["num_virtual_tokens"])
+    if config.get("bias") not in (None, "none"):
+        problems.append(f"{field} bias: got {config['bias']!r}, expected none")
+    start = config.get("init_lora_weights")
+    if start not in _INITIALISED_AS_LORA:
+        problems.append(
+            f"{field} init_lora_weights: got {start!r}, expected true; such an adapter goes with a "
+            "changed base model, save it as a plain LoRA with PEFT's path_initial_model_for_weight_"
+            "conversion"
+        )
+    if not config.get("target_modules"):
+        problems.append(f"{field} target_modules: got nothing, expected a list or an expression")
+    raise_all(problems + _count_problems(field, config, "r"))
+    return _lora_spec(config)
+
+
+def _lora_spec(config: Mapping[str, Any]) -> LoraSpec:
+    layers = config.get("layers_to_transform")
+    wanted = config["target_modules"]
+    return LoraSpec(
+        r=config["r"],
+        lora_alpha=config.get("lora_alpha", 8),
+        lora_dropout=config.get("lora_dropout") or 0.0,
+        target_modules=wanted if isinstance(wanted, str) else sorted(wanted),
+        layers_to_transform=[layers] if isinstance(layers, int) else layers or None,
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        use_rslora=bool(config.get("use_rslora")),
+    )
+
+
+def _count_problems(field: str, config: Mapping[str, Any], name: str) -> list[str]:
+    value = config.get(name)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return []
+    return [f"{field} {name}: got {value!r}, expected an integer >= 1"]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ConfigError(f"adapter.path: got {str(folder)!r}, expected a PEFT adapter's folder")
+    file = folder / CONFIG
+    if not file.is_file():
+        names = sorted(p.name for p in folder.iterdir())[:8]
+        raise ConfigError(f"adapter.path: got {folder} without {CONFIG}; found {', '.join(names)}")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"adapter.path: got invalid JSON in {file} ({error})") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"adapter.path: got {type(config).__name__} in {file}, expected an object")
+    return config
+
+
+def read_params(
+    path: str, model: nnx.Module, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
+) -> dict[str, np.ndarray]:
+    """The trained arrays of an adapter, stacked as the model's leaves are, in float32."""
+    found = _read_tensors(Path(path))
+    wanted = _wanted_shapes(model, spec, leaves)
+    file = f"adapter.path {path}/{TENSORS}"
+    problems = [
+        f"{file} {key}: got shape {list(found[key].shape)}, expected {list(shape)} for this model"
+        for key, shape in wanted.items()
+        if key in found and found[key].shape != shape
+    ]
+    problems += [
+        f"{file} {key}: got no such tensor, expected shape {list(shape)}; {nearest(key, found)}"
+        for key, shape in wanted.items()
+        if key not in found
+    ]
+    problems += [
+        f"{file} {key}: got a tensor that {CONFIG} does not declare for this model; "
+        f"{nearest(key, wanted)}"
+        for key in found
+        if key not in wanted
+    ]
+    raise_all(problems)
+    if isinstance(spec, PrefixSpec):
+        pair = prefix.from_file(found[prefix.TENSOR], model)
+        return dict(zip(_prefix_paths(leaves), pair, strict=True))
+    params = {
+        name: np.zeros(leaf.shape, np.float32)
+        for name, leaf in leaves.items()
+        if leaf.kind == "adapter"
+    }
+    for key, (name, index) in lora.tensors(model, spec).items():
+        params[name][index] = found[key]
+    return params
+
+
+def _prefix_paths(leaves: Mapping[str, Leaf]) -> list[str]:
+    """Paths of the prefix's keys and values, in this order."""
+    return sorted(name for name, leaf in leaves.items() if leaf.kind == "adapter")
+
+
+def _wanted_shapes(
+    model: nnx.Module, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
+) -> dict[str, tuple[int, ...]]:
+    if isinstance(spec, PrefixSpec):
+        layers, length, heads, size = leaves[_prefix_paths(leaves)[0]].shape
+        return {prefix.TENSOR: (length, layers * 2 * heads * size)}
+    shapes = {}
+    for key, (name, index) in lora.tensors(model, spec).items():
+        empty = np.broadcast_to(np.float32(0), leaves[name].shape)
+        shapes[key] = empty[index].shape
+    return shapes
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    file = folder / TENSORS
+    if not file.is_file():
+        raise ConfigError(
+            f"adapter.path: got {folder} without {TENSORS}, expected PEFT's safetensors file; "
+            "save the adapter with PEFT's safe_serialization"
+        )
+    _, infos = read_header(file, "adapter.path")
+    return {info.name: read_tensor(file, info).astype(np.float32) for info in infos}
+
+
+def to_tensors(
+    model: nnx.Module, spec: LoraSpec | PrefixSpec, params: Mapping[str, jax.Array]
+) -> dict[str, np.ndarray]:
+    """Our arrays as the tensors of PEFT's file, float32."""
+    if isinstance(spec, PrefixSpec):
+        at = "model.layers.self_attn.prefix"
+        pair = (np.asarray(params[f"{at}.{name}"]) for name in ("key", "value"))
+        return {prefix.TENSOR: np.asarray(prefix.to_file(*pair))}
+    pieces = lora.tensors(model, spec)
+    host = {path: np.asarray(params[path]) for path, _ in pieces.values()}
+    return {key: np.ascontiguousarray(host[path][index]) for key, (path, index) in pieces.items()}

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefix-tuning (arXiv 2101.00190) with PEFT's semantics: trained keys and values before the row.
+
+In: a `PrefixSpec` and a model with plain key/value heads. Out: a prefix in the attention's slot,
+and the same numbers as PEFT's one tensor. The keys are stored after rope; real tokens start at
+position P and every segment of a packed row sees the prefix. Not done here: a merged form, which
+does not exist.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dsjax.models.layers import AdapterParam, abstract, stacked_axes
+from dsjax.partition import Leaf
+
+TENSOR = "prompt_embeddings"
+"""The one tensor of PEFT's file: [P, layers * 2 * kv heads * head size]."""
+
+
+@dataclass(frozen=True)
+class PrefixSpec:
+    """PEFT's PrefixTuningConfig, the fields that we honour, under its names."""
+
+    num_virtual_tokens: int
+
+    peft_type = "PREFIX_TUNING"
+
+
+class Prefix(nnx.Module):
+    """Keys and values of P virtual tokens for every layer of a stack."""
+
+    def __init__(self, length: int, layers: int, kv_heads: int, head_dim: int):
+        self.length = length
+        shape, axes = (length, kv_heads, head_dim), (None, None, None)
+        self.key = AdapterParam(abstract(shape, layers), axes=stacked_axes(axes, layers))
+        self.value = AdapterParam(abstract(shape, layers), axes=stacked_axes(axes, layers))
+
+    def __call__(
+        self, k_BSKH: Float[Array, "B S K H"], v_BSKH: Float[Array, "B S K H"]
+    ) -> tuple[Float[Array, "B Z K H"], Float[Array, "B Z K H"]]:
+        """Put the prefix before every row's keys and values, in their dtype."""
+        return _before(self.key[...], k_BSKH), _before(self.value[...], v_BSKH)
+
+
+def _before(prefix_PKH: jax.Array, x_BSKH: jax.Array) -> jax.Array:
+    rows = (x_BSKH.shape[0], *prefix_PKH.shape)
+    return jnp.concatenate([jnp.broadcast_to(prefix_PKH, rows).astype(x_BSKH.dtype), x_BSKH], 1)
+
+
+def attach(model: nnx.Module, spec: PrefixSpec) -> None:
+    """Put a prefix into the attention's slot."""
+    c = model.config
+    model.model.layers.self_attn.prefix = Prefix(
+        spec.num_virtual_tokens, c.num_hidden_layers, c.num_key_value_heads, c.head_dim
+    )
+
+
+def initial(path: str, leaf: Leaf, model: nnx.Module, key: jax.Array) -> jax.Array:
+    """PEFT's start: a standard normal, that of its embedding."""
+    del path, model
+    return jax.random.normal(key, leaf.shape, leaf.dtype)
+
+
+def from_file(
+    values: Float[Array, "P W"], model: nnx.Module
+) -> tuple[Float[Array, "L P K H"], Float[Array, "L P K H"]]:
+    """PEFT's tensor as keys and values; its width runs over layer, key/value, head, size."""
+    c = model.config
+    shape = (values.shape[0], c.num_hidden_layers, 2, c.num_key_value_heads, c.head_dim)
+    key_LPKH, value_LPKH = values.reshape(shape).transpose(2, 1, 0, 3, 4)
+    return key_LPKH, value_LPKH
+
+
+def to_file(
+    key_LPKH: Float[Array, "L P K H"], value_LPKH: Float[Array, "L P K H"]
+) -> Float[Array, "P W"]:
+    """Keys and values as PEFT's tensor."""
+    both = jnp.stack([jnp.asarray(key_LPKH), jnp.asarray(value_LPKH)], axis=1)
+    return both.transpose(2, 0, 1, 3, 4).reshape(key_LPKH.shape[1], -1)
+
+
+def config_fields(model: nnx.Module, spec: PrefixSpec) -> dict[str, Any]:
+    """The fields of adapter_config.json that are prefix-tuning's own, all written out."""
+    c = model.config
+    return {
+        "num_virtual_tokens": spec.num_virtual_tokens,
+        "num_layers": c.num_hidden_layers,
+        "num_attention_heads": c.num_key_value_heads,
+        "token_dim": c.num_key_value_heads * c.head_dim,
+        "num_transformer_submodules": 1,
+        "encoder_hidden_size": c.num_key_value_heads * c.head_dim,
+        "prefix_projection": False,
+        "modules_to_save": None,
+    }

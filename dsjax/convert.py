@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checkpoint's files to sharded parameters, streamed.
+
+In: an opened source (`hf_files` or `flax_checkpoint`), the model's leaves and their shardings. Out:
+every base parameter on its devices, in its dtype. First the checkpoint's tensors and the model's
+parameters are proven to cover each other; then each device's part is read from the files in pieces
+of bounded size, so that host memory does not grow with the model. Not done here: adapters' values,
+writing checkpoints.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from dsjax import adapters, flax_checkpoint, hf_files
+from dsjax.config import AdapterSection, MeshSection
+from dsjax.errors import ConfigError, raise_all
+from dsjax.models import base_shapes, build, entries_of, family_of
+from dsjax.models.weight_rules import Entry, coverage_problems
+from dsjax.partition import Leaf, Params, decide, put
+from dsjax.sharding import leaf_shardings, make_mesh
+
+PIECE_BYTES = 64 * 2**20
+"""Most bytes of a parameter that are on the host at a time."""
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Source(Protocol):
+    """An opened checkpoint, in Hugging Face's form or ours."""
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, hf_files.TensorInfo]
+
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """Read a tensor or a part of it."""
+        ...
+
+
+def open_checkpoint(path: str, revision: str | None = None, weights: bool = True) -> Source:
+    """Open a Hugging Face directory, a hub id, or a directory written by `to-flax`."""
+    if flax_checkpoint.is_flax_checkpoint(path):
+        return flax_checkpoint.open_flax(path)
+    return hf_files.open_source(path, revision, weights)
+
+
+def check_coverage(source: Source, model: nnx.Module) -> list[str]:
+    """Prove that the checkpoint holds the model; returns the names of tensors it only carries.
+
+    Raises:
+        ConfigError: every tensor that is missing, left over or of another shape.
+    """
+    entries, shapes = entries_of(model), base_shapes(model)
+    found = {name: info.shape for name, info in source.tensors.items()}
+    carried = family_of(source.config).carried
+    if model.lm_head is None and HEAD in found:
+        _check_tied(source)
+        carried = (*carried, HEAD)
+    problems, kept = coverage_problems(entries, shapes, found, carried)
+    raise_all(problems)
+    return kept
+
+
+def _check_tied(source: Source) -> None:
+    """A head beside a tied embedding is carried if it is the embedding."""
+    head, embedding = source.tensors[HEAD], source.tensors.get(EMBEDDING)
+    same = embedding is not None and head.shape == embedding.shape
+    if same:
+        for index in row_pieces(head.shape, head.dtype.itemsize):
+            same &= bool(np.array_equal(source.read(HEAD, index), source.read(EMBEDDING, index)))
+    if not same:
+        raise ConfigError(
+            f"{HEAD}: got a tensor that differs from {EMBEDDING}, expected the same values or none, "
+            "since config.json says tie_word_embeddings; set it to false, or remove the tensor"
+        )
+
+
+def row_pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
+    """Slices of the first axis that cut a tensor into pieces of at most PIECE_BYTES."""
+    if not shape:
+        yield ()
+        return
+    rows = max(1, PIECE_BYTES // max(1, itemsize * math.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        yield (slice(start, min(start + rows, shape[0])),)
+
+
+def load_base(
+    source: Source,
+    model: nnx.Module,
+    leaves: Mapping[str, Leaf],
+    shardings: Mapping[str, NamedSharding],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Params:
+    """Read every base parameter onto its devices.
+
+    Args:
+        source: the opened checkpoint; `check_coverage` has passed.
+        model: the abstract model.
+        leaves: by path, with the dtype each is held in.
+        shardings: by path.
+        progress: told the bytes read so far and in all.
+    """
+    by_path: dict[str, list[Entry]] = {}
+    for entry in entries_of(model):
+        by_path.setdefault(entry.path, []).append(entry)
+    total = sum(source.tensors[e.hf].nbytes for entries in by_path.values() for e in entries)
+    params, done = {}, 0
+    for path, entries in by_path.items():
+        read = partial(_read_as, source, leaves[path].dtype)
+        params[path] = _load_leaf(read, entries, leaves[path], shardings[path])
+        done += sum(source.tensors[entry.hf].nbytes for entry in entries)
+        progress(done, total)
+    return params
+
+
+def _read_as(source: Source, dtype: np.dtype, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """Read a part of a tensor and cast it; float16 must be able to hold the values."""
+    values = source.read(name, index)
+    cast = values.astype(dtype)
+    if dtype == np.float16 and np.isinf(cast).any() and not np.isinf(values).any():
+        raise ConfigError(
+            f"{name}: got values beyond 65504, which float16 cannot hold, expected "
+            "model.dtype bfloat16 or float32"
+        )
+    return cast
+
+
+Read = Callable[[str, tuple[slice, ...]], np.ndarray]
+
+
+def _load_leaf(
+    read: Read, entries: Sequence[Entry], leaf: Leaf, sharding: NamedSharding
+) -> jax.Array:
+    """Fill the part of every local device; devices that hold the same part share its reading."""
+    parts: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        bounds = tuple(
+            part.indices(size)[:2] for part, size in zip(index or (), leaf.shape, strict=True)
+        )
+        parts.setdefault(bounds, []).append(device)
+    shards = []
+    for bounds, devices in parts.items():
+        shards += _load_part(read, entries, leaf, bounds, devices)
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+
+def _load_part(
+    read: Read,
+    entries: Sequence[Entry],
+    leaf: Leaf,
+    bounds: tuple[tuple[int, int], ...],
+    devices: Sequence[jax.Device],
+) -> list[jax.Array]:
+    """One part of a leaf on each of these devices: at once if it is small, else piece by piece."""
+    shape = tuple(stop - start for start, stop in bounds)
+    if math.prod(shape) * leaf.dtype.itemsize <= PIECE_BYTES:
+        whole = np.empty(shape, leaf.dtype)
+        for start, piece in _pieces(read, entries, leaf, bounds):
+            whole[tuple(slice(s, s + n) for s, n in zip(start, piece.shape, strict=True))] = piece
+        return [jax.device_put(whole, device) for device in devices]
+    buffers = [_zeros(shape, leaf.dtype, device) for device in devices]
+    for start, piece in _pieces(read, entries, leaf, bounds):
+        # Waiting keeps the pieces in flight, and with them host memory, to one.
+        buffers = [
+            _write(buffer, jax.device_put(piece, device), start)
+            for buffer, device in zip(buffers, devices, strict=True)
+        ]
+        jax.block_until_ready(buffers)
+    return buffers
+
+
+def _pieces(
+    read: Read, entries: Sequence[Entry], leaf: Leaf, bounds: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """Pieces of a part with their place in it: some rows of one tensor of the checkpoint."""
+    stacked = entries[0].layer is not None
+    inner = bounds[1:] if stacked else bounds
+    layers = range(*bounds[0]) if stacked else (0,)
+    shape = tuple(stop - start for start, stop in inner)
+    for position, layer in enumerate(layers):
+        for rows in row_pieces(shape, leaf.dtype.itemsize):
+            offset = rows[0].start if rows else 0
+            index = tuple(slice(*bound) for bound in inner)
+            if rows:
+                first = inner[0][0]
+                index = (slice(first + rows[0].start, first + rows[0].stop), *index[1:])
+            piece = read(entries[layer].hf, index)
+            start = (offset,) + (0,) * (len(inner) - 1) if inner else ()
+            yield ((position, *start), piece[None]) if stacked else (start, piece)
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: jax.Device) -> jax.Array:
+    return jax.device_put(jnp.zeros(shape, dtype, device=device), device)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write(buffer: jax.Array, piece: jax.Array, start: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_update_slice(buffer, piece, start)
+
+
+def load_pretrained(
+    path: str,
+    adapter: str | None = None,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+) -> nnx.Module:
+    """Load a model, and a PEFT adapter if one is given; calling it gives float32 logits.
+
+    Args:
+        path: Hugging Face directory, hub id, or a directory written by `to-flax`.
+        adapter: PEFT adapter's folder.
+        dtype: what weights are held in and activations are computed in.
+        mesh: devices to shard over; one device if None.
+
+    Returns:
+        `model(input_ids)`: int32 [B, T] -> float32 [B, T, V]. `model.source` is where it came from.
+
+    Raises:
+        ConfigError: the checkpoint or the adapter is wrong or not supported.
+    """
+    if mesh is None:
+        mesh = make_mesh(MeshSection(fsdp=1), jax.devices()[:1])
+    source = open_checkpoint(path)
+    model = build(source.config, dtype)
+    check_coverage(source, model)
+    spec = adapters.resolve(AdapterSection(path=adapter)) if adapter else None
+    adapters.attach(model, spec)
+    part = decide(model, dtype=dtype, param_dtype=dtype)
+    shardings = leaf_shardings(part.leaves, mesh)
+    params = load_base(source, model, part.leaves, shardings)
+    if adapter:
+        params |= adapters.load_params(adapter, model, spec, part.leaves, shardings)
+    loaded = put(part.graphdef, params)
+    loaded.source, loaded.adapter_spec = str(source.directory), spec
+    return loaded

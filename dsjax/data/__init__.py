@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of the user's files -> tokens and loss weights -> batches that the train step takes.
+
+In: files or hub datasets, the checkpoint's tokenizer, the `data` section.
+Out: `Examples` (tokenised rows on disk, with a report of what happened to them) and a `Loader`
+that plans order and packing for the whole run and gives this process its `Batch` of any step.
+Not here: devices and shardings (`dsjax.sharding`), losses (`dsjax.objectives`).
+
+The parts, in the order in which a row passes them: `files` (source -> rows with their origin),
+`formats` (row -> messages, text or tokens), `chat` (messages -> tokens, by the template),
+`examples` (tokens on disk, length policy, report), `packing` (global plan), `loader` (batches).
+"""
+
+from dsjax.data.chat import encode_chat
+from dsjax.data.examples import DataReport, Examples, decode_sample, load_examples
+from dsjax.data.loader import Batch, Loader
+from dsjax.data.store import Example
+from dsjax.data.tokenizer import encode_text, load_tokenizer
+
+__all__ = [
+    "Batch",
+    "DataReport",
+    "Example",
+    "Examples",
+    "Loader",
+    "decode_sample",
+    "encode_chat",
+    "encode_text",
+    "load_examples",
+    "load_tokenizer",
+]

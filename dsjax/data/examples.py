@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources -> tokenised examples, and the account of what happened to every row.
+
+In: the sources and policies of the `data` section, a tokenizer (none for `format: tokens`).
+Out: `Examples`, read by index, with a `DataReport` that a run prints. Plain text gets BOS if the
+tokenizer adds one, and EOS; rows of tokens are used as they are. Over-long rows are cut at the end,
+dropped, or refused, and counted. Not here: order, packing, batches (`packing`, `loader`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from dsjax.config import DataSection
+from dsjax.data.chat import chat_examples
+from dsjax.data.files import read_rows
+from dsjax.data.formats import IGNORED_LABEL, Chat, Content, Text, Tokens, detect_format, parse_row
+from dsjax.data.store import Example, ExampleStore
+from dsjax.data.tokenizer import encode_text
+from dsjax.errors import ConfigError, raise_all
+
+SHOWN_PROBLEMS = 8
+TRAINED_MARKS = ("⟦", "⟧")
+
+
+@dataclass
+class DataReport:
+    """Counts over all sources. `rows` were read; `sequences` are kept, after splits and drops."""
+
+    name: str
+    sources: list[tuple[str, str, int]] = field(default_factory=list)
+    rows: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0
+    split: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    untrained: int = 0
+
+    def lines(self) -> list[str]:
+        """Return the report as lines of text."""
+        lines = [
+            f"{self.name}: {source}: {rows:,} rows, format {form}"
+            for source, form, rows in self.sources
+        ]
+        share = 100 * self.trained_tokens / max(self.tokens, 1)
+        lines.append(
+            f"{self.name}: {self.rows:,} rows -> {self.sequences:,} sequences, "
+            f"{self.tokens:,} tokens, {self.trained_tokens:,} trained ({share:.1f} %), "
+            f"longest {self.longest:,}"
+        )
+        lines.append(
+            f"{self.name}: over-long: {self.truncated:,} truncated, {self.dropped:,} dropped; "
+            f"{self.untrained:,} without a trained token; "
+            f"{self.split:,} conversations split over several sequences"
+        )
+        return lines
+
+
+class Examples(ExampleStore):
+    """Tokenised examples on disk, with the report of how they came about."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.report = DataReport(name)
+
+
+def load_examples(
+    sources: Sequence[str],
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerFast | None,
+    vocab_size: int | None = None,
+    name: str = "data.train",
+) -> Examples:
+    """Read, tokenise and check all rows of several sources, in order.
+
+    Args:
+      sources: files and hub datasets: `section.train` or `section.eval`.
+      section: format, max_length, overlong and split.
+      tokenizer: from `load_tokenizer`; None is enough for rows of tokens.
+      vocab_size: rows of the model's embedding; every token must lie below it.
+      name: config path of `sources`, for messages.
+
+    Raises:
+      ConfigError: a source or row is wrong (several rows in one message), or nothing is left.
+    """
+    examples = Examples(name)
+    policy = _LengthPolicy(section, examples)
+    problems: list[str] = []
+    for index, source in enumerate(sources):
+        before = examples.report.rows
+        form = section.format
+        rows = read_rows(source, f"{name}[{index}]", _splits(section, name))
+        for origin, fields in rows:
+            examples.report.rows += 1
+            try:
+                form = detect_format(fields, origin) if form == "auto" else form
+                made = _encode(parse_row(fields, form, origin), tokenizer, origin)
+                _check_vocabulary(made, vocab_size, origin)
+            except ConfigError as error:
+                problems.append(str(error))
+                if len(problems) == SHOWN_PROBLEMS:
+                    raise_all(problems)
+                continue
+            policy.add(made, origin)
+        _count_source(examples.report, source, form, before, f"{name}[{index}]")
+    raise_all(problems + policy.problems())
+    examples.seal()
+    _check_left(examples.report, section)
+    return examples
+
+
+def decode_sample(example: Example, tokenizer: PreTrainedTokenizerFast | None) -> str:
+    """Return an example as text, each trained part between ⟦ and ⟧ (token ids, if no tokenizer)."""
+    trained = example.loss_weights != 0
+    # The first token is never predicted, whatever its weight.
+    trained = trained & (np.arange(len(trained)) > 0)
+    cuts = np.flatnonzero(np.diff(trained)) + 1
+    text = ""
+    for ids, mark in zip(np.split(example.input_ids, cuts), np.split(trained, cuts), strict=True):
+        part = " ".join(map(str, ids)) if tokenizer is None else str(tokenizer.decode(ids))
+        text += f"{TRAINED_MARKS[0]}{part}{TRAINED_MARKS[1]}" if mark[0] else part
+    return text
+
+
+class _LengthPolicy:
+    """Applies `data.max_length` and `data.overlong`, and counts."""
+
+    def __init__(self, section: DataSection, examples: Examples) -> None:
+        self._section, self._examples = section, examples
+        self._refused: list[str] = []
+        self._refused_count = 0
+
+    def add(self, made: list[Example], origin: str) -> None:
+        """Store what one row gave."""
+        self._examples.report.split += len(made) > 1
+        for example in made:
+            kept = self._fit(example, origin)
+            if kept is not None:
+                self._keep(kept)
+
+    def problems(self) -> list[str]:
+        """Return the refusal of over-long rows, if any."""
+        if not self._refused_count:
+            return []
+        return [
+            f"data.overlong: got {self._refused_count:,} rows longer than data.max_length = "
+            f"{self._section.max_length} ({', '.join(self._refused)}), expected none with `error`; "
+            "raise data.max_length, or set data.overlong to truncate or drop"
+        ]
+
+    def _fit(self, example: Example, origin: str) -> Example | None:
+        length, limit = len(example.input_ids), self._section.max_length
+        if length <= limit:
+            return example
+        if self._section.overlong == "truncate":
+            self._examples.report.truncated += 1
+            return example.cut(limit)
+        if self._section.overlong == "drop":
+            self._examples.report.dropped += 1
+            return None
+        self._refused_count += 1
+        if len(self._refused) < SHOWN_PROBLEMS:
+            self._refused.append(f"{origin}: {length} tokens")
+        return None
+
+    def _keep(self, example: Example) -> None:
+        report, trained = self._examples.report, example.trained()
+        report.sequences += 1
+        report.tokens += len(example.input_ids)
+        report.trained_tokens += trained
+        report.untrained += not trained
+        report.longest = max(report.longest, len(example.input_ids))
+        self._examples.append(example)
+
+
+def _encode(
+    content: Content, tokenizer: PreTrainedTokenizerFast | None, origin: str
+) -> list[Example]:
+    if isinstance(content, Tokens):
+        trained = content.labels != IGNORED_LABEL
+        labels = np.where(trained, content.labels, 0).astype(np.int32)
+        return [Example(content.input_ids, labels, trained.astype(np.float32))]
+    if tokenizer is None:
+        raise ConfigError(
+            f"{origin}: got text and a model without tokenizer, expected tokenizer.json beside the "
+            "weights; copy it there, or give rows of the format tokens (input_ids)"
+        )
+    if isinstance(content, Chat):
+        return chat_examples(tokenizer, content, origin)
+    return [_text_example(content, tokenizer, origin)]
+
+
+def _text_example(content: Text, tokenizer: PreTrainedTokenizerFast, origin: str) -> Example:
+    """Tokenise each piece alone, as a prompt is at inference, with BOS before and EOS after."""
+    eos = cast(int | None, tokenizer.eos_token_id)
+    if eos is None:
+        raise ConfigError(
+            f"{origin}: got text and a tokenizer without EOS, expected `eos_token` in "
+            "tokenizer_config.json to end it with"
+        )
+    ids: list[int] = []
+    weights: list[float] = []
+    for index, (text, weight) in enumerate(content.pieces):
+        piece = encode_text(tokenizer, text, add_bos=index == 0)
+        ids += piece
+        weights += [weight] * len(piece)
+    ids.append(eos)
+    weights.append(content.pieces[-1][1])
+    tokens = np.array(ids, np.int32)
+    return Example(tokens, tokens, np.array(weights, np.float32))
+
+
+def _check_vocabulary(made: list[Example], vocab_size: int | None, origin: str) -> None:
+    """An id beyond the embedding would not fail on the device: JAX clamps it to the last row."""
+    for example in made:
+        for name in ("input_ids", "labels"):
+            values = getattr(example, name)
+            bad = (values < 0) | (values >= (vocab_size or np.iinfo(np.int32).max))
+            if bad.any():
+                index = int(np.argmax(bad))
+                raise ConfigError(
+                    f"{origin} {name}[{index}]: got {values[index]}, expected a token id from 0 to "
+                    f"{(vocab_size or 0) - 1 if vocab_size else '2147483646'}; the tokenizer or "
+                    "the file belongs to another model"
+                )
+
+
+def _splits(section: DataSection, name: str) -> tuple[str, ...]:
+    if section.split is not None:
+        return (section.split,)
+    return ("validation", "test") if name == "data.eval" else ("train",)
+
+
+def _count_source(report: DataReport, source: str, form: str, before: int, where: str) -> None:
+    if report.rows == before:
+        raise ConfigError(f"{where}: got {source} without a row, expected at least one")
+    report.sources.append((source, form, report.rows - before))
+
+
+def _check_left(report: DataReport, section: DataSection) -> None:
+    if not report.sequences:
+        raise ConfigError(
+            f"{report.name}: got {report.rows:,} rows, all longer than data.max_length = "
+            f"{section.max_length} and dropped, expected some to be left; raise data.max_length"
+        )
+    if not report.trained_tokens:
+        raise ConfigError(
+            f"{report.name}: got {report.sequences:,} sequences without one trained token "
+            f"({report.truncated:,} were truncated to data.max_length = {section.max_length}), "
+            "expected some; check loss_weight, labels and data.max_length"
+        )

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples -> this process's batch of any optimizer step.
+
+In: examples, the `data` section, the batch size, the seed, which process of how many.
+Out: `Batch`es of one static shape. A step's batch depends on (seed, step) alone: any position is
+reached without replay, and the processes' batches together are the batch of a single process.
+Padding is known by length (`segment_ids` 0), never by a token's value: most DeepSeek tokenizers pad
+with EOS, which is trained. Not here: device placement, microbatches (`dsjax.step`).
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from jax import Array
+from jaxtyping import Float32, Int32
+
+from dsjax.config import DataSection
+from dsjax.data.packing import EpochRows, PackingPlan
+from dsjax.data.store import ExampleStore
+from dsjax.errors import ConfigError
+
+# Threads, not processes: a batch is a few copies out of the page cache and takes about a
+# millisecond, less than sending it between processes. Eight steps ahead cover any hiccup.
+READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+
+
+class Batch(NamedTuple):
+    """Packed rows as arrays of numpy or jax."""
+
+    input_ids: Int32[Array | np.ndarray, "B T"]
+    targets: Int32[Array | np.ndarray, "B T"]
+    """The token to predict at t, shifted within each segment; 0 where the weight is 0."""
+    loss_weights: Float32[Array | np.ndarray, "B T"]
+    """Weight of predicting `targets[t]`; 0: not trained."""
+    segment_ids: Int32[Array | np.ndarray, "B T"]
+    """From 1 within a row; 0 is padding."""
+    position_ids: Int32[Array | np.ndarray, "B T"]
+    """From 0 in every segment."""
+
+
+class Loader:
+    """Batches of a run over `examples`; steps are 0-based optimizer steps, epochs without end.
+
+    Args:
+      examples: what `load_examples` returned.
+      section: `max_length`, `packing`, `shuffle`.
+      batch_size: packed rows per step over all processes.
+      seed: of the order.
+      process_index: this process, which gets the rows [p·B/n, (p+1)·B/n) of each batch.
+      process_count: number of processes; must divide `batch_size`.
+
+    Attributes:
+      sequence_length: T of every batch: `max_length` with packing; else the longest example,
+        rounded up to a multiple of 8, at most `max_length`.
+      rows_in_epoch: packed rows, the same in every epoch.
+    """
+
+    def __init__(
+        self,
+        examples: ExampleStore,
+        section: DataSection,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        if batch_size % process_count:
+            raise ConfigError(
+                f"training.batch_size: got {batch_size}, expected a multiple of the number of "
+                f"processes ({process_count})"
+            )
+        self._examples = examples
+        self._batch_size = batch_size
+        self._local_size = batch_size // process_count
+        self._first_row = process_index * self._local_size
+        self.sequence_length = _sequence_length(examples, section)
+        self._plan = PackingPlan(
+            examples.lengths, section.max_length, section.packing, section.shuffle, seed
+        )
+        self.rows_in_epoch = self._plan.rows
+        # Two: prefetching threads work on both sides of an epoch's end.
+        self._epoch_rows = functools.lru_cache(maxsize=2)(self._plan.epoch)
+
+    def steps_in_epoch(self, epoch: int = 0) -> int:
+        """Return the steps of an epoch; the last batch may be short of rows, none is dropped."""
+        del epoch  # every epoch has the same number of packed rows
+        return -(-self.rows_in_epoch // self._batch_size)
+
+    def total_steps(self, num_train_epochs: float, max_steps: int | None) -> int:
+        """Return the length of a run: `max_steps` if given, else that of the epochs."""
+        if max_steps is not None:
+            return max_steps
+        # Rounded first: 1.1 epochs of 10 steps are 11 steps, not the 12 of 11.000000000000002.
+        return math.ceil(round(num_train_epochs * self.steps_in_epoch(), 6))
+
+    def position(self, step: int) -> dict[str, int]:
+        """Return where in the data a step starts: the epoch and its first packed row."""
+        epoch, place = divmod(step, self.steps_in_epoch())
+        return {"epoch": epoch, "row": place * self._batch_size}
+
+    def epoch(self, step: int) -> float:
+        """Return how many epochs are done after `step` steps."""
+        return step / self.steps_in_epoch()
+
+    def iterate(self, start_step: int, stop_step: int) -> Iterator[Batch]:
+        """Yield this process's numpy batches of the steps from `start_step` to before `stop_step`.
+
+        Batches are made ahead by grain's threads. Closing the iterator early stops them.
+        """
+        if start_step >= stop_step:
+            return
+        steps = grain.MapDataset.range(start_step, stop_step)
+        batches = iter(steps.map(self.batch).to_iter_dataset(READ_OPTIONS))
+        try:
+            yield from batches
+        finally:
+            batches.close()
+
+    def batch(self, step: int) -> Batch:
+        """Build this process's batch of one step."""
+        shape = (self._local_size, self.sequence_length)
+        batch = Batch(
+            input_ids=np.zeros(shape, np.int32),
+            targets=np.zeros(shape, np.int32),
+            loss_weights=np.zeros(shape, np.float32),
+            segment_ids=np.zeros(shape, np.int32),
+            position_ids=np.zeros(shape, np.int32),
+        )
+        place = self.position(step)
+        rows = self._epoch_rows(place["epoch"])
+        first = place["row"] + self._first_row
+        for index, row in enumerate(range(first, min(first + shape[0], self.rows_in_epoch))):
+            self._fill(batch, index, rows, row)
+        return batch
+
+    def _fill(self, batch: Batch, index: int, rows: EpochRows, row: int) -> None:
+        """Write the examples of one packed row, one segment each."""
+        start = 0
+        for segment, number in enumerate(rows.row(row).tolist(), 1):
+            ids, labels, weights = self._examples[number]
+            stop = start + len(ids)
+            batch.input_ids[index, start:stop] = ids
+            # The last position of a segment predicts nothing: its next token is another example's.
+            batch.targets[index, start : stop - 1] = np.where(weights[1:] != 0, labels[1:], 0)
+            batch.loss_weights[index, start : stop - 1] = weights[1:]
+            batch.segment_ids[index, start:stop] = segment
+            batch.position_ids[index, start:stop] = np.arange(len(ids))
+            start = stop
+
+
+def _sequence_length(examples: ExampleStore, section: DataSection) -> int:
+    if section.packing:
+        return section.max_length
+    longest = int(examples.lengths.max())
+    return min(section.max_length, -(-longest // 8) * 8)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoint's tokenizer, loaded without changing what it does.
+
+In: a checkpoint directory. Out: a `transformers` fast tokenizer with the checkpoint's chat template
+and with `add_bos_token` as the checkpoint means it; text -> tokens with BOS exactly once.
+Not here: chat templates at work (`chat`). Nothing from the checkpoint is ever executed, except the
+chat template in Jinja's sandbox.
+"""
+
+import json
+from pathlib import Path
+from typing import cast
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from dsjax.errors import ConfigError
+
+ROUND_TRIP = "hello world, one two"
+
+
+def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
+    """Load the tokenizer that lies beside a checkpoint.
+
+    Args:
+      directory: folder with `tokenizer.json` and, as a rule, `tokenizer_config.json`.
+
+    Returns:
+      The tokenizer. `add_bos_token` says whether plain text starts with BOS; `chat_template` is the
+      checkpoint's own, or None.
+
+    Raises:
+      ConfigError: no `tokenizer.json`, an unreadable one, or one that loses spaces.
+    """
+    folder = Path(directory)
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"model.path: got {folder} without tokenizer.json, expected the checkpoint's tokenizer "
+            "beside its weights; copy its tokenizer files there, or train on rows of "
+            "`data.format: tokens`, which need none"
+        )
+    try:
+        # Trap: the class that tokenizer_config.json names (LlamaTokenizerFast) replaces the
+        # byte-level pre-tokenizer in transformers 5 and drops spaces. This one leaves it alone.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        settings = _json(folder / "tokenizer_config.json")
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise ConfigError(
+            f"model.path: got tokenizer files in {folder} that cannot be read "
+            f"({type(error).__name__}: {error}), expected valid tokenizer.json and "
+            "tokenizer_config.json; fetch them again"
+        ) from error
+    _set_bos(tokenizer, settings)
+    _set_template(tokenizer, folder)
+    _check_round_trip(tokenizer, folder)
+    return tokenizer
+
+
+def encode_text(tokenizer: PreTrainedTokenizerFast, text: str, add_bos: bool = True) -> list[int]:
+    """Tokenise text as the model reads it: BOS exactly once if the tokenizer adds one, no EOS.
+
+    Args:
+      tokenizer: from `load_tokenizer`.
+      text: plain text, or a rendered chat, which usually begins with BOS already.
+      add_bos: False for text that continues other text.
+    """
+    ids = backend(tokenizer).encode(text, add_special_tokens=False).ids
+    return bos_before(tokenizer, ids) + ids if add_bos else ids
+
+
+def bos_before(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
+    """Return what must stand before `ids`: [BOS] if the tokenizer adds one and it is not there."""
+    bos = cast(int | None, tokenizer.bos_token_id)
+    if bos is None or not tokenizer.add_bos_token or ids[:1] == [bos]:
+        return []
+    return [bos]
+
+
+def backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Return the `tokenizers.Tokenizer` inside; calling it directly is five times faster."""
+    return tokenizer.backend_tokenizer
+
+
+def _set_bos(tokenizer: PreTrainedTokenizerFast, settings: dict) -> None:
+    """Decide whether plain text starts with BOS.
+
+    transformers 5 ignores `add_bos_token` of the file where tokenizer.json has a post-processor of
+    its own (V3's is a plain ByteLevel), so the flag is read here.
+    """
+    flag = settings.get("add_bos_token")
+    inner = backend(tokenizer)
+    inner.no_truncation()
+    inner.no_padding()
+    bos = tokenizer.bos_token_id
+    if flag is None and bos is not None:
+        flag = inner.encode("a", add_special_tokens=True).ids[:1] == [bos]
+    tokenizer.add_bos_token = bool(flag) and bos is not None
+
+
+def _set_template(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Find the chat template in the places where `transformers` does not look by itself."""
+    if tokenizer.chat_template is not None:
+        return
+    for name in ("chat_template.jinja", "assets/chat_template.jinja"):
+        if (folder / name).is_file():
+            tokenizer.chat_template = (folder / name).read_text(encoding="utf-8")
+            return
+    tokenizer.chat_template = _json(folder / "chat_template.json").get("chat_template")
+
+
+def _check_round_trip(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    ids = backend(tokenizer).encode(ROUND_TRIP, add_special_tokens=False).ids
+    text = backend(tokenizer).decode(ids, skip_special_tokens=False)
+    unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids
+    if text.strip() != ROUND_TRIP and not unknown:
+        raise ConfigError(
+            f"model.path: got a tokenizer in {folder} that turns {ROUND_TRIP!r} into {text!r}, "
+            "expected the same text back; its tokenizer.json is damaged or was re-saved by a "
+            "version that drops spaces: fetch the original"
+        )
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of a run on disk: metrics.jsonl, TensorBoard, the loss picture; and throughput.
+
+In: sums and texts that the run has already computed. Out: `metrics.jsonl`, `tensorboard/` and
+`training_loss.png` in the output directory. Not done here: computing a loss, printing to the
+terminal (terminal.py), the model card (model_card.py), and deciding which process reports (callers
+pass `primary`).
+
+Order that a caller keeps: the lines of step s are logged before the checkpoint of step s is saved,
+and `Meter.state()` is saved with it. Then a resumed run neither loses nor repeats a line.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, SupportsFloat, SupportsInt
+
+from dsjax.config import LoggingSection
+
+METRICS_FILE = "metrics.jsonl"
+TRAIN_KEYS = (
+    "epoch",
+    "loss",
+    "accuracy",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "tokens_per_second",
+    "mfu",
+)
+EVAL_KEYS = ("eval_loss", "eval_perplexity", "eval_tokens")
+
+# Dense bfloat16 peaks in FLOP/s per jax device, without sparsity. Sources: Google's Cloud TPU pages
+# (system architecture: v4, v5e, v5p, v6e), NVIDIA's datasheets of A100, A10, L4, L40S, H100, H200
+# (halved where the sheet states the rate with sparsity) and the Ada whitepaper (RTX 4090, float32
+# accumulation). Names are matched whole, so that a MIG slice ("... MIG 1g.10gb") is unknown.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+}
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl` and TensorBoard; a context manager.
+
+    Args:
+        output_dir: the run's directory; it must exist.
+        section: the config's `logging` section.
+        resume_step: the optimizer step that the run continues from, 0 for a new run. Lines of later
+            steps, which a killed run left behind, are cut; so is a half-written last line.
+        primary: whether this process reports; the others write nothing.
+    """
+
+    def __init__(
+        self, output_dir: Path, section: LoggingSection, resume_step: int, primary: bool = True
+    ) -> None:
+        self._start_step = resume_step
+        self._file = None
+        self._board = None
+        self._summarised: set[int] = set()
+        if not primary:
+            return
+        path = output_dir / METRICS_FILE
+        cut_lines(path, resume_step)
+        self._summarised = {row["step"] for row in read_metrics(path) if "train_loss" in row}
+        self._file = path.open("a", encoding="utf-8")
+        if "tensorboard" in section.report_to:
+            # Imported here: it takes seconds, which a run that does not report would pay as well.
+            from tensorboardX import SummaryWriter
+
+            # The suffix: a restart within one second would otherwise overwrite the file before it.
+            self._board = SummaryWriter(
+                str(output_dir / "tensorboard"),
+                purge_step=resume_step + 1,
+                filename_suffix=f".{resume_step:09d}",
+            )
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; nothing can be logged afterwards."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def log(self, step: int, values: Mapping[str, object]) -> None:
+        """Write the training line of a step: all of TRAIN_KEYS first, then what else is given."""
+        ordered = {key: values[key] for key in TRAIN_KEYS} | dict(values)
+        self._write(step, ordered, lambda key: f"train/{key}")
+
+    def log_eval(self, step: int, values: Mapping[str, object]) -> None:
+        """Write an evaluation line: all of EVAL_KEYS first, then other `eval_*` keys."""
+        ordered = {key: values[key] for key in EVAL_KEYS} | dict(values)
+        assert all(key.startswith("eval_") for key in ordered), f"not eval_*: {list(ordered)}"
+        self._write(step, ordered, lambda key: f"eval/{key.removeprefix('eval_')}")
+
+    def log_summary(self, step: int, values: Mapping[str, object]) -> None:
+        """Write the closing line, unless an earlier process of this run wrote it at this step."""
+        assert "train_loss" in values and "loss" not in values, f"not a summary: {list(values)}"
+        if step not in self._summarised:
+            self._summarised.add(step)
+            self._write(step, dict(values), lambda key: f"train/{key}")
+
+    def log_start(self, config_text: str, trainable_text: str) -> None:
+        """Put the resolved config (YAML) and the table of what trains into TensorBoard."""
+        if self._board is not None:
+            self._board.add_text("config", f"```yaml\n{config_text}\n```", self._start_step)
+            self._board.add_text("trainable", f"```\n{trainable_text}\n```", self._start_step)
+            self._board.flush()
+
+    def _write(self, step: int, values: Mapping[str, object], tag: Callable[[str], str]) -> None:
+        if self._file is None:
+            return
+        row = {key: _json_value(step, key, value) for key, value in values.items()}
+        self._file.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is None:
+            return
+        for key, value in row.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(tag(key), value, step)
+        self._board.flush()
+
+
+def _json_value(step: int, key: str, value: Any) -> Any:
+    """Return a number as Python's own, at full precision; what JSON cannot say becomes null."""
+    plain = value.item() if hasattr(value, "item") else value
+    if isinstance(plain, float) and not math.isfinite(plain):
+        message = f"warning: step {step}: {key} is {plain}, written to {METRICS_FILE} as null"
+        print(message, file=sys.stderr)
+        return None
+    return plain
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Return the whole lines of a `metrics.jsonl` as dicts; a missing file has none."""
+    if not path.exists():
+        return []
+    rows = [_parse(line) for line in path.read_bytes().splitlines(keepends=True)]
+    return [row for row in rows if row is not None]
+
+
+def _parse(line: bytes) -> dict | None:
+    """Return a line's object; None if a kill left it half written."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def cut_lines(path: Path, resume_step: int) -> None:
+    """Remove the lines after `resume_step` (all, if it is 0) and half-written ones, atomically."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    parsed = [(line, _parse(line)) for line in lines]
+    kept = [line for line, row in parsed if row and resume_step and row["step"] <= resume_step]
+    if len(kept) < len(lines):
+        beside = path.with_name(path.name + ".tmp")
+        with beside.open("wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+
+
+def device_peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Return a device's published dense peak in FLOP/s, or None where none is known.
+
+    Args:
+        device_kind: `jax.Device.device_kind`.
+        dtype: the compute dtype's name. float32 has no one published peak (TPUs and tensor cores
+            run it in several passes); float16 has bfloat16's rate on GPUs, none on TPUs.
+    """
+    native = dtype == "bfloat16" or (dtype == "float16" and device_kind.startswith("NVIDIA"))
+    return PEAK_FLOPS.get(device_kind) if native else None
+
+
+def train_flops_per_token(
+    active_parameters: int, trained_parameters: int, attention_width: int, context: float
+) -> float:
+    """Return the model FLOPs of one training token, without rematerialisation.
+
+    Forward 2 per matmul parameter, as much again for the gradients of the activations, and 2 per
+    trained parameter only for the gradients of the weights: full training gives the usual 6 N, LoRA
+    about 4 N. Causal attention scores half of `context` x `context`, in both of its products,
+    forward once and backward twice (Chowdhery et al. 2022, appendix B, with the causal half).
+
+    Args:
+        active_parameters: matmul parameters that a token meets (lm_head, not the embedding).
+        trained_parameters: those among them that train, adapters included.
+        attention_width: sum over layers of heads x (query head size + value head size).
+        context: mean length of the sequences that attention sees.
+    """
+    dense = 4 * active_parameters + 2 * trained_parameters
+    return float(dense + 3 * attention_width * context)
+
+
+@dataclass
+class _Sums:
+    loss: float = 0.0
+    weight: float = 0.0
+    correct: float = 0.0
+    tokens: int = 0
+
+    def add(self, loss: float, weight: float, correct: float, tokens: int) -> None:
+        self.loss += loss
+        self.weight += weight
+        self.correct += correct
+        self.tokens += tokens
+
+
+class Meter:
+    """Sums what the steps return and gives the values of a training line.
+
+    Sums are kept as Python floats in step order, so a resumed run that restores `state()` logs the
+    very numbers of an unbroken one. `add` does not wait for the step: device scalars are read when
+    the values are asked for.
+
+    Args:
+        flops_per_token: from `train_flops_per_token`; None gives no `mfu`.
+        peak_flops: of all devices together; None gives no `mfu`.
+    """
+
+    def __init__(
+        self, flops_per_token: float | None = None, peak_flops: float | None = None
+    ) -> None:
+        self._mfu_per_rate = None
+        if flops_per_token is not None and peak_flops is not None:
+            self._mfu_per_rate = flops_per_token / peak_flops
+        self._since_log, self._run = _Sums(), _Sums()
+        self._pending: list[tuple[SupportsFloat, SupportsFloat, SupportsFloat, SupportsInt]] = []
+        self._timed_tokens = self._tokens_here = self._steps_here = 0
+        self._started = self._clock = time.monotonic()
+
+    def add(
+        self,
+        loss_sum: SupportsFloat,
+        weight_sum: SupportsFloat,
+        correct: SupportsFloat,
+        tokens: SupportsInt,
+    ) -> None:
+        """Take one optimizer step's sums over the whole batch (floats or device scalars).
+
+        Args:
+            loss_sum: sum of weight x loss over the trained tokens.
+            weight_sum: sum of the weights.
+            correct: sum of the weights where the most likely token was the target.
+            tokens: real tokens in the batch, padding excluded, trained or not.
+        """
+        self._pending.append((loss_sum, weight_sum, correct, tokens))
+
+    def values(self) -> dict[str, float | int | None]:
+        """Return means since the last call and `tokens` of the whole run; start the next interval.
+
+        A mean over no trained token is NaN.
+        """
+        self._drain()
+        now = time.monotonic()
+        rate = self._timed_tokens / max(now - self._clock, 1e-9)
+        sums, self._since_log = self._since_log, _Sums()
+        self._clock, self._timed_tokens = now, 0
+        return {
+            "loss": _mean(sums.loss, sums.weight),
+            "accuracy": _mean(sums.correct, sums.weight),
+            "tokens": self._run.tokens,
+            "tokens_per_second": rate,
+            "mfu": None if self._mfu_per_rate is None else self._mfu_per_rate * rate,
+        }
+
+    def summary(self) -> dict[str, float]:
+        """Return the closing line: the loss of the whole run, the speed of this process's part."""
+        self._drain()
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        return {
+            "train_loss": _mean(self._run.loss, self._run.weight),
+            "train_runtime": seconds,
+            "train_steps_per_second": self._steps_here / seconds,
+            "train_tokens_per_second": self._tokens_here / seconds,
+        }
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep what happens inside (an evaluation, a compilation) out of `tokens_per_second`."""
+        self._drain()
+        stopped = time.monotonic()
+        try:
+            yield
+        finally:
+            self._clock += time.monotonic() - stopped
+
+    def state(self) -> dict[str, dict]:
+        """Return the sums for the checkpoint; exact through JSON, not through float32 arrays."""
+        self._drain()
+        return {"since_log": asdict(self._since_log), "run": asdict(self._run)}
+
+    def restore(self, state: Mapping[str, Mapping]) -> None:
+        """Continue from what `state` returned."""
+        self._since_log = _Sums(**state["since_log"])
+        self._run = _Sums(**state["run"])
+
+    def _drain(self) -> None:
+        for loss, weight, correct, tokens in self._pending:
+            step = float(loss), float(weight), float(correct), int(tokens)
+            self._since_log.add(*step)
+            self._run.add(*step)
+            self._timed_tokens += step[3]
+            self._tokens_here += step[3]
+        self._steps_here += len(self._pending)
+        self._pending.clear()
+
+
+def _mean(total: float, weight: float) -> float:
+    return total / weight if weight else math.nan
+
+
+def plot_loss(output_dir: Path) -> Path | None:
+    """Draw `training_loss.png` from `metrics.jsonl`; None, and no file, if no loss was logged."""
+    rows = read_metrics(output_dir / METRICS_FILE)
+    train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+    evals = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
+    if not train:
+        return None
+    # Imported here: a second that no other command should pay. Not pyplot: it is global state.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    steps, losses = zip(*train, strict=True)
+    marker = "o" if len(train) <= 30 else None
+    axes.plot(steps, losses, color="#9db7d5", linewidth=1.2, marker=marker, ms=3, label="training")
+    axes.plot(steps, _smooth(losses), color="#1f4e8c", linewidth=2, label="training, smoothed")
+    if evals:
+        axes.plot(*zip(*evals, strict=True), "o-", color="#d1495b", ms=5, label="evaluation")
+    axes.set(title="Training loss", xlabel="optimizer step", ylabel="loss per token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
+    path = output_dir / "training_loss.png"
+    beside = path.with_name("training_loss.tmp.png")
+    figure.savefig(beside)
+    beside.replace(path)
+    return path
+
+
+def _smooth(losses: Sequence[float]) -> list[float]:
+    """Return centred means over about a fifteenth of the points; a trailing mean would lag."""
+    reach = max(len(losses) // 30, 1)
+    windows = [losses[max(place - reach, 0) : place + reach + 1] for place in range(len(losses))]
+    return [sum(window) / len(window) for window in windows]

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models: from a checkpoint's config.json to an abstract NNX module and its weight rules.
+
+In: a parsed config.json. Out: a module whose leaves are shapes (nothing is allocated), and the
+table that names each leaf's tensor on disk. Not done here: loading, sharding, adapters, training.
+
+Dimension key, used as suffixes of array names throughout:
+    B batch    T query position    S key position    L layers    D hidden    V vocabulary
+    N query heads    K key/value heads    G = N / K    H head size    R rotated pairs
+    F feed-forward    P prefix length    r adapter rank
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from dsjax.errors import ConfigError
+from dsjax.models.llama import weights as llama_weights
+from dsjax.models.llama.config import parse_config as parse_llama
+from dsjax.models.llama.model import CausalLM as LlamaCausalLM
+from dsjax.models.weight_rules import Entry, Rule, expand
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model_type is read, built and named on disk."""
+
+    parse_config: Callable[[Mapping[str, Any]], Any]
+    model: Callable[[Any, jnp.dtype], nnx.Module]
+    rules: Sequence[Rule]
+    carried: Sequence[str]
+
+
+_LLAMA = Family(parse_llama, LlamaCausalLM, llama_weights.RULES, llama_weights.CARRIED)
+
+MODELS = {"llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+"""config.json's model_type -> family."""
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a checkpoint.
+
+    Raises:
+        ConfigError: its model_type is not one that we compute.
+    """
+    kind = config.get("model_type")
+    if kind not in MODELS:
+        raise ConfigError(
+            f"config.json model_type: got {kind!r}, expected one of {', '.join(MODELS)}"
+        )
+    return MODELS[kind]
+
+
+def build(config: Mapping[str, Any], dtype: jnp.dtype | str) -> nnx.Module:
+    """The abstract model of a checkpoint, computing in `dtype`."""
+    family = family_of(config)
+    return family.model(family.parse_config(config), jnp.dtype(dtype))
+
+
+def base_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every base parameter by path; adapters are not among them."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in state}
+
+
+def entries_of(model: nnx.Module) -> list[Entry]:
+    """Every tensor that the model's base parameters are on disk, in disk order by layer."""
+    rules = MODELS[model.config.model_type].rules
+    return expand(rules, base_shapes(model))

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Softmax attention over packed rows: who sees whom, and the weighted sum.
+
+In: queries, keys and values by head, with position and segment of every token. Out: the attended
+values. The mask is never stored for a whole row: long rows are taken a block of queries at a time.
+Not done here: projections, rope, caches.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dsjax.models.layers import precision
+
+PREFIX_SEGMENT = -1
+"""Segment of trained prefix keys: every token of every segment sees them."""
+
+QUERY_BLOCK = 1024
+"""Rows longer than this are attended to in blocks of this many queries."""
+
+
+class Tokens(NamedTuple):
+    """Where tokens stand: `position` counts inside each segment, `segment` is 0 for padding."""
+
+    position: Int[Array, "B T"]
+    segment: Int[Array, "B T"]
+
+
+def visible(
+    query: Tokens, key: Tokens, window: Int[Array, ""] | int | None
+) -> Bool[Array, "B T S"]:
+    """Which keys each query sees: its own segment (or a prefix), no later, inside the window.
+
+    Args:
+        query: tokens that ask.
+        key: tokens that may be seen.
+        window: number of positions a token looks back over, itself included; None is no limit.
+    """
+    q_pos, k_pos = query.position[:, :, None], key.position[:, None, :]
+    q_seg, k_seg = query.segment[:, :, None], key.segment[:, None, :]
+    mask_BTS = ((q_seg == k_seg) | (k_seg == PREFIX_SEGMENT)) & (k_pos <= q_pos)
+    if window is not None:
+        mask_BTS &= q_pos - k_pos < window
+    return mask_BTS
+
+
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    query: Tokens,
+    key: Tokens,
+    window: Int[Array, ""] | int | None,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """Grouped-query attention; the softmax is float32 and cast back, as in the reference."""
+    if q_BTNH.shape[1] <= QUERY_BLOCK:
+        return _attend_block(q_BTNH, k_BSKH, v_BSKH, visible(query, key, window), scale)
+
+    @jax.checkpoint
+    def block(piece):
+        q, position, segment = piece
+        mask = visible(Tokens(position, segment), key, window)
+        return _attend_block(q, k_BSKH, v_BSKH, mask, scale)
+
+    pieces = jax.tree.map(_blocks, (q_BTNH, query.position, query.segment))
+    out = jax.lax.map(block, pieces)
+    out_BTNH = jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape[0], -1, *q_BTNH.shape[2:])
+    return out_BTNH[:, : q_BTNH.shape[1]]
+
+
+def _blocks(x: jax.Array) -> jax.Array:
+    """[B, T, ...] -> [T / QUERY_BLOCK, B, QUERY_BLOCK, ...], padded with zeros at the end."""
+    pad = -x.shape[1] % QUERY_BLOCK
+    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+
+
+def _attend_block(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask_BTS: Bool[Array, "B T S"],
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    batch, queries, heads, size = q_BTNH.shape
+    kv_heads = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(batch, queries, kv_heads, heads // kv_heads, size)
+    exact = precision(q_BTNH.dtype)
+    scores_BKGTS = jnp.einsum(
+        "btkgh,bskh->bkgts",
+        q_BTKGH,
+        k_BSKH,
+        precision=exact,
+        preferred_element_type=jnp.float32,
+    )
+    # A finite floor: a query that sees nothing (padding in a cache) must not turn into NaN.
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * scale, -1e30)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    out_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH, precision=exact)
+    return out_BTKGH.reshape(batch, queries, heads, v_BSKH.shape[-1])

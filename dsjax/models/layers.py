@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers every family is made of: linear maps with a slot for an adapter, embedding, RMSNorm.
+
+In: activations in the compute dtype. Out: the same. Weights keep Hugging Face's names and its
+layout (`weight` is [out, in]) so that a checkpoint's tensors are these arrays; a layer that is one
+of a stack holds all layers as [L, ...]. Modules are abstract (`jax.ShapeDtypeStruct` leaves): they
+declare shape, dtype and logical axes, and are filled elsewhere. Not done here: loading, sharding.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+
+class AdapterParam(nnx.Variable):
+    """A trainable array of an adapter. Deliberately no `nnx.Param`: a filter never takes both."""
+
+
+class AdapterBuffer(nnx.Variable):
+    """A constant array of an adapter (a scale per layer); never trained."""
+
+
+def parameter(shape: tuple[int, ...], axes: tuple[str | None, ...], layers: int | None) -> nnx.Param:
+    """Declare a parameter: shape and logical axes of one layer, stacked when `layers` is given."""
+    return nnx.Param(abstract(shape, layers), axes=stacked_axes(axes, layers))
+
+
+def abstract(shape: tuple[int, ...], layers: int | None) -> jax.ShapeDtypeStruct:
+    """The abstract float32 array of a declaration; `partition` decides the dtype it is held in."""
+    return jax.ShapeDtypeStruct(shape if layers is None else (layers, *shape), jnp.float32)
+
+
+def stacked_axes(axes: tuple[str | None, ...], layers: int | None) -> tuple[str | None, ...]:
+    """Logical axes of a declaration, led by `layers` in a stack."""
+    return axes if layers is None else ("layers", *axes)
+
+
+def precision(dtype: jnp.dtype) -> lax.Precision | None:
+    """Full precision for float32, which TPUs and GPUs otherwise multiply in fewer bits."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b, plus what the adapter in the slot adds."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        axes: tuple[str, str],
+        *,
+        bias: bool = False,
+        layers: int | None = None,
+    ):
+        """Declare the weights.
+
+        Args:
+            in_features: size of the last axis of x.
+            out_features: size of the last axis of y.
+            axes: logical axes of the weight's (out, in).
+            bias: whether there is a bias.
+            layers: number of stacked layers, None outside a stack.
+        """
+        self.in_features, self.out_features, self.layers = in_features, out_features, layers
+        self.axes = axes
+        self.weight = parameter((out_features, in_features), axes, layers)
+        self.bias = parameter((out_features,), axes[:1], layers) if bias else None
+        self.adapter = nnx.data(None)
+
+    def __call__(
+        self, x: Float[Array, "*B I"], dropout_key: jax.Array | None = None
+    ) -> Float[Array, "*B O"]:
+        """Map the last axis; weights are cast to x's dtype. A key turns adapter dropout on."""
+        weight = self.weight[...].astype(x.dtype)
+        y = jnp.einsum("...i,oi->...o", x, weight, precision=precision(x.dtype))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if self.adapter is not None:
+            y = self.adapter(x, y, dropout_key)
+        return y
+
+
+class Embedding(nnx.Module):
+    """Token embedding, which serves as the output head too where a checkpoint ties them."""
+
+    def __init__(self, vocab_size: int, hidden_size: int):
+        self.weight = parameter((vocab_size, hidden_size), ("vocab", "embed"), None)
+
+    def __call__(self, input_ids: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        """Look the tokens up, in the compute dtype."""
+        return self.weight[...].astype(dtype)[input_ids]
+
+    def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Score every token of the vocabulary against x (tied output head)."""
+        weight = self.weight[...].astype(x.dtype)
+        return jnp.einsum("...d,vd->...v", x, weight, precision=precision(x.dtype))
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis."""
+
+    def __init__(self, size: int, eps: float, layers: int | None = None):
+        self.eps = eps
+        self.weight = parameter((size,), (None,), layers)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalise in float32, cast back, then scale in x's dtype: the reference's order."""
+        wide = x.astype(jnp.float32)
+        variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        normed = (wide * lax.rsqrt(variance + self.eps)).astype(x.dtype)
+        return self.weight[...].astype(x.dtype) * normed

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary position embedding: from the words of a config.json to rotated queries and keys.
+
+In: a checkpoint's config dictionary (the hub's dialect `rope_theta` + `rope_scaling`, or transformers
+5's `rope_parameters`), then positions. Out: inverse frequencies with the factor on cos and sin, and
+the rotation itself. Not done here: scaling of the softmax (MLA models do that in their attention).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dsjax.errors import ConfigError, raise_all
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_REQUIRED = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Frequencies of one model.
+
+    Attributes:
+        inv_freq: one inverse frequency per rotated pair, float32 values.
+        attention_factor: what cos and sin are multiplied by.
+    """
+
+    inv_freq: tuple[float, ...]
+    attention_factor: float
+
+
+def rope_from_config(config: Mapping[str, Any], dim: int) -> Rope:
+    """Read either dialect of rope settings; transformers' `modeling_rope_utils` is the reference.
+
+    Args:
+        config: the checkpoint's config.json.
+        dim: rotated dimensions per head.
+
+    Raises:
+        ConfigError: the type is not supported or a number that it needs is missing or wrong.
+    """
+    field, settings = _settings(config)
+    rope_type = settings.get("rope_type") or settings.get("type") or "default"
+    _check(field, rope_type, settings, dim)
+    theta = float(settings["rope_theta"])
+    base = (1.0 / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / dim)).astype(
+        np.float32
+    )
+    if rope_type == "default":
+        return _rope(base, 1.0)
+    if rope_type == "linear":
+        return _rope(base / np.float32(settings["factor"]), 1.0)
+    original = float(
+        config.get("original_max_position_embeddings")
+        or settings.get("original_max_position_embeddings")
+        or config["max_position_embeddings"]
+    )
+    if rope_type == "llama3":
+        return _rope(_llama3(base, settings, original), 1.0)
+    return _rope(_yarn(base, settings, original, theta, dim), _yarn_attention_factor(settings))
+
+
+def _settings(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The rope dictionary with `rope_theta` inside, and the field it was read from."""
+    field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    settings = config.get(field) or {}
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"config.json {field}: got {settings!r}, expected a mapping or null")
+    settings = dict(settings)
+    if settings.get("rope_theta") is None:
+        settings["rope_theta"] = config.get("rope_theta") or 10_000.0
+    if settings.get("partial_rotary_factor") is None:
+        settings["partial_rotary_factor"] = config.get("partial_rotary_factor") or 1.0
+    return field, settings
+
+
+def _check(field: str, rope_type: str, settings: Mapping[str, Any], dim: int) -> None:
+    if rope_type not in ROPE_TYPES:
+        raise ConfigError(
+            f"config.json {field}.rope_type: got {rope_type!r}, expected one of "
+            f"{', '.join(ROPE_TYPES)}; this model cannot be computed exactly with another one"
+        )
+    problems = [
+        f"config.json {field}.{key}: got {settings.get(key)!r}, expected a number > 0 for "
+        f"rope_type {rope_type}"
+        for key in ("rope_theta", *_REQUIRED[rope_type])
+        if not _is_positive(settings.get(key))
+    ]
+    if settings["partial_rotary_factor"] != 1.0:
+        problems.append(
+            f"config.json {field}.partial_rotary_factor: got {settings['partial_rotary_factor']!r}, "
+            "expected 1.0 (every dimension of a head is rotated in the supported models)"
+        )
+    if dim % 2:
+        problems.append(f"config.json head_dim: got {dim}, expected an even number for rope")
+    raise_all(problems)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _rope(inv_freq: np.ndarray, attention_factor: float) -> Rope:
+    return Rope(tuple(float(f) for f in inv_freq.astype(np.float32)), float(attention_factor))
+
+
+def _llama3(inv_freq: np.ndarray, settings: Mapping[str, Any], original: float) -> np.ndarray:
+    """Llama 3.1's three bands: keep the short wavelengths, stretch the long, blend between."""
+    factor, low, high = (
+        np.float32(settings[k]) for k in ("factor", "low_freq_factor", "high_freq_factor")
+    )
+    wavelength = np.float32(2 * math.pi) / inv_freq
+    blend = (np.float32(original) / wavelength - low) / (high - low)
+    blended = (1 - blend) * inv_freq / factor + blend * inv_freq
+    stretched = np.where(wavelength > original / low, inv_freq / factor, inv_freq)
+    medium = (wavelength >= original / high) & (wavelength <= original / low)
+    return np.where(medium, blended, stretched)
+
+
+def _yarn(
+    inv_freq: np.ndarray, settings: Mapping[str, Any], original: float, theta: float, dim: int
+) -> np.ndarray:
+    """YaRN (arXiv 2309.00071, section 3.2): interpolate the slow dimensions, keep the fast ones."""
+
+    def dimension(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = dimension(settings.get("beta_fast") or 32)
+    high = dimension(settings.get("beta_slow") or 1)
+    if settings.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    # Clamped to dim - 1 and not dim / 2 - 1: so does the reference.
+    low, high = max(low, 0), min(high, dim - 1)
+    span = (high - low) or 0.001
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / span, 0, 1)
+    ramp = ramp.astype(np.float32)
+    return inv_freq / np.float32(settings["factor"]) * ramp + inv_freq * (1 - ramp)
+
+
+def _yarn_attention_factor(settings: Mapping[str, Any]) -> float:
+    """`attention_factor`, else the ratio of both mscales, else 0.1 ln(factor) + 1.
+
+    `attn_factor` (R1-0528-Qwen3-8B) is not read, as in transformers.
+    """
+    if settings.get("attention_factor") is not None:
+        return float(settings["attention_factor"])
+
+    def gain(mscale: float) -> float:
+        factor = float(settings["factor"])
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    if settings.get("mscale") and settings.get("mscale_all_dim"):
+        return gain(settings["mscale"]) / gain(settings["mscale_all_dim"])
+    return gain(1.0)
+
+
+def rope_tables(
+    rope: Rope, position_ids: Int[Array, "B T"], dtype: jnp.dtype
+) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
+    """Cosines and sines of every position: computed in float32, cast to the activations' dtype."""
+    inv_freq = jnp.asarray(rope.inv_freq, jnp.float32)
+    angles_BTR = position_ids[..., None].astype(jnp.float32) * inv_freq
+    angles_BTH = jnp.concatenate([angles_BTR, angles_BTR], axis=-1)
+    cos_BTH = jnp.cos(angles_BTH) * rope.attention_factor
+    sin_BTH = jnp.sin(angles_BTH) * rope.attention_factor
+    return cos_BTH.astype(dtype), sin_BTH.astype(dtype)
+
+
+def rotate(
+    x_BTNH: Float[Array, "B T N H"], cos_BTH: Float[Array, "B T H"], sin_BTH: Float[Array, "B T H"]
+) -> Float[Array, "B T N H"]:
+    """Rotate each head; dimension i is paired with i + H/2 (Llama's half-split order)."""
+    first_BTNR, second_BTNR = jnp.split(x_BTNH, 2, axis=-1)
+    turned_BTNH = jnp.concatenate([-second_BTNR, first_BTNR], axis=-1)
+    return x_BTNH * cos_BTH[:, :, None] + turned_BTNH * sin_BTH[:, :, None]
+
+
+def positions_like(input_ids: jax.Array) -> jax.Array:
+    """Positions 0..T-1 for rows that hold one sequence each."""
+    return jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one table between a checkpoint's tensors and the model's parameters, read in both directions.
+
+In: a family's rules and the parameters that its model declares. Out: an `Entry` for each tensor of
+the checkpoint, and the proof that tensors and parameters cover each other. Not done here: reading
+or writing tensors.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from dsjax.errors import nearest
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of tensor.
+
+    Attributes:
+        hf: the tensor's name in the checkpoint, with `{layer}` where it is one of a stack.
+        path: the parameter's path; a stack's parameter holds all layers as [L, ...].
+    """
+
+    hf: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the checkpoint: its name, the parameter it is (part of), and which layer."""
+
+    hf: str
+    path: str
+    layer: int | None
+
+
+def expand(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
+    """All tensors that a model with these parameters has on disk, in the rules' order by layer.
+
+    Args:
+        rules: the family's table.
+        shapes: shape of every base parameter, by path.
+    """
+    entries = []
+    for rule in rules:
+        if rule.path not in shapes:
+            continue  # this model has no such parameter: a bias, a norm, an untied head
+        if "{layer}" not in rule.hf:
+            entries.append(Entry(rule.hf, rule.path, None))
+            continue
+        for layer in range(shapes[rule.path][0]):
+            entries.append(Entry(rule.hf.format(layer=layer), rule.path, layer))
+    unnamed = sorted(set(shapes) - {entry.path for entry in entries})
+    assert not unnamed, f"parameters without a weight rule: {unnamed}"
+    return sorted(entries, key=lambda entry: -1 if entry.layer is None else entry.layer)
+
+
+def entry_shape(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of the tensor on disk."""
+    shape = shapes[entry.path]
+    return shape if entry.layer is None else shape[1:]
+
+
+def coverage_problems(
+    entries: Sequence[Entry],
+    shapes: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    carried: Iterable[str],
+) -> tuple[list[str], list[str]]:
+    """Hold the checkpoint's tensors against the model's parameters.
+
+    Args:
+        entries: what the model has on disk.
+        shapes: shape of every base parameter, by path.
+        found: shape of every tensor in the checkpoint, by name.
+        carried: patterns of tensors that are kept without being modelled.
+
+    Returns:
+        Every mismatch as a line of an error, and the names of the tensors carried along. Names
+        outside `model.` and `lm_head.` belong to other modules and are carried; an unknown name
+        inside them would be a part of the network that we do not compute, and is a mismatch.
+    """
+    wanted = {entry.hf: entry_shape(entry, shapes) for entry in entries}
+    problems = [
+        f"{name}: got shape {list(found[name])}, expected {list(shape)} from config.json"
+        for name, shape in wanted.items()
+        if name in found and tuple(found[name]) != shape
+    ]
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    problems += [
+        f"{name}: got no such tensor, expected shape {list(wanted[name])} from config.json"
+        + (f"; {nearest(name, extra)}" if extra else "")
+        for name in missing
+    ]
+    known = [re.compile(pattern) for pattern in carried]
+    kept = []
+    for name in extra:
+        if any(k.fullmatch(name) for k in known) or not name.startswith(("model.", "lm_head.")):
+            kept.append(name)
+        else:
+            problems.append(
+                f"{name}: got a tensor that config.json does not declare, expected none; "
+                f"{nearest(name, missing or wanted)}"
+            )
+    return problems, kept

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one decision which parameters train; everything after it receives the result.
+
+In: an abstract model, with its adapters attached, and the freeze patterns. Out: a `Partition`:
+every leaf with the dtype it is held in, the trainable paths, the frozen paths, and the module to
+put both back into. Not done here: gradients, sharding, values.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsjax.errors import ConfigError, nearest, raise_all
+from dsjax.models import entries_of
+from dsjax.models.layers import AdapterBuffer, AdapterParam
+
+Params = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array of the model.
+
+    Attributes:
+        shape: of the whole array; stacks lead with the layers.
+        axes: logical axis of every dimension.
+        dtype: what it is held in.
+        kind: `base`, `adapter` or `buffer`.
+        count: parameters in it, without the padding of unequal adapter ranks.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    dtype: jnp.dtype
+    kind: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Which leaves train.
+
+    Attributes:
+        graphdef: the module without its arrays.
+        leaves: every leaf by path.
+        trainable: paths that get gradients and optimizer state.
+        frozen: all other paths.
+        layer_masks: for a trained stack of which some layers are frozen, which layers train.
+    """
+
+    graphdef: Any
+    leaves: Mapping[str, Leaf]
+    trainable: tuple[str, ...]
+    frozen: tuple[str, ...]
+    layer_masks: Mapping[str, np.ndarray]
+
+    def merge(self, trainable: Params, frozen: Params) -> nnx.Module:
+        """The module with its arrays put in."""
+        return put(self.graphdef, {**frozen, **trainable})
+
+    def trainable_count(self, path: str) -> int:
+        """Parameters of one trainable leaf that really train."""
+        mask = self.layer_masks.get(path)
+        count = self.leaves[path].count
+        return count if mask is None else count // len(mask) * int(mask.sum())
+
+    def counts(self) -> tuple[int, int]:
+        """Trainable parameters, and all."""
+        everything = sum(leaf.count for leaf in self.leaves.values() if leaf.kind != "buffer")
+        return sum(self.trainable_count(path) for path in self.trainable), everything
+
+
+def put(graphdef: Any, params: Mapping[str, Any]) -> nnx.Module:
+    """Put arrays, by dotted path, into a module."""
+    state = {tuple(path.split(".")): value for path, value in params.items()}
+    return nnx.merge(graphdef, nnx.State.from_flat_path(state))
+
+
+def take(model: nnx.Module) -> dict[str, Any]:
+    """The arrays of a module by dotted path."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): variable[...] for path, variable in flat}
+
+
+def decide(
+    model: nnx.Module,
+    *,
+    freeze: Sequence[str] = (),
+    dtype: str = "float32",
+    param_dtype: str | None = None,
+) -> Partition:
+    """Decide what trains: the adapters if there are any, else the base without the frozen part.
+
+    Args:
+        model: abstract, adapters attached.
+        freeze: `training.freeze`; each pattern is a regular expression that has to cover whole
+            dotted components of a tensor's name (`embed_tokens`, `model.layers.[01]`).
+        dtype: what frozen base parameters are held in (`model.dtype`).
+        param_dtype: what trained base parameters are held in (`model.param_dtype`); float32 if
+            None.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or nothing is left to train.
+    """
+    variables = nnx.to_flat_state(nnx.state(model))
+    kinds = {".".join(map(str, path)): variable for path, variable in variables}
+    has_adapter = any(isinstance(v, AdapterParam) for v in kinds.values())
+    if has_adapter and freeze:
+        raise ConfigError(
+            f"training.freeze: got {list(freeze)!r} with an adapter, expected []; with an adapter "
+            "all weights of the model are frozen"
+        )
+    masks = _layer_masks(model, freeze)
+    leaves, trainable = {}, []
+    for path, variable in kinds.items():
+        kind = _kind(variable)
+        trains = kind == "adapter" if has_adapter else bool(masks[path].any())
+        held = (param_dtype or "float32") if trains else dtype
+        leaves[path] = _leaf(variable, kind, jnp.dtype(held if kind == "base" else "float32"))
+        if trains:
+            trainable.append(path)
+    if not trainable:
+        raise ConfigError(
+            f"training.freeze: got {list(freeze)!r}, which freezes every tensor, expected at least "
+            "one left to train; remove a pattern"
+        )
+    partial = {} if has_adapter else {p: m for p, m in masks.items() if m.any() and not m.all()}
+    frozen = tuple(path for path in leaves if path not in set(trainable))
+    return Partition(nnx.graphdef(model), leaves, tuple(trainable), frozen, partial)
+
+
+def _kind(variable: nnx.Variable) -> str:
+    if isinstance(variable, AdapterParam):
+        return "adapter"
+    return "buffer" if isinstance(variable, AdapterBuffer) else "base"
+
+
+def _leaf(variable: nnx.Variable, kind: str, dtype: jnp.dtype) -> Leaf:
+    metadata = variable.get_metadata()
+    shape = tuple(variable.shape)
+    return Leaf(shape, metadata["axes"], dtype, kind, metadata.get("count", math.prod(shape)))
+
+
+def _layer_masks(model: nnx.Module, freeze: Sequence[str]) -> dict[str, np.ndarray]:
+    """For every base parameter, which of its layers train (one entry outside a stack)."""
+    entries = entries_of(model)
+    patterns, problems = [], []
+    for pattern in freeze:
+        try:
+            compiled = re.compile(rf"(?:^|\.)(?:{pattern})(?:\.|$)")
+        except re.error as error:
+            problems.append(
+                f"training.freeze: got {pattern!r}, expected a regular expression ({error}); "
+                "write .* where a shell would take *"
+            )
+            continue
+        patterns.append(compiled)
+        if not any(compiled.search(entry.hf) for entry in entries):
+            names = [entry.hf for entry in entries]
+            problems.append(
+                f"training.freeze: got {pattern!r}, which matches no tensor; "
+                f"{nearest(pattern, names)}"
+            )
+    raise_all(problems)
+    trains: dict[str, list[bool]] = {}
+    for entry in entries:
+        frozen = any(pattern.search(entry.hf) for pattern in patterns)
+        trains.setdefault(entry.path, []).append(not frozen)
+    return {path: np.asarray(layers) for path, layers in trains.items()}
+
+
+def report(partition: Partition) -> list[tuple[str, str, str, int, int]]:
+    """What trains, per module kind: rows of (path, shape, dtype, trainable, all) parameters."""
+    rows = []
+    for path, leaf in partition.leaves.items():
+        if path in partition.trainable:
+            shape = " x ".join(map(str, leaf.shape))
+            count = partition.trainable_count(path)
+            rows.append((path, shape, leaf.dtype.name, count, leaf.count))
+    return rows

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From logical axes to devices: the mesh, and the sharding of every array.
+
+In: the `mesh` section and leaves with logical axes. Out: a mesh and `NamedSharding`s, for concrete
+and abstract trees alike. A dimension that its mesh axis does not divide is replicated, and the
+report says so. Not done here: moving data.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dsjax.config import MeshSection
+from dsjax.errors import ConfigError
+from dsjax.partition import Leaf
+
+AXES = ("data", "fsdp", "tensor", "expert", "sequence")
+
+BATCH_AXES = ("data", "fsdp")
+"""Mesh axes over which the rows of a batch are dealt."""
+
+RULES = {
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+"""Logical axis -> mesh axis; every other axis is replicated."""
+
+
+def make_mesh(section: MeshSection, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arrange the devices; an axis of -1 takes what the others leave.
+
+    Raises:
+        ConfigError: more than one -1, or sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(section, axis) for axis in AXES]
+    described = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1:
+        raise ConfigError(f"mesh: got {described}, expected at most one axis of -1")
+    known = math.prod(size for size in sizes if size != -1)
+    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+        raise ConfigError(
+            f"mesh: got {described}, expected sizes whose product is the number of devices "
+            f"({len(devices)}); set one axis to -1 to let it fill"
+        )
+    sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of parts that the rows of a batch are dealt into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
+    """Refuse a batch that accumulation and devices do not divide."""
+    parts = accumulation * batch_shards(mesh)
+    if batch_size % parts:
+        raise ConfigError(
+            f"training.batch_size: got {batch_size}, expected a multiple of {parts} = "
+            f"training.gradient_accumulation_steps ({accumulation}) x mesh.data x mesh.fsdp "
+            f"({batch_shards(mesh)}); {math.ceil(batch_size / parts) * parts} would do"
+        )
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of arrays that lead with the rows of a batch: [B, T] and [B, T, D]."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """One copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def leaf_sharding(leaf: Leaf, mesh: Mesh) -> NamedSharding:
+    """Sharding of one leaf by its logical axes."""
+    spec = [
+        RULES[axis] if axis in RULES and size % mesh.shape[RULES[axis]] == 0 else None
+        for axis, size in zip(leaf.axes, leaf.shape, strict=True)
+    ]
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def leaf_shardings(leaves: Mapping[str, Leaf], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Sharding of every leaf by path."""
+    return {path: leaf_sharding(leaf, mesh) for path, leaf in leaves.items()}
+
+
+def undivided(leaves: Mapping[str, Leaf], mesh: Mesh) -> list[str]:
+    """A line for every dimension that is replicated because its mesh axis does not divide it."""
+    return [
+        f"{path}: {axis} {size} is replicated, mesh.{RULES[axis]} {mesh.shape[RULES[axis]]} "
+        "does not divide it"
+        for path, leaf in leaves.items()
+        for axis, size in zip(leaf.axes, leaf.shape, strict=True)
+        if axis in RULES and size % mesh.shape[RULES[axis]]
+    ]
+
+
+def shardings_like(tree: Any, by_path: Mapping[str, NamedSharding], mesh: Mesh) -> Any:
+    """Shardings for a tree that holds dictionaries by parameter path, such as optimizer state.
+
+    A leaf under a dictionary key that is a parameter's path is sharded like that parameter; every
+    other leaf (a counter) is replicated.
+    """
+
+    def of(keys, _):
+        names = [key.key for key in keys if isinstance(key, jax.tree_util.DictKey)]
+        known = [by_path[name] for name in names if name in by_path]
+        return known[0] if known else replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(of, tree)

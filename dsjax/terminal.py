@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run prints: the start banner, the table of what trains, the progress bar.
+
+In: facts and values that the run has already computed. Out: text on stderr, and nothing on stdout.
+Where stderr is no terminal, the text has no control characters and the bar becomes plain lines.
+Not done here: files (metrics.py) and deciding which process prints (callers pass `primary`).
+"""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+# What trains of one module kind: path, shape, dtype, trainable parameters, all parameters.
+TrainableRow = tuple[str, str, str, int, int]
+
+_SHOWN = {
+    "epoch": "epoch {:.2f}",
+    "loss": "loss {:.4f}",
+    "accuracy": "accuracy {:.3f}",
+    "learning_rate": "lr {:.2e}",
+    "grad_norm": "grad norm {:.3f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.1%}",
+    "loss_scale": "loss scale {:g}",
+    "skipped_steps": "skipped {:,}",
+    "eval_loss": "eval loss {:.4f}",
+    "eval_perplexity": "perplexity {:.4g}",
+}
+_IN_THE_BAR = ("loss", "tokens_per_second", "mfu")
+
+
+class Progress:
+    """A bar on a terminal, plain lines elsewhere; a context manager."""
+
+    def __init__(self, total_steps: int, start_step: int = 0, primary: bool = True) -> None:
+        self._total, self._start, self._primary = total_steps, start_step, primary
+        self._began = time.monotonic()
+        self._bar = None
+        console = _console()
+        if primary and console.is_terminal and not console.is_dumb_terminal:
+            self._bar = _bar(console)
+            self._task = self._bar.add_task("", total=total_steps, completed=start_step, shown="")
+
+    def __enter__(self) -> "Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to a finished step; call it at every step."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def log(self, step: int, values: Mapping[str, object]) -> None:
+        """Show a training line: in the bar, or as a line where there is none."""
+        if self._bar is not None:
+            shown = {key: values.get(key) for key in _IN_THE_BAR}
+            self._bar.update(self._task, completed=step, shown=_shown(shown))
+        else:
+            self._line(step, f"{_shown(values)} | ETA {self._eta(step)}")
+
+    def log_eval(self, step: int, values: Mapping[str, object]) -> None:
+        """Show an evaluation as a line of its own, above the bar on a terminal."""
+        self._line(step, _shown(values))
+
+    def _line(self, step: int, text: str) -> None:
+        # While a bar is up, rich stands in for sys.stderr and puts the line above it.
+        if self._primary:
+            print(f"step {step}/{self._total} | {text}", file=sys.stderr, flush=True)
+
+    def _eta(self, step: int) -> str:
+        done = max(step - self._start, 1)
+        seconds = round((time.monotonic() - self._began) / done * max(self._total - step, 0))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def _shown(values: Mapping[str, object]) -> str:
+    given = [(form, values[key]) for key, form in _SHOWN.items() if values.get(key) is not None]
+    return " | ".join(form.format(value) for form, value in given)
+
+
+def _bar(console: Console) -> RichProgress:
+    return RichProgress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+        refresh_per_second=4,
+        speed_estimate_period=600,  # rich's 30 s would leave slow steps without an ETA
+        redirect_stdout=False,  # what a command prints on stdout must stay there
+    )
+
+
+def _console() -> Console:
+    """Return a console on stderr that takes texts literally: `[q_proj]` is no markup here."""
+    terminal = sys.stderr.isatty()
+    return Console(
+        file=sys.stderr,
+        force_terminal=terminal,
+        width=None if terminal else 100,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
+
+
+def banner(facts: Mapping[str, object], title: str = "dsjax") -> None:
+    """Print the facts of a run, a name and a value a row; integers get thousands separators."""
+    console = _console()
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in facts.items():
+        grid.add_row(name, f"{value:,}" if type(value) is int else str(value))
+    frame = box.ROUNDED if console.is_terminal else box.ASCII
+    console.print(Panel(grid, title=title, title_align="left", box=frame, expand=False))
+
+
+def trainable_line(trainable: int, all_parameters: int) -> str:
+    """Return PEFT's line; `all_parameters` counts the adapter's as well."""
+    percent = 100 * trainable / all_parameters
+    return (
+        f"trainable params: {trainable:,d} || all params: {all_parameters:,d} || "
+        f"trainable%: {percent:.4f}"
+    )
+
+
+def trainable_table(rows: Sequence[TrainableRow], all_parameters: int) -> str:
+    """Print what trains, a row per module kind, with PEFT's line below; return the same text."""
+    cells = [("module", "shape", "dtype", "trainable")]
+    cells += [(path, shape, dtype, _part(some, whole)) for path, shape, dtype, some, whole in rows]
+    path, shape, dtype, part = (max(map(len, column)) for column in zip(*cells, strict=True))
+    lines = [
+        f"{cell[0]:<{path}}  {cell[1]:<{shape}}  {cell[2]:<{dtype}}  {cell[3]:>{part}}"
+        for cell in cells
+    ]
+    lines.append(trainable_line(sum(row[3] for row in rows), all_parameters))
+    text = "\n".join(lines)
+    print(text, file=sys.stderr)
+    return text
+
+
+def _part(some: int, whole: int) -> str:
+    return f"{some:,}" if some == whole else f"{some:,} of {whole:,}"

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine that tests run on: eight simulated CPU devices, no network, one compile cache.
+
+Every function of the package is checked against its annotations while tests run. A test marked
+`gpu` or `tpu` is left out where there is no such device, and the last lines say how many were.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import jaxtyping
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache" / "jax"
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",  # torch and BLAS; the test processes share the cores
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+    # With a bound, JAX writes the cache under a lock: processes share it without torn entries.
+    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 * 2**30),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+}
+
+import jax  # noqa: E402  (reads the variables above)
+
+jax.config.update("jax_num_cpu_devices", 8)
+jaxtyping.install_import_hook("dsjax", "beartype.beartype")
+
+hypothesis.settings.register_profile("dsjax", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("dsjax")
+
+DEVICES = {"gpu": "gpu", "tpu": "tpu"}  # marker: the backend that it needs
+ABSENT = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the count of tests that were left out."""
+    config.stash[ABSENT] = {}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests whose device is absent, and count them."""
+    for marker, backend in DEVICES.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and jax.default_backend() != backend:
+            config.hook.pytest_deselected(items=marked)
+            items[:] = [item for item in items if item not in marked]
+            config.stash[ABSENT][marker] = len(marked)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In a worker process: hand the count to the process that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["absent"] = session.config.stash[ABSENT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object, error: object) -> None:
+    """In the process that prints: take over the count; every worker collects the same tests."""
+    del error
+    node.config.stash[ABSENT].update(getattr(node, "workeroutput", {}).get("absent", {}))
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say how many tests were left out for want of a device."""
+    for marker, count in config.stash[ABSENT].items():
+        terminalreporter.write_line(f"{count} tests were left out: there is no {marker} here")
+
+
+@pytest.fixture
+def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python -m dsjax.<module> <args>` in a process of its own, on simulated CPU devices."""
+
+    def run(
+        module: str,
+        *args: object,
+        devices: int = 1,
+        cwd: Path | None = None,
+        timeout: float = 600,
+        env: dict[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        settings = {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            [sys.executable, "-m", f"dsjax.{module}", *map(str, args)],
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=timeout,
+            cwd=cwd,
+            env=os.environ | settings | (env or {}),
+        )
+
+    return run

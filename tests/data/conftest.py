@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny tokenizers with the templates of each family, and files of rows to load.
+
+The templates do what the published ones do, in words of our own: what they render is asserted in
+test_data_chat.py, so a reader sees there how a family looks.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dsjax.config import DataSection
+from dsjax.data import Examples, load_examples, load_tokenizer
+
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+SPECIAL = (BOS, EOS, "<|EOT|>", "<|im_end|>")
+ADDED = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
+
+SYSTEM_FIRST = (
+    "{{ bos_token }}{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}"
+)
+
+
+def _deepseek(prompt: str, history: str = "", cut: str = "m.content.split('</think>')[-1]") -> str:
+    """V3 and what came of it: `prompt` follows the assistant's mark when it is to speak."""
+    return (
+        SYSTEM_FIRST + "{% for m in messages %}"
+        "{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}{% endif %}"
+        "{% if m.role == 'assistant' %}"
+        "{{ '<｜Assistant｜>" + history + "' + (" + cut + ") + eos_token }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}" + prompt + "{% endif %}"
+    )
+
+
+TEMPLATES = {
+    "v3": _deepseek(""),
+    "r1": _deepseek("{{ '<think>\n' }}"),
+    "v31": _deepseek("{{ '<think>' if thinking else '</think>' }}", history="</think>"),
+    "closed": _deepseek("{{ '</think>' }}", history="</think>"),
+    "llm": "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ m.content + '\n\n' }}"
+    "{% elif m.role == 'user' %}{{ 'User: ' + m.content + '\n\n' }}"
+    "{% else %}{{ 'Assistant: ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
+    "coder": "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '### Instruction:\n' + m.content + '\n' }}"
+    "{% else %}{{ '### Response:\n' + m.content + '\n<|EOT|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:' }}{% endif %}",
+    "chatml": "{% for m in messages %}"
+    "{{ m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}",
+}
+
+
+def write_tokenizer(folder: Path, template: str | None, **settings: Any) -> Path:
+    """Write a tokenizer of one token per byte, `:` + line break merged, the marks of DeepSeek."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate([*letters, ":Ċ"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[(":", "Ċ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ADDED])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "LlamaTokenizerFast",  # as DeepSeek's files say
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": template,
+        **settings,
+    }
+    given = {key: value for key, value in config.items() if value is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(given))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PreTrainedTokenizerFast]:
+    """One tokenizer for each family of templates."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    return {
+        name: load_tokenizer(write_tokenizer(root / name, template))
+        for name, template in TEMPLATES.items()
+    }
+
+
+@pytest.fixture
+def with_template(tmp_path: Path) -> Callable[..., PreTrainedTokenizerFast]:
+    """Load a tokenizer that has a given chat template and settings."""
+
+    def load(template: str | None, **settings: Any) -> PreTrainedTokenizerFast:
+        return load_tokenizer(write_tokenizer(tmp_path / "tokenizer", template, **settings))
+
+    return load
+
+
+@pytest.fixture
+def load_rows(tmp_path: Path) -> Callable[..., Examples]:
+    """Load rows through a JSONL file `rows.jsonl` in tmp_path."""
+
+    def load(
+        rows: list[Any],
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        vocab_size: int | None = None,
+        **section: Any,
+    ) -> Examples:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = DataSection(train=[str(path)], **section)
+        return load_examples(settings.train, settings, tokenizer, vocab_size)
+
+    return load

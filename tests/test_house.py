@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of the house that a machine can check: arrows, sizes, names, knobs that are read."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from dsjax import config_rules
+from dsjax.config import RunConfig, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "dsjax"
+
+# A module imports from the rows above its own only. A folder counts as one module.
+LAYERS = (
+    {"errors"},
+    {"config_rules"},
+    {"config_yaml"},
+    {"config"},
+    {"safetensors_file", "hf_hub", "models", "data", "optimizer", "metrics", "terminal"},
+    {"torch_file", "partition", "objectives", "model_card"},
+    {"hf_files", "sharding"},
+    {"adapters", "flax_checkpoint"},
+    {"convert", "checkpoint", "step"},
+    {"export"},
+    {"train", "evaluate", "generate"},
+)
+ENTRY_POINTS = LAYERS[-1] | {"export"}
+VAGUE_NAMES = {"utils", "common", "helpers", "base", "core"}
+
+SOURCES = sorted(path for folder in ("dsjax", "tools") for path in (ROOT / folder).rglob("*.py"))
+ALL_PYTHON = sorted(
+    [*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+)
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def _module(path: Path) -> str:
+    """Name the module of the layer table that a file of the package belongs to."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def _imports(tree: ast.AST) -> list[str]:
+    """List the dotted names that a file imports, also inside functions."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def _tracked() -> list[Path]:
+    """List the files that are, or would be, part of the repository."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    files = [ROOT / name for name in listing.stdout.split("\0") if name]
+    return [file for file in files if file.is_file()]
+
+
+def test_every_module_has_a_layer():
+    known = set().union(*LAYERS)
+    found = {_module(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
+    assert found == known
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=_name)
+def test_imports_point_one_way(path: Path):
+    own = _module(path)
+    if own == "__init__":
+        return
+    rank = {name: row for row, names in enumerate(LAYERS) for name in names}
+    inside = [name for name in _imports(ast.parse(path.read_text())) if name.startswith("dsjax.")]
+    others = {name.split(".")[1] for name in inside} - {own}
+    assert {name for name in others if rank[name] >= rank[own]} == set()
+
+
+@pytest.mark.parametrize("path", ALL_PYTHON, ids=_name)
+def test_files_are_small_and_say_what_they_are(path: Path):
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n")
+    assert ast.get_docstring(tree), "no module docstring"
+    assert len(text.splitlines()) <= 600
+    assert path.stem not in VAGUE_NAMES and not VAGUE_NAMES & set(path.parts)
+    long = [
+        f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and (node.end_lineno or 0) - node.lineno >= 100
+    ]
+    assert long == []
+
+
+@pytest.mark.parametrize("path", ALL_PYTHON, ids=_name)
+def test_nothing_is_left_for_later(path: Path):
+    # Put together here, so that this file does not contain them.
+    words = ["TO" + "DO", "FIX" + "ME", "type: " + "ignore", "mark." + "skip", "pytest." + "skip"]
+    words += ["x" + "fail", "from __future__ " + "import annotations"]
+    text = path.read_text()
+    assert [word for word in words if word in text] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=_name)
+def test_torch_is_imported_only_where_it_is_used(path: Path):
+    top = [
+        node for node in ast.parse(path.read_text()).body if not isinstance(node, ast.FunctionDef)
+    ]
+    names = [name for node in top for name in _imports(node)]
+    assert [name for name in names if name.split(".")[0] == "torch"] == []
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=_name)
+def test_only_commands_read_the_environment(path: Path):
+    if _module(path) not in ENTRY_POINTS:
+        assert (
+            re.findall(r"os\.(?:environ|getenv)|import environ|import getenv", path.read_text())
+            == []
+        )
+
+
+def test_every_key_of_the_configuration_is_read():
+    files = [path for path in PACKAGE.rglob("*.py") if not _module(path).startswith("config")]
+    text = "\n".join(path.read_text() for path in files)
+    fields = {
+        key: field.annotation
+        for section in config_rules.sections(RunConfig).values()
+        for key, field in section.model_fields.items()
+    }
+    # A key that can have one value only, until there is code for others, decides nothing.
+    decided = {
+        key for key, kind in fields.items() if len(get_args(kind)) == 1 or kind is type(None)
+    }
+    unread = [key for key in fields if not re.search(rf'\.{key}\b|"{key}"', text)]
+    assert [key for key in unread if key not in decided] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=_name)
+def test_recipes_are_valid(path: Path):
+    assert load_config(path).output_dir
+
+
+def test_no_package_registry_is_named():
+    hosts = ["py" + "pi", "python" + "hosted", "npm" + "js", "crates" + ".io", "ana" + "conda"]
+    hosts += ["download." + "pytorch"]
+    named = [
+        f"{_name(path)}: {host}"
+        for path in _tracked()
+        for host in hosts
+        if host.encode() in path.read_bytes().lower()
+    ]
+    assert named == []
+
+
+def test_importing_the_package_starts_nothing():
+    heavy = {"jax", "torch", "transformers", "datasets"}
+    code = f"import sys, dsjax, dsjax.config; print(*{heavy} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""

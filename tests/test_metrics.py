@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""metrics.jsonl, TensorBoard, throughput and the loss picture."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dsjax import metrics
+from dsjax.config import LoggingSection
+from dsjax.metrics import Meter, MetricsLog, device_peak_flops, plot_loss, read_metrics
+
+SILENT = LoggingSection(report_to=[])
+BOARD = LoggingSection(report_to=["tensorboard"])
+
+
+def train_values(loss=1.5, **more):
+    values = {
+        "learning_rate": 1e-4,
+        "epoch": 0.5,
+        "loss": loss,
+        "accuracy": 0.25,
+        "grad_norm": np.float32(0.1),
+        "tokens": 64,
+        "tokens_per_second": 12.5,
+        "mfu": None,
+    }
+    return values | more
+
+
+def eval_values(loss=2.0):
+    return {"eval_loss": loss, "eval_perplexity": math.exp(loss), "eval_tokens": 7}
+
+
+def write_run(directory, steps, section=SILENT):
+    with MetricsLog(directory, section, 0) as log:
+        for step in steps:
+            log.log(step, train_values(loss=1 / step))
+            log.log_eval(step, eval_values(2 / step))
+
+
+def lines(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_loss_line_per_step_with_the_contract_keys_in_order(tmp_path):
+    write_run(tmp_path, [1, 2])
+    rows = lines(tmp_path)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
+    assert tuple(rows[0]) == ("step", *metrics.TRAIN_KEYS)
+    assert tuple(rows[1]) == ("step", *metrics.EVAL_KEYS)
+    assert rows[0]["mfu"] is None
+
+
+def test_numbers_are_written_at_full_precision(tmp_path):
+    with MetricsLog(tmp_path, SILENT, 0) as log:
+        log.log(3, train_values(loss=0.1 + 0.2, loss_scale=np.float32(1 / 3)))
+    (row,) = lines(tmp_path)
+    assert row["loss"] == 0.1 + 0.2
+    assert np.float32(row["loss_scale"]) == np.float32(1 / 3)
+
+
+def test_a_line_is_readable_as_soon_as_it_is_logged(tmp_path):
+    with MetricsLog(tmp_path, SILENT, 0) as log:
+        log.log(1, train_values())
+        assert len(lines(tmp_path)) == 1
+
+
+def test_missing_contract_key_is_our_error(tmp_path):
+    with MetricsLog(tmp_path, SILENT, 0) as log, pytest.raises(KeyError, match="loss"):
+        log.log(1, {"epoch": 0.0})
+
+
+def test_non_finite_becomes_null_with_a_warning(tmp_path, capsys):
+    with MetricsLog(tmp_path, SILENT, 0) as log:
+        log.log(4, train_values(loss=math.nan, grad_norm=math.inf))
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    assert lines(tmp_path)[0]["loss"] is None
+    assert "step 4: loss is nan, written to metrics.jsonl as null" in capsys.readouterr().err
+
+
+def test_resume_cuts_later_lines_and_keeps_the_rest_byte_for_byte(tmp_path):
+    write_run(tmp_path, [1, 2, 3])
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_bytes().splitlines(keepends=True)
+    MetricsLog(tmp_path, SILENT, 2).close()
+    assert path.read_bytes() == b"".join(before[:4])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 2, "lo', b'{"step": 2}', b"\n", b"\xff\n", b"[1]\n"])
+def test_resume_cuts_a_torn_last_line(tmp_path, torn):
+    write_run(tmp_path, [1])
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + torn)
+    with MetricsLog(tmp_path, SILENT, 2) as log:
+        assert path.read_bytes() == whole
+        log.log(3, train_values())
+    assert [row["step"] for row in lines(tmp_path)] == [1, 1, 3]
+
+
+def test_resume_at_the_last_step_leaves_the_file_untouched(tmp_path):
+    write_run(tmp_path, [1, 2])
+    inode = (tmp_path / "metrics.jsonl").stat().st_ino
+    MetricsLog(tmp_path, SILENT, 2).close()
+    assert (tmp_path / "metrics.jsonl").stat().st_ino == inode
+    assert len(lines(tmp_path)) == 4
+
+
+def test_a_new_start_in_the_same_directory_starts_the_file_again(tmp_path):
+    with MetricsLog(tmp_path, SILENT, 0) as log:
+        log.log_eval(0, eval_values())
+    MetricsLog(tmp_path, SILENT, 0).close()
+    assert lines(tmp_path) == []
+
+
+def test_summary_is_written_once_over_restarts(tmp_path):
+    summary = Meter().summary()
+    for resume_step in (0, 5):
+        with MetricsLog(tmp_path, SILENT, resume_step) as log:
+            log.log_summary(5, summary | {"train_loss": 1.0})
+    (row,) = lines(tmp_path)
+    assert set(row) == {
+        "step",
+        "train_loss",
+        "train_runtime",
+        "train_steps_per_second",
+        "train_tokens_per_second",
+    }
+
+
+def test_other_processes_write_nothing(tmp_path):
+    with MetricsLog(tmp_path, BOARD, 0, primary=False) as log:
+        log.log(1, train_values())
+        log.log_start("a: 1", "table")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_has_scalars_and_texts(tmp_path):
+    write_run(tmp_path, [1, 2], BOARD)
+    with MetricsLog(tmp_path, BOARD, 2) as log:
+        log.log_start("model: {}", "module  parameters")
+        log.log(3, train_values(loss=math.nan))
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(board.Tags()["scalars"]) == {
+        *(f"train/{key}" for key in metrics.TRAIN_KEYS if key != "mfu"),
+        "eval/loss",
+        "eval/perplexity",
+        "eval/tokens",
+    }
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2]
+    assert [event.step for event in board.Scalars("train/epoch")] == [1, 2, 3]
+    texts = {
+        tag: board.Tensors(tag)[0].tensor_proto.string_val[0] for tag in board.Tags()["tensors"]
+    }
+    assert b"model: {}" in texts["config/text_summary"]
+    assert b"module  parameters" in texts["trainable/text_summary"]
+
+
+def test_tensorboard_forgets_the_steps_that_a_resume_repeats(tmp_path):
+    write_run(tmp_path, [1, 2, 3], BOARD)
+    with MetricsLog(tmp_path, BOARD, 1) as log:
+        log.log(2, train_values(loss=9.0))
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    seen = [(event.step, event.value) for event in board.Scalars("train/loss")]
+    assert seen == [(1, 1.0), (2, 9.0)]
+
+
+def test_no_tensorboard_unless_asked(tmp_path):
+    write_run(tmp_path, [1])
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_meter_gives_token_means_since_the_last_values():
+    meter = Meter()
+    meter.add(np.float32(6), 2.0, 1.0, 4)
+    meter.add(2.0, 2.0, 2.0, np.int32(4))
+    first = meter.values()
+    assert (first["loss"], first["accuracy"], first["tokens"]) == (2.0, 0.75, 8)
+    meter.add(5.0, 1.0, 0.0, 4)
+    second = meter.values()
+    assert (second["loss"], second["accuracy"], second["tokens"]) == (5.0, 0.0, 12)
+    assert meter.summary()["train_loss"] == 13 / 5
+
+
+def test_meter_over_no_trained_token_is_nan():
+    meter = Meter()
+    meter.add(0.0, 0.0, 0.0, 0)
+    assert math.isnan(meter.values()["loss"])
+
+
+def test_meter_restored_in_the_middle_gives_the_unbroken_numbers():
+    sums = np.random.default_rng(0).uniform(1, 9, (6, 3)).astype(np.float32)
+    whole, before, after = Meter(), Meter(), Meter()
+    for row in sums:
+        whole.add(*row, 8)
+    for row in sums[:4]:
+        before.add(*row, 8)
+    after.restore(json.loads(json.dumps(before.state())))
+    for row in sums[4:]:
+        after.add(*row, 8)
+    expected, seen = whole.values(), after.values()
+    assert [seen[key] for key in ("loss", "accuracy", "tokens")] == [
+        expected[key] for key in ("loss", "accuracy", "tokens")
+    ]
+    assert whole.summary()["train_loss"] == after.summary()["train_loss"]
+
+
+def test_meter_speed_leaves_out_pauses(monkeypatch):
+    clock = iter([0.0, 2.0, 12.0, 14.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    meter = Meter(flops_per_token=3.0, peak_flops=60.0)
+    meter.add(1.0, 1.0, 1.0, 40)
+    with meter.paused():
+        pass
+    values = meter.values()
+    assert values["tokens_per_second"] == 10.0
+    assert values["mfu"] == 0.5
+
+
+def test_meter_without_a_known_peak_has_no_mfu():
+    meter = Meter(flops_per_token=3.0, peak_flops=None)
+    meter.add(1.0, 1.0, 1.0, 40)
+    assert meter.values()["mfu"] is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "peak"),
+    [
+        ("TPU v5p", "bfloat16", 459e12),
+        ("TPU v5 lite", "bfloat16", 197e12),
+        ("TPU v5p", "float16", None),
+        ("NVIDIA H100 80GB HBM3", "float16", 989e12),
+        ("NVIDIA H100 80GB HBM3", "float32", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
+        ("cpu", "bfloat16", None),
+    ],
+)
+def test_device_peaks(kind, dtype, peak):
+    assert device_peak_flops(kind, dtype) == peak
+
+
+def test_training_flops_are_six_per_parameter_and_four_where_frozen():
+    assert metrics.train_flops_per_token(100, 100, 0, 0.0) == 600
+    assert metrics.train_flops_per_token(100, 1, 0, 0.0) == 402
+    # One layer, 2 heads of 3 + 3: two products over half of 10 keys, once forward, twice backward.
+    assert metrics.train_flops_per_token(0, 0, 2 * (3 + 3), 10.0) == 3 * (2 * 2 * 3 * 5) * 2
+
+
+def test_picture(tmp_path):
+    write_run(tmp_path, range(1, 40))
+    assert plot_loss(tmp_path) == tmp_path / "training_loss.png"
+    assert (tmp_path / "training_loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "metrics.jsonl",
+        "training_loss.png",
+    ]
+
+
+def test_no_picture_without_a_loss(tmp_path):
+    assert plot_loss(tmp_path) is None
+    with MetricsLog(tmp_path, SILENT, 0) as log:
+        log.log(1, train_values(loss=math.nan))
+    assert plot_loss(tmp_path) is None
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["step"] == 1
+    assert not (tmp_path / "training_loss.png").exists()
+
+
+def test_smoothing_does_not_lag_and_flattens_a_zigzag():
+    assert metrics._smooth([5.0, 4.0, 3.0, 2.0, 1.0]) == [4.5, 4.0, 3.0, 2.0, 1.5]
+    smooth = metrics._smooth([1.0 + (step % 2) for step in range(90)])
+    assert max(smooth[3:-3]) - min(smooth[3:-3]) < 0.2

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run prints, on a terminal and elsewhere."""
+
+import os
+import pty
+import subprocess
+import sys
+
+from dsjax.terminal import Progress, banner, trainable_line, trainable_table
+
+VALUES = {
+    "epoch": 0.5,
+    "loss": 1.25,
+    "learning_rate": 2e-4,
+    "tokens_per_second": 1234.0,
+    "mfu": None,
+}
+
+
+def control_characters(text):
+    return [char for char in text if not char.isprintable() and char != "\n"]
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys):
+    with Progress(20, start_step=10) as progress:
+        for step in range(11, 21):
+            progress.advance(step)
+            if step % 5 == 0:
+                progress.log(step, VALUES)
+        progress.log_eval(20, {"eval_loss": 0.5, "eval_perplexity": 1.6487, "eval_tokens": 9})
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "step 15/20 | epoch 0.50 | loss 1.2500 | lr 2.00e-04 | 1,234 tokens/s | ETA 0:00:00",
+        "step 20/20 | epoch 0.50 | loss 1.2500 | lr 2.00e-04 | 1,234 tokens/s | ETA 0:00:00",
+        "step 20/20 | eval loss 0.5000 | perplexity 1.649",
+    ]
+
+
+def test_no_escape_codes_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    banner({"model": "x" * 300, "target": "[q_proj]"})
+    trainable_table([("q_proj.weight", "2 x 8 x 96", "float32", 1536, 1536)], 34016)
+    with Progress(2) as progress:
+        progress.advance(1)
+        progress.log(1, VALUES)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert control_characters(err) == []
+    assert err.isascii()
+
+
+def test_banner_shows_texts_literally_and_groups_digits(capsys):
+    banner(
+        {
+            "packing": True,
+            "model": "org/name",
+            "target_modules": "[q_proj] :smile:",
+            "tokens": 1234567,
+        },
+        "run",
+    )
+    err = capsys.readouterr().err
+    for text in ("run", " True ", "org/name", "[q_proj] :smile:", "1,234,567"):
+        assert text in err
+
+
+def test_trainable_line_is_pefts():
+    line = "trainable params: 1,536 || all params: 34,016 || trainable%: 4.5155"
+    assert trainable_line(1536, 34016) == line
+
+
+def test_trainable_table_prints_what_it_returns(capsys):
+    rows = [
+        ("layers.q_proj.weight", "4 x 16 x 16", "float32", 512, 1024),
+        ("norm.weight", "1032", "bfloat16", 1032, 1032),
+    ]
+    text = trainable_table(rows, 3088)
+    assert capsys.readouterr().err == text + "\n"
+    assert text.splitlines() == [
+        "module                shape        dtype        trainable",
+        "layers.q_proj.weight  4 x 16 x 16  float32   512 of 1,024",
+        "norm.weight           1032         bfloat16         1,032",
+        "trainable params: 1,544 || all params: 3,088 || trainable%: 50.0000",
+    ]
+
+
+def test_other_processes_print_nothing(capsys):
+    with Progress(2, primary=False) as progress:
+        progress.advance(1)
+        progress.log(1, VALUES)
+        progress.log_eval(1, {"eval_loss": 0.5})
+    assert capsys.readouterr() == ("", "")
+
+
+SCRIPT = """
+from dsjax.terminal import Progress
+with Progress(2) as progress:
+    progress.log(1, {"loss": 1.25, "tokens_per_second": 1234.0})
+    progress.log_eval(1, {"eval_loss": 0.5})
+    print("result")
+"""
+
+
+def run_on_a_terminal(script):
+    """Return (stdout, stderr) of a script whose stderr is a terminal."""
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=theirs, env=environment
+    ) as process:
+        os.close(theirs)
+        shown = b"".join(iter(lambda: read_terminal(ours), b""))
+        os.close(ours)
+        out, _ = process.communicate()
+    assert process.returncode == 0, shown
+    return out.decode(), shown.decode()
+
+
+def read_terminal(descriptor):
+    # Linux ends a terminal whose last writer has gone with an error, not with an empty read.
+    try:
+        return os.read(descriptor, 65536)
+    except OSError:
+        return b""
+
+
+def test_bar_on_a_terminal_leaves_stdout_alone():
+    out, err = run_on_a_terminal(SCRIPT)
+    assert out == "result\n"
+    assert "\x1b[" in err
+    for text in ("loss 1.2500", "1,234 tokens/s", "1/2", "ETA", "eval loss 0.5000"):
+        assert text in err

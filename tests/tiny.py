@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random checkpoints in Hugging Face form, made by transformers' own classes.
+
+In: a folder and the name of a variant. Out: what a hub repository would hold (config, weights in
+one or several files, tokenizer, generation config, licence), and reference logits in float32.
+Not here: adapters and training loops (tests/parity), anything that needs the network.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+SPECIAL_TOKENS = [BOS, EOS, PAD, "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]
+TOKENIZER_SIZE = 272
+
+CHAT_TEMPLATE = """\
+{%- if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}{{- message['content'] -}}{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}{{- '<｜User｜>' + message['content'] -}}
+{%- elif message['role'] == 'assistant' -%}
+{{- '<｜Assistant｜>' + message['content'].split('</think>')[-1] + eos_token -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<｜Assistant｜>' -}}{%- endif -%}
+"""
+
+_SHAPE = {
+    "vocab_size": 288,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+_YARN_LENGTH = {"max_position_embeddings": 128}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_WINDOW = {
+    "use_sliding_window": True,
+    "sliding_window": 8,
+    "max_window_layers": 2,
+    "num_hidden_layers": 4,
+}
+
+
+def _rope(theta: float = 1e4, **scaling: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta} | scaling}
+
+
+# These keys describe the files: `dtype`, `shards`, `form` (safetensors or bin), `dialect` (hub: the
+# config keys of hub files, v5: those of transformers 5), `absent` (config keys left to defaults),
+# `inv_freq` (buffers that old conversions saved), `head_copy` (a tied head saved a second time, as
+# torch does). `model_type` and everything else is the model's config, over _SHAPE.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama_mha": {"model_type": "llama", "num_key_value_heads": 4},
+    "llama_gqa": {"model_type": "llama", "shards": 3},
+    "llama_mqa": {"model_type": "llama", "num_key_value_heads": 1, "num_hidden_layers": 2},
+    "llama_head_dim": {"model_type": "llama", "head_dim": 20, "num_attention_heads": 6},
+    "llama_linear_hub": {
+        "model_type": "llama",
+        "dialect": "hub",
+        **_rope(1e5, rope_type="linear", factor=4.0),
+    },
+    "llama_llama3": {"model_type": "llama", **_rope(5e5, **_LLAMA3)},
+    "llama_llama3_hub": {
+        "model_type": "llama",
+        "dialect": "hub",
+        "dtype": "bfloat16",
+        "shards": 2,
+        **_rope(5e5, **_LLAMA3),
+    },
+    "llama_yarn": {
+        "model_type": "llama",
+        "num_key_value_heads": 4,
+        **_YARN_LENGTH,
+        **_rope(1e4, **_YARN),
+    },
+    "llama_biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama_tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama_odd": {
+        "model_type": "llama",
+        "vocab_size": 281,
+        "intermediate_size": 77,
+        "rms_norm_eps": 1e-3,
+        "num_hidden_layers": 2,
+        **_rope(77777.0),
+    },
+    "llama_float16_hub": {"model_type": "llama", "dialect": "hub", "dtype": "float16"},
+    "llama_bin": {"model_type": "llama", "form": "bin", "shards": 2, "dialect": "hub"},
+    "llama_bin_bfloat16": {
+        "model_type": "llama",
+        "form": "bin",
+        "dtype": "bfloat16",
+        "inv_freq": True,
+    },
+    "llama_tied_bin_head_copy": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "form": "bin",
+        "head_copy": True,
+    },
+    "llama_defaults_hub": {
+        "model_type": "llama",
+        "dialect": "hub",
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "absent": (
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "rope_theta",
+            "rope_scaling",
+            "attention_bias",
+            "mlp_bias",
+            "tie_word_embeddings",
+            "torch_dtype",
+        ),
+    },
+    "llama_inv_freq": {"model_type": "llama", "inv_freq": True, "num_key_value_heads": 4},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2_bfloat16": {"model_type": "qwen2", "dtype": "bfloat16", "dialect": "hub", "shards": 2},
+    "qwen2_window": {"model_type": "qwen2", **_WINDOW},
+    "qwen2_window_hub": {"model_type": "qwen2", "dialect": "hub", **_WINDOW},
+    "qwen2_window_off_hub": {
+        "model_type": "qwen2",
+        "dialect": "hub",
+        **(_WINDOW | {"use_sliding_window": False}),
+    },
+    "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, **_rope(1e6)},
+    "qwen3_defaults_hub": {
+        "model_type": "qwen3",
+        "dialect": "hub",
+        "head_dim": 128,
+        "num_hidden_layers": 2,
+        "absent": ("head_dim", "max_window_layers", "use_sliding_window", "sliding_window"),
+    },
+    "qwen3_yarn_attn_factor": {
+        "model_type": "qwen3",
+        "dialect": "hub",
+        "head_dim": 16,
+        **_YARN_LENGTH,
+        **_rope(1e6, **_YARN, attn_factor=0.8782488562869419),
+    },
+    "qwen3_yarn_mscale": {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        **_YARN_LENGTH,
+        **_rope(1e4, **_YARN, mscale=1.2, mscale_all_dim=0.7, beta_fast=4.0, truncate=False),
+    },
+    "qwen3_yarn_attention_factor": {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        **_YARN_LENGTH,
+        **_rope(1e4, **_YARN, attention_factor=0.8, beta_fast=2.0, beta_slow=0.1),
+    },
+    "qwen3_bias": {"model_type": "qwen3", "head_dim": 8, "attention_bias": True},
+    "qwen3_window": {"model_type": "qwen3", "head_dim": 16, **(_WINDOW | {"max_window_layers": 1})},
+    "qwen3_tied_bfloat16": {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    },
+}
+
+
+def build_checkpoint(
+    directory: str | Path,
+    variant: str,
+    seed: int = 0,
+    dtype: str | None = None,
+    shards: int | None = None,
+    **config: Any,
+) -> Path:
+    """Write the checkpoint of `variant` to `directory`; other arguments override the variant.
+
+    `shards` is how many files at least: a tiny model's embedding fills one by itself.
+    """
+    directory = Path(directory)
+    settings = VARIANTS[variant] | config
+    files = {
+        "dtype": dtype or settings.pop("dtype", "float32"),
+        "shards": shards or settings.pop("shards", 1),
+        "form": settings.pop("form", "safetensors"),
+        "dialect": settings.pop("dialect", "v5"),
+        "absent": settings.pop("absent", ()),
+        "inv_freq": settings.pop("inv_freq", False),
+        "head_copy": settings.pop("head_copy", False),
+    }
+    settings = {key: value for key, value in settings.items() if key not in files}
+    model = random_model(seed, **settings).to(getattr(torch, files["dtype"]))
+    _save_weights(model, directory, files)
+    if files["dialect"] == "hub":
+        _rewrite_config_as_on_the_hub(directory / "config.json", settings, files["absent"])
+    write_tokenizer(directory)
+    (directory / "LICENSE").write_text("Random numbers; no rights reserved.\n")
+    return directory
+
+
+def random_model(seed: int, model_type: str, **settings: Any) -> PreTrainedModel:
+    """A float32 model whose every tensor matters: norms are not 1, biases not 0, logits clear."""
+    shape = _SHAPE | {"bos_token_id": 0, "eos_token_id": 1} | settings
+    config = CONFIGS[model_type](**shape)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _randomise(name, parameter, generator)
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    return model
+
+
+def _randomise(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+    if name.endswith("norm.weight"):
+        parameter.uniform_(0.6, 1.6, generator=generator)
+    elif name.endswith(".bias"):
+        parameter.normal_(0.0, 0.3, generator=generator)
+    elif "embed_tokens" in name or "lm_head" in name:
+        parameter.normal_(0.0, 0.3, generator=generator)
+    else:
+        parameter.normal_(0.0, 0.15, generator=generator)
+
+
+def _save_weights(model: PreTrainedModel, directory: Path, files: Mapping[str, Any]) -> None:
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    size = total if files["shards"] == 1 else total // files["shards"] + 1
+    model.save_pretrained(directory, max_shard_size=size)
+    paths = sorted(directory.glob("model*.safetensors"))
+    if (len(paths) > 1) != (files["shards"] > 1):
+        raise AssertionError(f"{len(paths)} shards written, {files['shards']} asked")
+    if files["inv_freq"]:
+        _add_tensors(paths[-1], _inv_freq(model))
+    if files["head_copy"]:
+        weight = model.get_input_embeddings().weight.detach()
+        _add_tensors(paths[-1], {"lm_head.weight": weight.clone()})
+    if files["form"] == "bin":
+        _turn_into_bin(directory, paths)
+
+
+def _inv_freq(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The rotary buffers that conversions of 2023 saved with the weights."""
+    buffer = model.get_submodule("model.rotary_emb").get_buffer("inv_freq")
+    layers = range(model.config.num_hidden_layers)
+    names = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in layers]
+    return {name: buffer.detach().clone() for name in names}
+
+
+def _add_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    save_file(load_file(path) | dict(tensors), path, metadata={"format": "pt"})
+
+
+def _turn_into_bin(directory: Path, paths: list[Path]) -> None:
+    total = len(paths)
+    weight_map: dict[str, str] = {}
+    for number, path in enumerate(paths, start=1):
+        name = "pytorch_model.bin"
+        if total > 1:
+            name = f"pytorch_model-{number:05d}-of-{total:05d}.bin"
+        tensors = load_file(path)
+        torch.save(tensors, directory / name)
+        path.unlink()
+        weight_map |= dict.fromkeys(tensors, name)
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text()) | {"weight_map": weight_map}
+        (directory / "pytorch_model.bin.index.json").write_text(json.dumps(content, indent=2))
+        index.unlink()
+
+
+def _rewrite_config_as_on_the_hub(
+    path: Path, settings: Mapping[str, Any], absent: Sequence[str]
+) -> None:
+    """Turn transformers 5's config keys into those of the published files."""
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["torch_dtype"] = config.pop("dtype")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    if rope["rope_type"] == "linear":
+        # The Coder files of 2023 say `type`, not `rope_type`.
+        config["rope_scaling"] = {"type": rope["rope_type"], "factor": rope["factor"]}
+    for key in ("layer_types", "pad_token_id"):
+        config.pop(key, None)
+    if "head_dim" not in settings:
+        config.pop("head_dim", None)
+    for key in ("use_sliding_window", "sliding_window", "max_window_layers"):
+        if key in settings:
+            config[key] = settings[key]
+    for key in absent:
+        config.pop(key, None)
+    config["transformers_version"] = "4.39.3"
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Write a byte-level BPE of TOKENIZER_SIZE tokens, DeepSeek's special ones among them."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOKENIZER_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the question and the answer", "the other answer"] * 4, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 256,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": CHAT_TEMPLATE,
+    }
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def random_ids(vocab_size: int, batch: int = 2, length: int = 40, seed: int = 1) -> np.ndarray:
+    """Token ids [batch, length], int32, over the whole vocabulary."""
+    return np.random.default_rng(seed).integers(0, vocab_size, (batch, length), dtype=np.int32)
+
+
+def reference_model(directory: str | Path, dtype: str = "float32") -> PreTrainedModel:
+    """transformers' model of the checkpoint: eager attention, evaluation mode."""
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype), attn_implementation="eager"
+    )
+    return model.eval()
+
+
+@torch.no_grad()
+def reference_logits(
+    directory: str | Path,
+    ids: np.ndarray,
+    position_ids: np.ndarray | None = None,
+    dtype: str = "float32",
+) -> np.ndarray:
+    """transformers' logits [B, T, V], computed in `dtype`, as float32."""
+    positions = None if position_ids is None else torch.as_tensor(position_ids, dtype=torch.long)
+    output = reference_model(directory, dtype)(
+        torch.as_tensor(ids, dtype=torch.long), position_ids=positions, use_cache=False
+    )
+    return output.logits.float().numpy()
