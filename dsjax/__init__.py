@@ -9,13 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsjax.convert import load_pretrained
-    from dsjax.export import save_pretrained
+    from dsjax.pretrained import load_pretrained, save_pretrained
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_pretrained", "save_pretrained"]
 
-_HOMES = {"load_pretrained": "dsjax.convert", "save_pretrained": "dsjax.export"}
+_HOMES = {"load_pretrained": "dsjax.pretrained", "save_pretrained": "dsjax.pretrained"}
 
 
 def __getattr__(name: str) -> Any:

@@ -68,8 +68,8 @@ class ModelSection(_Section):
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Number type of the computation. float16 scales its loss dynamically."""
     param_dtype: Literal["float32", "bfloat16"] | None = None
-    """Number type in which the base weights are held, and updated in full training; null: that
-    of `dtype`."""
+    """Number type in which trained base weights are held and updated (full training); null:
+    float32. Frozen weights are held in `dtype`, adapters in float32."""
     quantization: None = None
     """How frozen weights are stored; null: as numbers of `param_dtype`."""
     attention: Literal["auto"] = "auto"

@@ -10,6 +10,7 @@ writing checkpoints.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,15 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
-from dsjax import adapters, flax_checkpoint, hf_files
-from dsjax.config import AdapterSection, MeshSection
+from dsjax import flax_checkpoint, hf_files
 from dsjax.errors import ConfigError, raise_all
+from dsjax.folders import check_empty, written_beside
 from dsjax.models import base_shapes, build, entries_of, family_of
 from dsjax.models.weight_rules import Entry, coverage_problems
-from dsjax.partition import Leaf, Params, decide, put
-from dsjax.sharding import leaf_shardings, make_mesh
+from dsjax.partition import Leaf, Params, decide
 
 PIECE_BYTES = 64 * 2**20
 """Most bytes of a parameter that are on the host at a time."""
@@ -98,21 +98,22 @@ def load_base(
     source: Source,
     model: nnx.Module,
     leaves: Mapping[str, Leaf],
-    shardings: Mapping[str, NamedSharding],
+    shardings: Mapping[str, Sharding],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Params:
-    """Read every base parameter onto its devices.
+    """Read base parameters onto their devices.
 
     Args:
         source: the opened checkpoint; `check_coverage` has passed.
         model: the abstract model.
-        leaves: by path, with the dtype each is held in.
+        leaves: those to read, by path, with the dtype each is held in.
         shardings: by path.
         progress: told the bytes read so far and in all.
     """
     by_path: dict[str, list[Entry]] = {}
     for entry in entries_of(model):
-        by_path.setdefault(entry.path, []).append(entry)
+        if entry.path in leaves:
+            by_path.setdefault(entry.path, []).append(entry)
     total = sum(source.tensors[e.hf].nbytes for entries in by_path.values() for e in entries)
     params, done = {}, 0
     for path, entries in by_path.items():
@@ -138,9 +139,7 @@ def _read_as(source: Source, dtype: np.dtype, name: str, index: tuple[slice, ...
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]
 
 
-def _load_leaf(
-    read: Read, entries: Sequence[Entry], leaf: Leaf, sharding: NamedSharding
-) -> jax.Array:
+def _load_leaf(read: Read, entries: Sequence[Entry], leaf: Leaf, sharding: Sharding) -> jax.Array:
     """Fill the part of every local device; devices that hold the same part share its reading."""
     parts: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -208,38 +207,35 @@ def _write(buffer: jax.Array, piece: jax.Array, start: tuple[int, ...]) -> jax.A
     return jax.lax.dynamic_update_slice(buffer, piece, start)
 
 
-def load_pretrained(
-    path: str,
-    adapter: str | None = None,
-    dtype: str = "bfloat16",
-    mesh: Mesh | None = None,
-) -> nnx.Module:
-    """Load a model, and a PEFT adapter if one is given; calling it gives float32 logits.
+def to_flax(src: str, dst: str, progress: Callable[[int, int], None] = lambda done, total: None):
+    """Convert a Hugging Face checkpoint into a dsjax checkpoint.
 
     Args:
-        path: Hugging Face directory, hub id, or a directory written by `to-flax`.
-        adapter: PEFT adapter's folder.
-        dtype: what weights are held in and activations are computed in.
-        mesh: devices to shard over; one device if None.
-
-    Returns:
-        `model(input_ids)`: int32 [B, T] -> float32 [B, T, V]. `model.source` is where it came from.
+        src: directory or hub id.
+        dst: directory to make; it must not exist, or be empty.
+        progress: told the bytes read so far and in all.
 
     Raises:
-        ConfigError: the checkpoint or the adapter is wrong or not supported.
+        ConfigError: the source is wrong or not supported, or `dst` is in use.
     """
-    if mesh is None:
-        mesh = make_mesh(MeshSection(fsdp=1), jax.devices()[:1])
-    source = open_checkpoint(path)
-    model = build(source.config, dtype)
-    check_coverage(source, model)
-    spec = adapters.resolve(AdapterSection(path=adapter)) if adapter else None
-    adapters.attach(model, spec)
-    part = decide(model, dtype=dtype, param_dtype=dtype)
-    shardings = leaf_shardings(part.leaves, mesh)
-    params = load_base(source, model, part.leaves, shardings)
-    if adapter:
-        params |= adapters.load_params(adapter, model, spec, part.leaves, shardings)
-    loaded = put(part.graphdef, params)
-    loaded.source, loaded.adapter_spec = str(source.directory), spec
-    return loaded
+    check_empty(dst)
+    source = hf_files.open_source(src)
+    model = build(source.config, "float32")
+    carried = check_coverage(source, model)
+    leaves = _leaves_as_stored(source, model)
+    device = SingleDeviceSharding(jax.devices()[0])
+    params = load_base(source, model, leaves, dict.fromkeys(leaves, device), progress)
+    with written_beside(Path(dst)) as directory:
+        flax_checkpoint.save_flax(source, directory, entries_of(model), params, carried)
+
+
+def _leaves_as_stored(source: Source, model: nnx.Module) -> dict[str, Leaf]:
+    """The model's leaves in dtypes that hold their tensors exactly."""
+    dtypes: dict[str, list[np.dtype]] = {}
+    for entry in entries_of(model):
+        dtypes.setdefault(entry.path, []).append(source.tensors[entry.hf].dtype)
+    leaves = decide(model).leaves
+    return {
+        path: replace(leaves[path], dtype=flax_checkpoint.exact_dtype(found))
+        for path, found in dtypes.items()
+    }

@@ -27,7 +27,13 @@ import tensorstore as ts
 from dsjax.errors import ConfigError
 from dsjax.hf_files import HFSource, index_json, open_source
 from dsjax.models.weight_rules import Entry
-from dsjax.safetensors_file import SafetensorsWriter, TensorInfo, parse_header, read_header, read_tensor
+from dsjax.safetensors_file import (
+    SafetensorsWriter,
+    TensorInfo,
+    parse_header,
+    read_header,
+    read_tensor,
+)
 
 MANIFEST, ARRAYS, UNMODELLED = "dsjax_checkpoint.json", "arrays", "unmodelled.safetensors"
 FORMAT = 1
@@ -220,4 +226,3 @@ def open_flax(path: str | Path) -> FlaxSource:
 def exact_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
     """The narrowest dtype that holds the values of all these exactly."""
     return np.dtype(jax.numpy.result_type(*dtypes)) if len(set(dtypes)) > 1 else dtypes[0]
-

@@ -9,7 +9,7 @@ put both back into. Not done here: gradients, sharding, values.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -64,6 +64,14 @@ class Partition:
     def merge(self, trainable: Params, frozen: Params) -> nnx.Module:
         """The module with its arrays put in."""
         return put(self.graphdef, {**frozen, **trainable})
+
+    def all_frozen(self, dtype: str) -> "Partition":
+        """The same leaves for a model that is only used, base parameters held in `dtype`."""
+        held = {
+            path: replace(leaf, dtype=jnp.dtype(dtype)) if leaf.kind == "base" else leaf
+            for path, leaf in self.leaves.items()
+        }
+        return Partition(self.graphdef, held, (), tuple(held), {})
 
     def trainable_count(self, path: str) -> int:
         """Parameters of one trainable leaf that really train."""

@@ -85,6 +85,24 @@ class Progress:
         return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
+class Loading:
+    """Shows how much of a checkpoint has been read or written: `loading(done, total)` in bytes."""
+
+    def __init__(self, verb: str = "reading weights") -> None:
+        self._verb, self._began, self._said = verb, time.monotonic(), 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Say how far it is: in place on a terminal, else a line now and then and at the end."""
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        if done < total and now - self._said < (0.2 if terminal else 10):
+            return
+        self._said = now
+        rate = done / max(now - self._began, 1e-9) / 2**20
+        text = f"{self._verb}: {done / 2**30:.2f} of {total / 2**30:.2f} GiB, {rate:,.0f} MiB/s"
+        end = "\r" if terminal and done < total else "\n"
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
 def _shown(values: Mapping[str, object]) -> str:
     given = [(form, values[key]) for key, form in _SHOWN.items() if values.get(key) is not None]
     return " | ".join(form.format(value) for form, value in given)

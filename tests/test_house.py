@@ -22,12 +22,14 @@ LAYERS = (
     {"config_rules"},
     {"config_yaml"},
     {"config"},
-    {"safetensors_file", "hf_hub", "models", "data", "optimizer", "metrics", "terminal"},
-    {"torch_file", "partition", "objectives", "model_card"},
+    {"safetensors_file", "hf_hub", "folders", "models", "data", "optimizer", "metrics"},
+    {"torch_file", "partition", "objectives", "terminal", "model_card"},
     {"hf_files", "sharding"},
     {"adapters", "flax_checkpoint"},
-    {"convert", "checkpoint", "step"},
+    {"convert", "checkpoint", "step", "evaluation"},
+    {"assembly"},
     {"export"},
+    {"pretrained"},
     {"train", "evaluate", "generate"},
 )
 ENTRY_POINTS = LAYERS[-1] | {"export"}

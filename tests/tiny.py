@@ -363,7 +363,6 @@ def reference_model(directory: str | Path, dtype: str = "float32") -> PreTrained
     return model.eval()
 
 
-@torch.no_grad()
 def reference_logits(
     directory: str | Path,
     ids: np.ndarray,
@@ -371,8 +370,14 @@ def reference_logits(
     dtype: str = "float32",
 ) -> np.ndarray:
     """transformers' logits [B, T, V], computed in `dtype`, as float32."""
+    return logits(reference_model(directory, dtype), ids, position_ids)
+
+
+@torch.no_grad()
+def logits(
+    model: torch.nn.Module, ids: np.ndarray, position_ids: np.ndarray | None = None
+) -> np.ndarray:
+    """Logits of a torch model, without a cache."""
     positions = None if position_ids is None else torch.as_tensor(position_ids, dtype=torch.long)
-    output = reference_model(directory, dtype)(
-        torch.as_tensor(ids, dtype=torch.long), position_ids=positions, use_cache=False
-    )
-    return output.logits.float().numpy()
+    ids_tensor = torch.as_tensor(ids, dtype=torch.long)
+    return model(ids_tensor, position_ids=positions, use_cache=False).logits.float().numpy()

@@ -113,6 +113,15 @@ def initial_params(
     return params
 
 
+def check_params(path: str, model: nnx.Module, spec: Spec, leaves: Mapping[str, Leaf]) -> None:
+    """Hold a PEFT adapter's tensors against the model.
+
+    Raises:
+        ConfigError: tensors are missing, left over, or of another shape than the model's.
+    """
+    peft_files.check_tensors(path, model, spec, leaves)
+
+
 def load_params(
     path: str,
     model: nnx.Module,
@@ -120,12 +129,8 @@ def load_params(
     leaves: Mapping[str, Leaf],
     shardings: Mapping[str, NamedSharding],
 ) -> dict[str, jax.Array]:
-    """Every adapter leaf from a PEFT adapter on disk.
-
-    Raises:
-        ConfigError: tensors are missing, left over, or of another shape than the model's.
-    """
-    params = initial_params(model, spec, leaves, shardings, seed=0)
+    """Every trained adapter leaf from a PEFT adapter on disk; `check_params` has passed."""
+    params = {}
     for name, values in peft_files.read_params(path, model, spec, leaves).items():
         params[name] = jax.make_array_from_callback(
             values.shape, shardings[name], lambda index, values=values: values[index]
@@ -133,9 +138,7 @@ def load_params(
     return params
 
 
-def peft_tensors(
-    model: nnx.Module, spec: Spec, params: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
+def peft_tensors(model: nnx.Module, spec: Spec, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The adapter's arrays as the tensors of PEFT's file, by its names."""
     return peft_files.to_tensors(model, spec, params)
 

@@ -74,7 +74,9 @@ def _ends_in(pattern: str, module: str) -> bool:
 class Lora(nnx.Module):
     """The update of one linear map: y + scaling * B A dropout(x)."""
 
-    def __init__(self, linear: Linear, path: str, ranks: list[int], scalings: list[float], p: float):
+    def __init__(
+        self, linear: Linear, path: str, ranks: list[int], scalings: list[float], p: float
+    ):
         """Declare the factors for all layers of a stack (one outside a stack).
 
         Args:
@@ -200,8 +202,13 @@ def _check(spec: LoraSpec, names: list[str], model: nnx.Module) -> None:
     raise_all(problems)
     adapted = [name for name in names if _is_target(spec, name)]
     if not adapted:
-        problems.append(f"adapter.target_modules: got {spec.target_modules!r}, which matches nothing")
-    for key, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+        problems.append(
+            f"adapter.target_modules: got {spec.target_modules!r}, which matches nothing"
+        )
+    for key, patterns in (
+        ("rank_pattern", spec.rank_pattern),
+        ("alpha_pattern", spec.alpha_pattern),
+    ):
         problems += [
             f"adapter.{key}: got {pattern!r}, which matches no adapted module; "
             f"{nearest(pattern, _short_names(adapted) + adapted)}"
@@ -222,7 +229,10 @@ def _is_regex(wanted: str | list[str]) -> bool:
 
 def _target_problems(spec: LoraSpec, names: list[str]) -> list[str]:
     problems = []
-    for key, patterns in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
+    for key, patterns in (
+        ("rank_pattern", spec.rank_pattern),
+        ("alpha_pattern", spec.alpha_pattern),
+    ):
         problems += [
             f"adapter.{key}: got {pattern!r}, expected a regular expression"
             for pattern in patterns

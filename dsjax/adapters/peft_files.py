@@ -20,7 +20,7 @@ from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
 from dsjax.errors import ConfigError, nearest, raise_all
 from dsjax.partition import Leaf
-from dsjax.safetensors_file import read_header, read_tensor
+from dsjax.safetensors_file import TensorInfo, read_header, read_tensor
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -121,21 +121,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"adapter.path: got invalid JSON in {file} ({error})") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"adapter.path: got {type(config).__name__} in {file}, expected an object")
+        raise ConfigError(
+            f"adapter.path: got {type(config).__name__} in {file}, expected an object"
+        )
     return config
 
 
-def read_params(
+def check_tensors(
     path: str, model: nnx.Module, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
-) -> dict[str, np.ndarray]:
-    """The trained arrays of an adapter, stacked as the model's leaves are, in float32."""
-    found = _read_tensors(Path(path))
+) -> None:
+    """Hold the file's tensors against what its config declares for this model, by the header."""
+    found = {name: info.shape for name, info in _tensor_infos(Path(path)).items()}
     wanted = _wanted_shapes(model, spec, leaves)
     file = f"adapter.path {path}/{TENSORS}"
     problems = [
-        f"{file} {key}: got shape {list(found[key].shape)}, expected {list(shape)} for this model"
+        f"{file} {key}: got shape {list(found[key])}, expected {list(shape)} for this model"
         for key, shape in wanted.items()
-        if key in found and found[key].shape != shape
+        if key in found and found[key] != shape
     ]
     problems += [
         f"{file} {key}: got no such tensor, expected shape {list(shape)}; {nearest(key, found)}"
@@ -149,6 +151,17 @@ def read_params(
         if key not in wanted
     ]
     raise_all(problems)
+
+
+def read_params(
+    path: str, model: nnx.Module, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
+) -> dict[str, np.ndarray]:
+    """The trained arrays of an adapter, stacked as the model's leaves are, in float32."""
+    folder = Path(path)
+    found = {
+        name: read_tensor(folder / TENSORS, info).astype(np.float32)
+        for name, info in _tensor_infos(folder).items()
+    }
     if isinstance(spec, PrefixSpec):
         pair = prefix.from_file(found[prefix.TENSOR], model)
         return dict(zip(_prefix_paths(leaves), pair, strict=True))
@@ -180,15 +193,14 @@ def _wanted_shapes(
     return shapes
 
 
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+def _tensor_infos(folder: Path) -> dict[str, TensorInfo]:
     file = folder / TENSORS
     if not file.is_file():
         raise ConfigError(
             f"adapter.path: got {folder} without {TENSORS}, expected PEFT's safetensors file; "
             "save the adapter with PEFT's safe_serialization"
         )
-    _, infos = read_header(file, "adapter.path")
-    return {info.name: read_tensor(file, info).astype(np.float32) for info in infos}
+    return {info.name: info for info in read_header(file, "adapter.path")[1]}
 
 
 def to_tensors(

@@ -11,6 +11,7 @@ is the turn's text and whatever closes the turn (EOS) in the template.
   included. The target keeps it; the prompts of later turns do not, as at inference.
 - So a longer conversation need not begin with the tokens of the shorter one. Where it does, turns
   share one sequence; where it does not, a new sequence starts, whose earlier turns weigh nothing.
+- What follows the last trained message is left out: nothing is predicted from it.
 - Where the generation prompt opens `<think>` and the row has no reasoning, the target closes it
   empty (`</think>`, blank line, answer): the form in which R1 itself answers without thinking.
 

@@ -9,14 +9,14 @@ dropped, or refused, and counted. Not here: order, packing, batches (`packing`, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dsjax.config import DataSection
 from dsjax.data.chat import chat_examples
-from dsjax.data.files import read_rows
+from dsjax.data.files import Rows, read_rows
 from dsjax.data.formats import IGNORED_LABEL, Chat, Content, Text, Tokens, detect_format, parse_row
 from dsjax.data.store import Example, ExampleStore
 from dsjax.data.tokenizer import encode_text
@@ -90,26 +90,16 @@ def load_examples(
       ConfigError: a source or row is wrong (several rows in one message), or nothing is left.
     """
     examples = Examples(name)
-    policy = _LengthPolicy(section, examples)
-    problems: list[str] = []
-    for index, source in enumerate(sources):
-        before = examples.report.rows
-        form = section.format
-        rows = read_rows(source, f"{name}[{index}]", _splits(section, name))
-        for origin, fields in rows:
-            examples.report.rows += 1
-            try:
-                form = detect_format(fields, origin) if form == "auto" else form
-                made = _encode(parse_row(fields, form, origin), tokenizer, origin)
-                _check_vocabulary(made, vocab_size, origin)
-            except ConfigError as error:
-                problems.append(str(error))
-                if len(problems) == SHOWN_PROBLEMS:
-                    raise_all(problems)
-                continue
-            policy.add(made, origin)
-        _count_source(examples.report, source, form, before, f"{name}[{index}]")
-    raise_all(problems + policy.problems())
+    sink = _Sink(section, tokenizer, vocab_size, examples)
+    opened = [
+        read_rows(source, f"{name}[{index}]", _splits(section, name))
+        for index, source in enumerate(sources)
+    ]
+    for index, (source, rows) in enumerate(zip(sources, opened, strict=True)):
+        sink.read(source, rows, f"{name}[{index}]")
+        if len(sink.problems) >= SHOWN_PROBLEMS:
+            break
+    raise_all(sink.problems + sink.refusals())
     examples.seal()
     _check_left(examples.report, section)
     return examples
@@ -128,23 +118,40 @@ def decode_sample(example: Example, tokenizer: PreTrainedTokenizerFast | None) -
     return text
 
 
-class _LengthPolicy:
-    """Applies `data.max_length` and `data.overlong`, and counts."""
+class _Sink:
+    """Tokenises rows, applies `data.max_length` and `data.overlong`, stores and counts."""
 
-    def __init__(self, section: DataSection, examples: Examples) -> None:
+    def __init__(
+        self,
+        section: DataSection,
+        tokenizer: PreTrainedTokenizerFast | None,
+        vocab_size: int | None,
+        examples: Examples,
+    ) -> None:
         self._section, self._examples = section, examples
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        self.problems: list[str] = []
         self._refused: list[str] = []
         self._refused_count = 0
 
-    def add(self, made: list[Example], origin: str) -> None:
-        """Store what one row gave."""
-        self._examples.report.split += len(made) > 1
-        for example in made:
-            kept = self._fit(example, origin)
-            if kept is not None:
-                self._keep(kept)
+    def read(self, source: str, rows: Rows, where: str) -> None:
+        """Take in one source; what is wrong with its rows is collected in `problems`."""
+        report, form = self._examples.report, self._section.format
+        before = report.rows
+        try:
+            for origin, fields in rows:
+                report.rows += 1
+                form = detect_format(fields, origin) if form == "auto" else form
+                self._add(fields, form, origin)
+                if len(self.problems) == SHOWN_PROBLEMS:
+                    break
+        except ConfigError as error:
+            self.problems.append(str(error))
+        if report.rows == before and not self.problems:
+            self.problems.append(f"{where}: got {source} without a row, expected at least one")
+        report.sources.append((source, form, report.rows - before))
 
-    def problems(self) -> list[str]:
+    def refusals(self) -> list[str]:
         """Return the refusal of over-long rows, if any."""
         if not self._refused_count:
             return []
@@ -153,6 +160,19 @@ class _LengthPolicy:
             f"{self._section.max_length} ({', '.join(self._refused)}), expected none with `error`; "
             "raise data.max_length, or set data.overlong to truncate or drop"
         ]
+
+    def _add(self, fields: dict[str, Any], form: str, origin: str) -> None:
+        try:
+            made = _encode(parse_row(fields, form, origin), self._tokenizer, origin)
+            _check_vocabulary(made, self._vocab_size, origin)
+        except ConfigError as error:
+            self.problems.append(str(error))
+            return
+        self._examples.report.split += len(made) > 1
+        for example in made:
+            kept = self._fit(example, origin)
+            if kept is not None:
+                self._keep(kept)
 
     def _fit(self, example: Example, origin: str) -> Example | None:
         length, limit = len(example.input_ids), self._section.max_length
@@ -235,12 +255,6 @@ def _splits(section: DataSection, name: str) -> tuple[str, ...]:
     if section.split is not None:
         return (section.split,)
     return ("validation", "test") if name == "data.eval" else ("train",)
-
-
-def _count_source(report: DataReport, source: str, form: str, before: int, where: str) -> None:
-    if report.rows == before:
-        raise ConfigError(f"{where}: got {source} without a row, expected at least one")
-    report.sources.append((source, form, report.rows - before))
 
 
 def _check_left(report: DataReport, section: DataSection) -> None:

@@ -221,7 +221,7 @@ def _first_line_is_whole(path: Path) -> bool:
 def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 131072 characters
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restkey="")
+        reader = csv.DictReader(file, restkey="", strict=True)
         line = 2
         try:
             for fields in reader:
@@ -229,7 +229,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 yield line, {key: _cell(key, text, path, line) for key, text in fields.items()}
                 line = reader.line_num + 1
         except csv.Error as error:
-            raise ConfigError(f"{path}:{line}: got {error}, expected CSV with a header") from error
+            raise ConfigError(
+                f"{path}:{line}: got a row that is not CSV ({error}), expected CSV with a header; "
+                "double the quotes inside quoted cells"
+            ) from error
 
 
 def _check_columns(fields: dict, names: Any, origin: str) -> None:

@@ -221,11 +221,12 @@ def _string(value: Any, where: str) -> str:
 
 
 def _integers(values: Any, where: str) -> Int32[np.ndarray, " T"]:
-    array = np.asarray(values if isinstance(values, list) else [values], dtype=object)
-    for index, value in enumerate(array.tolist()):
+    if not isinstance(values, list):
+        raise _wrong(where, values, "a list of token ids")
+    for index, value in enumerate(values):
         if type(value) is not int or not -(2**31) <= value < 2**31:
             raise _wrong(f"{where}[{index}]", value, "an integer token id")
-    return array.astype(np.int32)
+    return np.array(values, np.int32)
 
 
 def _wrong(where: str, value: Any, expected: str) -> ConfigError:

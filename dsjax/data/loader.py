@@ -90,7 +90,7 @@ class Loader:
         del epoch  # every epoch has the same number of packed rows
         return -(-self.rows_in_epoch // self._batch_size)
 
-    def total_steps(self, num_train_epochs: float, max_steps: int | None) -> int:
+    def total_steps(self, num_train_epochs: int | float, max_steps: int | None) -> int:
         """Return the length of a run: `max_steps` if given, else that of the epochs."""
         if max_steps is not None:
             return max_steps

@@ -22,7 +22,9 @@ class AdapterBuffer(nnx.Variable):
     """A constant array of an adapter (a scale per layer); never trained."""
 
 
-def parameter(shape: tuple[int, ...], axes: tuple[str | None, ...], layers: int | None) -> nnx.Param:
+def parameter(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], layers: int | None
+) -> nnx.Param:
     """Declare a parameter: shape and logical axes of one layer, stacked when `layers` is given."""
     return nnx.Param(abstract(shape, layers), axes=stacked_axes(axes, layers))
 

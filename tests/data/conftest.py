@@ -94,13 +94,17 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PreTrained
 
 
 @pytest.fixture
-def with_template(tmp_path: Path) -> Callable[..., PreTrainedTokenizerFast]:
+def tokenizer_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Write a tokenizer that has a given chat template and settings."""
+    return lambda template, **settings: write_tokenizer(tmp_path / "tok", template, **settings)
+
+
+@pytest.fixture
+def with_template(
+    tokenizer_folder: Callable[..., Path],
+) -> Callable[..., PreTrainedTokenizerFast]:
     """Load a tokenizer that has a given chat template and settings."""
-
-    def load(template: str | None, **settings: Any) -> PreTrainedTokenizerFast:
-        return load_tokenizer(write_tokenizer(tmp_path / "tokenizer", template, **settings))
-
-    return load
+    return lambda template, **settings: load_tokenizer(tokenizer_folder(template, **settings))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import peft_adapters
 import pytest
@@ -11,6 +12,8 @@ import runs
 import tiny
 import torch
 import torch_reference
+
+import dsjax
 
 pytestmark = [
     pytest.mark.parity,
@@ -146,6 +149,37 @@ def test_losses_and_exports_are_those_of_peft(
     _check_peft_export(checkpoint, exported, model)
     merged = runs.export(run_cli, tmp_path / "run", tmp_path / "merged", "merged")
     _check_merged_export(checkpoint, exported, merged)
+
+
+def test_a_fresh_adapter_loads_in_peft_as_the_yaml_says(
+    run_cli: runs.RunCli, tmp_path: Path
+) -> None:
+    checkpoint = tiny.build_checkpoint(tmp_path / "model", "llama_mqa")
+    data = torch_reference.write_rows(tmp_path / "rows.jsonl", 288, count=8)
+    config = _config("qwen2_q_v", checkpoint, tmp_path, data, pieces=1)
+    config["adapter"] = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 3,
+        "target_modules": ["v_proj", "down_proj", "k_proj"],
+        "layers_to_transform": 1,
+        "alpha_pattern": {"v_proj": 9},
+    }
+    config["training"]["max_steps"] = 2
+    runs.train(run_cli, config, tmp_path)
+
+    exported = tmp_path / "run" / "export"
+    model = peft_adapters.load_strictly(checkpoint, exported)
+    settings = model.peft_config["default"]
+    assert (settings.r, settings.lora_alpha) == (4, 3)
+    assert set(settings.target_modules) == {"v_proj", "down_proj", "k_proj"}
+    assert settings.alpha_pattern == {"v_proj": 9}
+    assert {name.split(".")[4] for name, _ in model.named_parameters() if "lora_" in name} == {"1"}
+    ids = tiny.random_ids(288)
+    ours = dsjax.load_pretrained(str(checkpoint), adapter=str(exported), dtype="float32")
+    np.testing.assert_allclose(
+        ours(jnp.asarray(ids)), peft_adapters.logits(model, ids), rtol=0, atol=LOGIT_BOUND
+    )
 
 
 def test_a_bfloat16_source_is_merged_in_float32_and_rounded_once(

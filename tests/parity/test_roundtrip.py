@@ -12,6 +12,7 @@ import runs
 import tiny
 import torch
 import torch_reference
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.parity
 
@@ -68,6 +69,40 @@ def test_every_byte_comes_back(variant: str, convert: Any, tmp_path: Path) -> No
         theirs, ours = (json.loads((d / index.name).read_text()) for d in (source, out))
         assert ours["weight_map"] == theirs["weight_map"]
         assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "llama_float16_hub", "qwen2_bfloat16"])
+def test_any_bits_come_back(variant: str, convert: Any, tmp_path: Path) -> None:
+    """NaNs with a payload, infinities, subnormal numbers, and arrays of nothing but -0."""
+    source = tiny.build_checkpoint(tmp_path / "source", variant)
+    generator = torch.Generator().manual_seed(9)
+    for path in source.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            raw = torch.randint(0, 256, (tensor.nbytes,), generator=generator, dtype=torch.uint8)
+            bits = raw.view(tensor.dtype).reshape(tensor.shape)
+            tensors[name] = -torch.zeros_like(tensor) if name.endswith("norm.weight") else bits
+        save_file(tensors, path, metadata={"format": "pt"})
+    convert(["to-flax", str(source), str(tmp_path / "flax")])
+    convert(["to-hf", str(tmp_path / "flax"), str(tmp_path / "out")])
+    _check_tensors(source, tmp_path / "out")
+
+
+def test_mixed_dtypes_come_back(convert: Any, tmp_path: Path) -> None:
+    """Norms, or one layer only, may be wider than the rest; one may be in another half format."""
+    source = tiny.build_checkpoint(tmp_path / "source", "llama_mha", dtype="bfloat16")
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if name.endswith("norm.weight") or name.startswith("model.layers.1.mlp"):
+            tensors[name] = tensor.float() * 1.001
+        if name == "model.layers.2.self_attn.q_proj.weight":
+            tensors[name] = tensor.half()
+    save_file(tensors, path, metadata={"format": "pt", "origin": "somewhere"})
+    convert(["to-flax", str(source), str(tmp_path / "flax")])
+    convert(["to-hf", str(tmp_path / "flax"), str(tmp_path / "out")])
+    _check_tensors(source, tmp_path / "out")
+    assert _header(tmp_path / "out" / path.name) == _header(path)
 
 
 @pytest.mark.parametrize("variant", ["llama_bin", "llama_bin_bfloat16"])

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every command puts together the same way: a run's model, and what of it trains.
+
+In: a `RunConfig`'s sections. Out: an `Assembly`: the opened checkpoint, the abstract model with its
+adapter attached, the partition and the mesh; and from it the parameters on their devices. Nothing is
+allocated until `load`. Not done here: data, optimizer state, training.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from dsjax import adapters
+from dsjax.checkpoint import Checkpointer
+from dsjax.config import AdapterSection, ModelSection, RunConfig
+from dsjax.convert import Source, check_coverage, load_base, open_checkpoint
+from dsjax.errors import ConfigError
+from dsjax.models import build
+from dsjax.partition import Params, Partition, decide
+from dsjax.sharding import leaf_shardings, make_mesh
+
+
+@dataclass(frozen=True, eq=False)
+class Assembly:
+    """A run's model before any array exists.
+
+    Attributes:
+        section: which checkpoint, in which precision.
+        source: the opened checkpoint.
+        model: the abstract module, adapter attached.
+        spec: the adapter, None in full training.
+        partition: what trains.
+        mesh: the devices.
+        carried: names of the checkpoint's tensors that are not modelled.
+        adapter_path: where the adapter's values come from, None to start afresh.
+    """
+
+    section: ModelSection
+    source: Source
+    model: nnx.Module
+    spec: adapters.Spec | None
+    partition: Partition
+    mesh: Mesh
+    carried: list[str]
+    adapter_path: str | None
+
+    @property
+    def shardings(self) -> dict[str, Any]:
+        """Sharding of every leaf by path."""
+        return leaf_shardings(self.partition.leaves, self.mesh)
+
+
+def assemble(config: RunConfig) -> Assembly:
+    """Open, build, attach and decide, in this order; every refusal of these stages comes here."""
+    mesh = make_mesh(config.mesh)
+    return assemble_model(config.model, config.adapter, list(config.training.freeze), mesh)
+
+
+def assemble_model(
+    section: ModelSection, adapter: AdapterSection, freeze: list[str], mesh: Mesh
+) -> Assembly:
+    """`assemble` from the sections that a model needs."""
+    source = open_checkpoint(section.path, section.revision)
+    model = build(source.config, section.dtype)
+    carried = check_coverage(source, model)
+    spec = adapters.resolve(adapter)
+    adapters.attach(model, spec)
+    partition = decide(model, freeze=freeze, dtype=section.dtype, param_dtype=section.param_dtype)
+    if adapter.path is not None:
+        adapters.check_params(adapter.path, model, spec, partition.leaves)
+    return Assembly(section, source, model, spec, partition, mesh, carried, adapter.path)
+
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run's checkpoints, in its output directory."""
+
+Progress = Callable[[int, int], None]
+"""Told the bytes done so far and in all."""
+
+
+def silent(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def load_frozen(parts: Assembly, seed: int, progress: Progress = silent) -> Params:
+    """The frozen arrays on their devices."""
+    return _load(parts, parts.partition.frozen, seed, progress)
+
+
+def load_trainable(parts: Assembly, seed: int, progress: Progress = silent) -> Params:
+    """The first values of the trainable arrays on their devices."""
+    return _load(parts, parts.partition.trainable, seed, progress)
+
+
+def _load(parts: Assembly, paths: Sequence[str], seed: int, progress: Progress) -> Params:
+    shardings = parts.shardings
+    leaves = {path: parts.partition.leaves[path] for path in paths}
+    base = {path: leaf for path, leaf in leaves.items() if leaf.kind == "base"}
+    own = {path: leaf for path, leaf in leaves.items() if leaf.kind != "base"}
+    params = load_base(parts.source, parts.model, base, shardings, progress) if base else {}
+    params |= adapters.initial_params(parts.model, parts.spec, own, shardings, seed)
+    if parts.adapter_path is not None and any(leaf.kind == "adapter" for leaf in own.values()):
+        params |= adapters.load_params(parts.adapter_path, parts.model, parts.spec, own, shardings)
+    return params
+
+
+def restore_trained(run: Path, config: RunConfig, parts: Assembly) -> tuple[int, Params]:
+    """The trained arrays of a run's newest complete checkpoint, and its step.
+
+    Raises:
+        ConfigError: the run has no complete checkpoint, or one of another model.
+    """
+    folder = run / CHECKPOINTS
+    checkpointer = Checkpointer(folder, config.checkpoint, read_only=True)
+    step = checkpointer.latest() if folder.is_dir() else None
+    if step is None:
+        raise ConfigError(f"{folder}: got no complete checkpoint, expected one; train first")
+    shardings, leaves = parts.shardings, parts.partition.leaves
+    abstract = {
+        path: jax.ShapeDtypeStruct(leaves[path].shape, leaves[path].dtype, sharding=shardings[path])
+        for path in parts.partition.trainable
+    }
+    state = checkpointer.restore(step, {"trainable": abstract}, partial=True)
+    checkpointer.close()
+    return step, state["trainable"]

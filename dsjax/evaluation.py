@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss of a model over a whole data set, exact to the token.
+
+In: a jitted evaluation step, arrays, and a loader. Out: the token-weighted mean loss, its
+perplexity, and how much it was computed over. Not done here: loading the model or the data.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dsjax.data import Batch, Loader
+from dsjax.objectives.sft import Sums
+from dsjax.partition import Params
+from dsjax.sharding import rows_sharding
+
+
+def to_devices(batch: Batch, mesh: Mesh) -> Batch:
+    """Put this process's rows of a batch onto its devices."""
+    sharding = rows_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def evaluate_loss(
+    eval_step: Callable[[Params, Params, Batch], Sums],
+    trainable: Params,
+    frozen: Params,
+    loader: Loader,
+    mesh: Mesh,
+) -> dict[str, float | int]:
+    """Evaluate one pass over the loader's data.
+
+    Returns:
+        `eval_loss` (mean over tokens, weighted as in training), `eval_perplexity`,
+        `eval_accuracy`, `eval_tokens` (tokens without padding).
+    """
+    totals = np.zeros(4, np.float64)
+    for batch in loader.iterate(0, loader.steps_in_epoch(0)):
+        sums = jax.device_get(eval_step(trainable, frozen, to_devices(batch, mesh)))
+        totals += np.asarray([sums.loss, sums.weight, sums.correct, sums.tokens], np.float64)
+    loss, weight, correct, tokens = (float(value) for value in totals)
+    mean = loss / weight if weight else math.nan
+    return {
+        "eval_loss": mean,
+        "eval_perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "eval_accuracy": correct / weight if weight else math.nan,
+        "eval_tokens": int(tokens),
+    }

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Out again: a merged Hugging Face checkpoint, or the adapter as PEFT saves it.
+
+In: the source checkpoint, the trained arrays, and where to write. Out: a folder that transformers or
+PEFT loads. A merged export streams the source's files: what training did not touch is copied byte
+for byte, the rest is computed in float32 a few rows at a time and written in the source's dtype.
+What was written is read again and compared before the folder takes its name.
+
+    python -m dsjax.export --run DIR --out DIR --format merged|peft
+
+Not done here: training; deciding what to write by default (`config.export_format`).
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dsjax import adapters
+from dsjax.adapters import Spec, lora, peft_files
+from dsjax.assembly import Assembly, assemble, assemble_model, load_frozen, restore_trained
+from dsjax.config import AdapterSection, ModelSection, RunConfig, load_config
+from dsjax.convert import Source, row_pieces
+from dsjax.errors import ConfigError, run_command
+from dsjax.flax_checkpoint import is_flax_checkpoint, open_flax, safetensors_name
+from dsjax.folders import check_empty, written_beside
+from dsjax.hf_files import SAFETENSORS_INDEX, SafetensorsWriter, index_json, open_source
+from dsjax.metrics import METRICS_FILE, read_metrics
+from dsjax.model_card import CardFacts, source_license, write_model_card
+from dsjax.models import entries_of
+from dsjax.models.weight_rules import Entry
+from dsjax.partition import Params
+
+MARKER = "dsjax_export.json"
+"""Says that an export is ours, what it is of, and so what may be replaced."""
+
+Rows = tuple[slice, ...]
+Change = Callable[[Rows, np.ndarray], np.ndarray]
+"""New values of some rows of a tensor, float32, from the source's values of those rows."""
+
+
+def changed_tensors(
+    model: nnx.Module, spec: Spec | None, trained: Mapping[str, jax.Array], masks: Mapping[str, Any]
+) -> dict[str, Change]:
+    """Which of the checkpoint's tensors training changed, and how to compute each.
+
+    Args:
+        model: the abstract model, adapter attached.
+        spec: its adapter; None in full training.
+        trained: the trained arrays by path.
+        masks: `Partition.layer_masks`.
+    """
+    if spec is None:
+        return {
+            entry.hf: _trained_rows(trained[entry.path], entry.layer)
+            for entry in entries_of(model)
+            if entry.path in trained and _trains(entry, masks)
+        }
+    pieces = lora.tensors(model, spec)
+    host = {path: np.asarray(trained[path], np.float32) for path, _ in pieces.values()}
+    changes = {}
+    for key in (key for key in pieces if key.endswith(".lora_A.weight")):
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        (path_a, at_a), (path_b, at_b) = pieces[key], pieces[key.replace("lora_A", "lora_B")]
+        low, high = host[path_a][at_a], host[path_b][at_b] * np.float32(spec.scaling_of(name))
+        changes[f"{name}.weight"] = _with_update(low, high)
+    return changes
+
+
+def _trains(entry: Entry, masks: Mapping[str, Any]) -> bool:
+    mask = masks.get(entry.path)
+    return mask is None or entry.layer is None or bool(mask[entry.layer])
+
+
+def _trained_rows(array: jax.Array, layer: int | None) -> Change:
+    def change(rows: Rows, source: np.ndarray) -> np.ndarray:
+        del source
+        part = array if layer is None else array[layer]
+        return np.asarray(part[rows], np.float32)
+
+    return change
+
+
+def _with_update(low: np.ndarray, high: np.ndarray) -> Change:
+    def change(rows: Rows, source: np.ndarray) -> np.ndarray:
+        return source.astype(np.float32) + high[rows] @ low
+
+    return change
+
+
+def write_checkpoint(
+    source: Source,
+    directory: Path,
+    changes: Mapping[str, Change],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write a Hugging Face checkpoint like the source, some tensors changed, and prove it.
+
+    Args:
+        source: what to copy; a `.bin` file becomes a safetensors file.
+        directory: an empty folder.
+        changes: how each changed tensor is computed.
+        progress: told the bytes written so far and in all.
+
+    Raises:
+        RuntimeError: reading it again gave other bytes than were written.
+    """
+    for file in source.aux_files():
+        shutil.copyfile(file, directory / file.name)
+    files = _tensors_by_file(source)
+    total, done = sum(info.nbytes for info in source.tensors.values()), 0
+    digests = {}
+    for file, names in files.items():
+        entries = [(n, source.tensors[n].dtype, source.tensors[n].shape) for n in names]
+        header = source.file_headers().get(file)
+        with SafetensorsWriter(directory / file, entries, raw_header=header) as writer:
+            for name in names:
+                digest = hashlib.blake2b()
+                for piece in _new_pieces(source, name, changes.get(name)):
+                    writer.append(name, piece)
+                    digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+                digests[name] = digest.hexdigest()
+                done += source.tensors[name].nbytes
+                progress(done, total)
+    index = _index_text(source, files)
+    if index is not None:
+        (directory / SAFETENSORS_INDEX).write_text(index, "utf-8")
+    _prove_written(directory, digests)
+
+
+def _tensors_by_file(source: Source) -> dict[str, list[str]]:
+    files: dict[str, list[str]] = {}
+    for name, info in source.tensors.items():
+        file = info.file if info.file.endswith(".safetensors") else safetensors_name(info.file)
+        files.setdefault(file, []).append(name)
+    return files
+
+
+def _new_pieces(source: Source, name: str, change: Change | None) -> Iterator[np.ndarray]:
+    """A tensor's rows as they are to be written, a bounded number of bytes at a time."""
+    info = source.tensors[name]
+    for rows in row_pieces(info.shape, info.dtype.itemsize):
+        piece = source.read(name, rows)
+        yield piece if change is None else change(rows, piece).astype(info.dtype)
+
+
+def _index_text(source: Source, files: Mapping[str, Sequence[str]]) -> str | None:
+    if source.file_headers() or len(files) == 1:
+        return source.index_text()
+    return index_json(
+        {file: [(n, source.tensors[n].nbytes) for n in names] for file, names in files.items()}
+    )
+
+
+def _prove_written(directory: Path, digests: Mapping[str, str]) -> None:
+    """Read everything again, as anybody would, and compare it with what was meant."""
+    written = open_source(directory)
+    wrong = sorted(set(written.tensors) ^ set(digests))
+    for name in set(written.tensors) & set(digests):
+        info, digest = written.tensors[name], hashlib.blake2b()
+        for rows in row_pieces(info.shape, info.dtype.itemsize):
+            digest.update(np.ascontiguousarray(written.read(name, rows)).reshape(-1).view(np.uint8))
+        if digest.hexdigest() != digests[name]:
+            wrong.append(name)
+    if wrong:
+        raise RuntimeError(
+            f"{directory}: what was read back differs from what was written: {wrong}"
+        )
+
+
+def to_hf(
+    src: str, dst: str, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Turn a dsjax checkpoint back into the Hugging Face checkpoint that it was made from."""
+    if not is_flax_checkpoint(src):
+        raise ConfigError(f"source: got {src!r}, expected a directory written by to-flax")
+    check_empty(dst)
+    source = open_flax(src)
+    with written_beside(Path(dst)) as directory:
+        write_checkpoint(source, directory, {}, progress)
+
+
+def write_peft(directory: Path, parts: Assembly, trained: Params) -> None:
+    """Write PEFT's adapter folder, and prove that it reads back as the same adapter.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    model, spec = parts.model, parts.spec
+    assert spec is not None
+    config = adapters.peft_config(model, spec, base_name(parts))
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+    (directory / peft_files.CONFIG).write_text(text + "\n", "utf-8")
+    tensors = adapters.peft_tensors(model, spec, trained)
+    entries = [(name, array.dtype, array.shape) for name, array in sorted(tensors.items())]
+    with SafetensorsWriter(directory / peft_files.TENSORS, entries) as writer:
+        for name, _, _ in entries:
+            writer.append(name, tensors[name])
+    again = adapters.resolve(AdapterSection(path=str(directory)))
+    leaves, shardings = parts.partition.leaves, parts.shardings
+    read = adapters.load_params(str(directory), model, again, leaves, shardings)
+    wrong = [p for p in trained if not np.array_equal(np.asarray(trained[p]), np.asarray(read[p]))]
+    if wrong or adapters.peft_config(model, again, base_name(parts)) != config:
+        raise RuntimeError(f"{directory}: the adapter read back differs from the trained: {wrong}")
+
+
+def base_name(parts: Assembly) -> str:
+    """What an adapter's config names as its base: the model's path as the user gave it."""
+    return parts.section.path
+
+
+def export_trained(
+    parts: Assembly,
+    trainable: Params,
+    frozen: Params,
+    out: Path,
+    form: str,
+    step: int,
+    card: CardFacts,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> bool:
+    """Write and prove an export, beside `out` first; a complete one of the same run is kept.
+
+    Args:
+        parts: the run's model.
+        trainable: the trained arrays.
+        frozen: all other arrays; used for the proof on logits.
+        out: the export's folder.
+        form: merged or peft.
+        step: the optimizer step that these arrays are of.
+        card: the model card's facts.
+        progress: told the bytes written so far and in all.
+
+    Returns:
+        Whether anything was written.
+    """
+    check_replaceable(out)
+    marker = export_marker(parts.section, form, step)
+    if read_marker(out) == marker:
+        return False
+    with written_beside(out) as directory:
+        if form == "peft":
+            write_peft(directory, parts, trainable)
+        else:
+            masks = parts.partition.layer_masks
+            changes = changed_tensors(parts.model, parts.spec, trainable, masks)
+            write_checkpoint(parts.source, directory, changes, progress)
+            _prove_logits(parts, trainable, frozen, directory)
+        write_model_card(directory, card)
+        (directory / MARKER).write_text(json.dumps(marker) + "\n", "utf-8")
+    return True
+
+
+def export_marker(model: ModelSection, form: str, step: int) -> dict[str, Any]:
+    """What an export of ours says it is."""
+    return {"format": form, "step": step, "model": model.path}
+
+
+def read_marker(out: Path) -> dict[str, Any] | None:
+    """What an export of ours says it is; None if there is none."""
+    file = out / MARKER
+    return json.loads(file.read_text("utf-8")) if file.is_file() else None
+
+
+def check_replaceable(out: Path, field: str = "export.path") -> None:
+    """Refuse to replace a folder that no export of ours made."""
+    if read_marker(out) is None:
+        check_empty(out, field)
+
+
+LOGIT_BOUNDS = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
+"""Relative distance of logits that rounding to each dtype explains; a wrong file is far beyond."""
+
+
+def _prove_logits(parts: Assembly, trainable: Params, frozen: Params, directory: Path) -> None:
+    """Load the merged checkpoint as a user would; its logits must be the trained model's."""
+    reference = _sample_logits(parts, trainable, frozen)
+    section = parts.section.model_copy(update={"path": str(directory), "revision": None})
+    merged = assemble_model(section, AdapterSection(), [], parts.mesh)
+    merged = replace(merged, partition=merged.partition.all_frozen(parts.section.dtype))
+    logits = _sample_logits(merged, {}, load_frozen(merged, seed=0))
+    distance = np.linalg.norm(logits - reference) / max(np.linalg.norm(reference), 1e-30)
+    coarsest = max(
+        (LOGIT_BOUNDS.get(info.dtype.name, 0.25) for info in parts.source.tensors.values()),
+        default=0.25,
+    )
+    bound = max(coarsest, LOGIT_BOUNDS[parts.section.dtype])
+    if not distance <= bound:
+        raise RuntimeError(
+            f"{directory}: logits differ from the trained model's by {distance:.3g} of their norm, "
+            f"expected at most {bound}"
+        )
+
+
+def _sample_logits(parts: Assembly, trainable: Params, frozen: Params) -> np.ndarray:
+    """Logits of one fixed row of tokens."""
+    ids = np.random.default_rng(0).integers(0, parts.model.config.vocab_size, (1, 32), np.int32)
+    forward = jax.jit(lambda t, f, ids: parts.partition.merge(t, f)(ids))
+    return np.asarray(forward(trainable, frozen, jnp.asarray(ids)), np.float32)
+
+
+def card_facts(config: RunConfig, parts: Assembly, form: str, step: int, rows: list) -> CardFacts:
+    """What the model card says of a run."""
+    return CardFacts(
+        base_model=config.model.path,
+        library_name="peft" if form == "peft" else "transformers",
+        method=parts.spec.peft_type if parts.spec else "full fine-tuning",
+        step=step,
+        hyperparameters={
+            **config.optimizer.model_dump(),
+            **config.training.model_dump(),
+            **(vars(parts.spec) if parts.spec else {}),
+            "max_length": config.data.max_length,
+            "packing": config.data.packing,
+        },
+        metrics=rows,
+        license=source_license(parts.source.directory, parts.source.config),
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Export the newest checkpoint of a run, finished or not."""
+    parser = argparse.ArgumentParser(prog="python -m dsjax.export", description=main.__doc__)
+    parser.add_argument("--run", required=True, help="output_dir of a run")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--format", required=True, choices=("merged", "peft"))
+    words = parser.parse_args(argv)
+    run, out = Path(words.run), Path(words.out)
+    config = run_config(run)
+    parts = assemble(config)
+    form = _checked_form(words.format, parts)
+    check_replaceable(out, "--out")
+    step, trainable = restore_trained(run, config, parts)
+    frozen = load_frozen(parts, config.training.seed)
+    facts = card_facts(config, parts, form, step, read_metrics(run / METRICS_FILE))
+    export_trained(parts, trainable, frozen, out, form, step, facts)
+    print(f"exported step {step} as {form} to {out}", file=sys.stderr)
+    return 0
+
+
+def _checked_form(form: str, parts: Assembly) -> str:
+    kind = parts.spec.peft_type if parts.spec else None
+    if form == "peft" and kind is None:
+        raise ConfigError("--format: got peft for a run without an adapter, expected merged")
+    if form == "merged" and kind == "PREFIX_TUNING":
+        raise ConfigError(
+            "--format: got merged with PREFIX_TUNING, expected peft; a prefix has no merged form"
+        )
+    return form
+
+
+def run_config(run: Path) -> RunConfig:
+    """The resolved configuration of a run."""
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"--run: got {str(run)!r}, expected the output_dir of a run; no {file}")
+    return load_config(file)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing a folder so that it is there complete or not at all.
+
+In: the folder's final path. Out: a folder beside it to write into, renamed when all is written; a
+kill leaves the old one, or none, never half of the new. Not done here: what goes into it.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dsjax.errors import ConfigError
+
+
+def check_empty(path: str | Path, field: str = "output directory") -> None:
+    """Refuse to write where something else lies."""
+    folder = Path(path)
+    if folder.is_dir() and any(folder.iterdir()) or folder.is_file():
+        raise ConfigError(f"{field}: got {str(path)!r}, which is not empty; expected a new folder")
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Give a new folder beside `path`; on leaving normally it takes `path`'s place.
+
+    What lies at `path` is replaced. What an earlier, killed attempt left beside it is removed.
+    """
+    path = path.absolute()
+    partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.exists():
+        os.rename(path, old)
+    os.rename(partial, path)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Supervised fine-tuning: next-token cross-entropy, weighted per token.
+
+In: a model and a batch whose targets are already shifted. Out: the weighted sum of the losses and
+of the hits. The head runs over a few tokens of every row at a time and is computed again in the
+backward pass, so that [B, T, V] logits never exist. Not done here: the mean.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dsjax.data import Batch
+
+TOKENS_PER_CHUNK = 2048
+"""Tokens per device whose logits exist at the same time."""
+
+
+class Forward(NamedTuple):
+    """How a forward pass runs.
+
+    Attributes:
+        remat: `training.gradient_checkpointing`.
+        dropout_key: turns adapter dropout on.
+        sharding: of activations that lead with the batch's rows.
+        row_shards: number of parts that the rows are dealt into.
+    """
+
+    remat: str = "none"
+    dropout_key: jax.Array | None = None
+    sharding: jax.sharding.Sharding | None = None
+    row_shards: int = 1
+
+
+class Sums(NamedTuple):
+    """Sums over a batch's tokens; `weight` is what a mean divides by."""
+
+    loss: Float[Array, ""]
+    weight: Float[Array, ""]
+    correct: Float[Array, ""]
+    tokens: Int[Array, ""]
+
+
+def sft(model: nnx.Module, batch: Batch, forward: Forward) -> Sums:
+    """Sum the cross-entropy of every target times its weight, in float32."""
+    hidden_BTD, _ = model.hidden(
+        batch.input_ids,
+        batch.position_ids,
+        batch.segment_ids,
+        remat=forward.remat,
+        dropout_key=forward.dropout_key,
+        sharding=forward.sharding,
+    )
+    rows = max(1, batch.input_ids.shape[0] // forward.row_shards)
+    length = max(1, min(batch.input_ids.shape[1], TOKENS_PER_CHUNK // rows))
+    chunks = jax.tree.map(
+        lambda x: _chunked(x, length), (hidden_BTD, batch.targets, batch.loss_weights)
+    )
+
+    @jax.checkpoint
+    def chunk_sums(chunk) -> tuple[jax.Array, jax.Array]:
+        hidden_BtD, targets_Bt, weights_Bt = chunk
+        return _cross_entropy(model.head(hidden_BtD, forward.dropout_key), targets_Bt, weights_Bt)
+
+    def add(total, chunk):
+        return jax.tree.map(jnp.add, total, chunk_sums(chunk)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    (loss, correct), _ = jax.lax.scan(add, (zero, zero), chunks)
+    tokens = jnp.sum(batch.segment_ids > 0, dtype=jnp.int32)
+    return Sums(loss, jnp.sum(batch.loss_weights), correct, tokens)
+
+
+def _chunked(x: jax.Array, length: int) -> jax.Array:
+    """[B, T, ...] -> [T / length, B, length, ...], padded with zeros, whose weight is zero."""
+    pad = -x.shape[1] % length
+    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)
+
+
+def _cross_entropy(
+    logits_BTV: Float[Array, "B T V"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Weighted sums of the losses and of the correct predictions."""
+    picked_BT = jnp.take_along_axis(logits_BTV, targets[..., None], axis=-1)[..., 0]
+    losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
+    hits_BT = jnp.argmax(logits_BTV, axis=-1) == targets
+    return jnp.sum(losses_BT * weights), jnp.sum(hits_BT * weights)

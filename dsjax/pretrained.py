@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The library's two calls: load a model, save a model.
+
+In: a Hugging Face checkpoint and perhaps a PEFT adapter. Out: a callable NNX module; and back. Not
+done here: anything that those two steps do themselves (`assembly`, `export`).
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from dsjax.assembly import assemble_model, load_frozen, load_trainable
+from dsjax.config import AdapterSection, MeshSection, ModelSection
+from dsjax.errors import ConfigError
+from dsjax.export import changed_tensors, write_checkpoint, write_peft
+from dsjax.folders import check_empty, written_beside
+from dsjax.partition import take
+from dsjax.sharding import make_mesh
+
+
+def load_pretrained(
+    path: str,
+    adapter: str | None = None,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+) -> nnx.Module:
+    """Load a model, and a PEFT adapter if one is given; calling it gives float32 logits.
+
+    Args:
+        path: Hugging Face directory, hub id, or a directory written by `to-flax`.
+        adapter: PEFT adapter's folder.
+        dtype: what weights are held in and activations are computed in.
+        mesh: devices to shard over; the first device if None.
+
+    Returns:
+        `model(input_ids)`: int32 [B, T] -> float32 [B, T, V].
+
+    Raises:
+        ConfigError: the checkpoint or the adapter is wrong or not supported.
+    """
+    if mesh is None:
+        mesh = make_mesh(MeshSection(fsdp=1), jax.devices()[:1])
+    section = ModelSection(path=str(path), dtype=dtype, param_dtype=None)
+    wanted = AdapterSection(path=str(adapter)) if adapter else AdapterSection()
+    parts = assemble_model(section, wanted, [], mesh)
+    if parts.spec is None:
+        parts = replace(parts, partition=parts.partition.all_frozen(dtype))
+    model = parts.partition.merge(load_trainable(parts, 0), load_frozen(parts, 0))
+    model.parts = parts
+    return model
+
+
+def save_pretrained(model: nnx.Module, directory: str, format: str = "merged") -> None:
+    """Save a model that `load_pretrained` gave, with the values that it has now.
+
+    Args:
+        model: the model.
+        directory: a new or empty folder.
+        format: `merged` for a checkpoint that transformers loads, `peft` for the adapter alone.
+
+    Raises:
+        ConfigError: the folder is in use, or the model has no such form.
+    """
+    parts = model.parts
+    check_empty(directory, "directory")
+    kind = parts.spec.peft_type if parts.spec else None
+    if format not in ("merged", "peft"):
+        raise ConfigError(f"format: got {format!r}, expected merged or peft")
+    if format == "peft" and kind is None:
+        raise ConfigError("format: got peft for a model without an adapter, expected merged")
+    if format == "merged" and kind == "PREFIX_TUNING":
+        raise ConfigError("format: got merged, expected peft; a prefix has no merged form")
+    params = take(model)
+    adapter = {path: params[path] for path in parts.partition.trainable}
+    with written_beside(Path(directory)) as folder:
+        if format == "peft":
+            write_peft(folder, parts, adapter)
+        else:
+            changes = changed_tensors(parts.model, parts.spec, adapter or params, {})
+            write_checkpoint(parts.source, folder, changes)

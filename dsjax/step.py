@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The train step and the evaluation step: pure functions over raw pytrees, one `jax.jit` each.
+
+In: the state (trainable arrays, optimizer state, counters), the frozen arrays and a batch. Out: the
+new state and the step's sums. Gradients exist for the trainable part only, are float32 and are
+divided once by the weight of the whole batch. Not done here: loading, logging, saving.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from dsjax.config import RunConfig
+from dsjax.data import Batch
+from dsjax.objectives import OBJECTIVES
+from dsjax.objectives.sft import Forward, Sums
+from dsjax.optimizer import (
+    Schedule,
+    clip_by_global_norm,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+)
+from dsjax.partition import Params, Partition
+from dsjax.sharding import (
+    batch_shards,
+    leaf_shardings,
+    replicated,
+    rows_sharding,
+    shardings_like,
+)
+
+FIRST_LOSS_SCALE = 2.0**15
+GROW_AFTER = 2000
+"""float16: steps without overflow after which the loss scale doubles; torch's GradScaler's figure."""
+
+
+class LossScale(NamedTuple):
+    """Dynamic scale of the loss under float16; 1 and never changed under other dtypes."""
+
+    scale: Float[Array, ""]
+    good_steps: Int[Array, ""]
+    skipped: Int[Array, ""]
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes."""
+
+    trainable: Params
+    opt_state: Any
+    step: Int[Array, ""]
+    rng: jax.Array
+    loss_scale: LossScale
+
+
+class StepReport(NamedTuple):
+    """What a step tells: sums over its batch, the gradient's norm before clipping, its rate."""
+
+    sums: Sums
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    loss_scale: Float[Array, ""]
+    skipped: Int[Array, ""]
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """The parts of a step; all static."""
+
+    partition: Partition
+    objective: Callable[[Any, Batch, Forward], Sums]
+    optimizer: optax.GradientTransformation
+    schedule: Schedule
+    mesh: Mesh
+    max_grad_norm: float | None
+    accumulation: int
+    remat: str
+    dropout: bool
+    float16: bool
+
+
+def step_config(
+    config: RunConfig, partition: Partition, mesh: Mesh, total_steps: int
+) -> StepConfig:
+    """The parts of a run's step."""
+    schedule = make_schedule(config.optimizer, total_steps)
+    mask = decay_mask(dict.fromkeys(partition.trainable))
+    return StepConfig(
+        partition=partition,
+        objective=OBJECTIVES[config.objective.type],
+        optimizer=make_optimizer(config.optimizer, schedule, mask),
+        schedule=schedule,
+        mesh=mesh,
+        max_grad_norm=config.optimizer.max_grad_norm,
+        accumulation=config.training.gradient_accumulation_steps,
+        remat=config.training.gradient_checkpointing,
+        dropout=any(leaf.kind == "adapter" for leaf in partition.leaves.values()),
+        float16=config.model.dtype == "float16",
+    )
+
+
+def abstract_state(config: StepConfig) -> TrainState:
+    """The state's shapes, dtypes and shardings, nothing allocated."""
+    leaves = config.partition.leaves
+    trainable = {
+        path: jax.ShapeDtypeStruct(leaves[path].shape, leaves[path].dtype)
+        for path in config.partition.trainable
+    }
+    state = jax.eval_shape(lambda t: init_state(t, config, 0), trainable)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_shardings(state, config),
+    )
+
+
+def init_state(trainable: Params, config: StepConfig, seed: int) -> TrainState:
+    """The state before the first step; moments are float32 and sharded like their parameter."""
+
+    def init(trainable: Params) -> tuple[Any, jax.Array, jax.Array, LossScale]:
+        scale = FIRST_LOSS_SCALE if config.float16 else 1.0
+        zero = jnp.int32(0)
+        key = jax.random.key_data(jax.random.key(seed))
+        return (
+            config.optimizer.init(_as_float32(trainable)),
+            jnp.int32(0),
+            key,
+            LossScale(jnp.float32(scale), zero, zero),
+        )
+
+    by_path = leaf_shardings(config.partition.leaves, config.mesh)
+    shapes = jax.eval_shape(init, trainable)
+    out = shardings_like(shapes, by_path, config.mesh)
+    opt_state, step, rng, loss_scale = jax.jit(init, out_shardings=out)(trainable)
+    return TrainState(trainable, opt_state, step, rng, loss_scale)
+
+
+def state_shardings(state: Any, config: StepConfig) -> Any:
+    """Shardings of a `TrainState`, concrete or abstract."""
+    by_path = leaf_shardings(config.partition.leaves, config.mesh)
+    return shardings_like(state, by_path, config.mesh)
+
+
+def make_train_step(
+    config: StepConfig, state: Any
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, StepReport]]:
+    """The jitted step; the state is donated.
+
+    Args:
+        config: the parts.
+        state: a `TrainState`, concrete or abstract, for its tree.
+    """
+    shardings = state_shardings(state, config)
+    frozen = {
+        path: sharding
+        for path, sharding in leaf_shardings(config.partition.leaves, config.mesh).items()
+        if path in config.partition.frozen
+    }
+
+    def train_step(state: TrainState, frozen: Params, batch: Batch):
+        weight = jnp.sum(batch.loss_weights)
+        # A batch without a trained token has nothing to divide by, and no gradient either.
+        seed = state.loss_scale.scale / jnp.where(weight > 0, weight, 1.0)
+        grads, sums = _accumulate(config, state, frozen, batch, seed)
+        grads = jax.tree.map(lambda g: g / state.loss_scale.scale, grads)
+        norm = optax.global_norm(grads)
+        updated, learning_rate = _update(config, state, grads, norm)
+        new_state = _keep_or_skip(config, state, updated, norm)
+        if config.float16:  # the sums of a skipped step are not finite; the skip is counted
+            sums = jax.tree.map(lambda s: jnp.where(jnp.isfinite(norm), s, 0).astype(s.dtype), sums)
+        report = StepReport(
+            sums, norm, learning_rate, state.loss_scale.scale, new_state.loss_scale.skipped
+        )
+        return new_state, report
+
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, frozen, rows_sharding(config.mesh)),
+        out_shardings=(shardings, replicated(config.mesh)),
+        donate_argnums=0,
+    )
+
+
+def _accumulate(
+    config: StepConfig, state: TrainState, frozen: Params, batch: Batch, seed: jax.Array
+) -> tuple[Params, Sums]:
+    """Gradients of seed * loss sum, and the sums, over all microbatches."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    wide = _as_float32(state.trainable)
+
+    def micro(index: jax.Array, rows: Batch) -> tuple[Params, Sums]:
+        dropout_key = jax.random.fold_in(key, index) if config.dropout else None
+        forward = Forward(
+            config.remat, dropout_key, rows_sharding(config.mesh), batch_shards(config.mesh)
+        )
+
+        def scaled_loss(wide: Params) -> tuple[jax.Array, Sums]:
+            sums = config.objective(config.partition.merge(wide, frozen), rows, forward)
+            return sums.loss * seed, sums
+
+        (_, sums), grads = jax.value_and_grad(scaled_loss, has_aux=True)(wide)
+        return _masked(grads, config.partition), sums
+
+    if config.accumulation == 1:
+        return micro(jnp.int32(0), batch)
+    pieces = jax.tree.map(lambda x: _microbatches(x, config), batch)
+    numbers = jnp.arange(config.accumulation)
+
+    def add(total, piece):
+        return jax.tree.map(jnp.add, total, micro(*piece)), None
+
+    shapes = jax.eval_shape(micro, numbers[0], jax.tree.map(lambda x: x[0], pieces))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, (numbers, pieces))
+    return total
+
+
+def _microbatches(x: jax.Array, config: StepConfig) -> jax.Array:
+    """[B, T] -> [accumulation, B / accumulation, T]; each device deals out rows of its own."""
+    shards, count = batch_shards(config.mesh), config.accumulation
+    x = x.reshape(shards, count, -1, *x.shape[1:]).swapaxes(0, 1)
+    return x.reshape(count, -1, *x.shape[3:])
+
+
+def _masked(grads: Params, partition: Partition) -> Params:
+    """No gradient for the frozen layers of a stack that trains in part."""
+    return {path: _in_trained_layers(path, grad, partition) for path, grad in grads.items()}
+
+
+def _in_trained_layers(path: str, value: jax.Array, partition: Partition) -> jax.Array:
+    mask = partition.layer_masks.get(path)
+    if mask is None:
+        return value
+    return jnp.where(mask.reshape(-1, *(1,) * (value.ndim - 1)), value, 0)
+
+
+def _update(
+    config: StepConfig, state: TrainState, grads: Params, norm: jax.Array
+) -> tuple[tuple[Params, Any], jax.Array]:
+    """New trainable arrays and optimizer state, and the learning rate that was used."""
+    wide = _as_float32(state.trainable)
+    clipped = clip_by_global_norm(grads, norm, config.max_grad_norm)
+    updates, opt_state = config.optimizer.update(clipped, state.opt_state, wide)
+    trainable = {
+        path: (wide[path] + _in_trained_layers(path, updates[path], config.partition)).astype(
+            array.dtype
+        )
+        for path, array in state.trainable.items()
+    }
+    learning_rate = config.schedule(state.step - state.loss_scale.skipped)
+    return (trainable, opt_state), learning_rate
+
+
+def _keep_or_skip(
+    config: StepConfig, state: TrainState, updated: tuple[Params, Any], norm: jax.Array
+) -> TrainState:
+    """Take the update; under float16, skip one whose gradients overflowed and halve the scale."""
+    step = state.step + 1
+    if not config.float16:
+        return TrainState(*updated, step, state.rng, state.loss_scale)
+    finite = jnp.isfinite(norm)
+    old = (state.trainable, state.opt_state)
+    trainable, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, old)
+    scale, good, skipped = state.loss_scale
+    good = jnp.where(finite, good + 1, 0)
+    grown = jnp.where(good >= GROW_AFTER, scale * 2, scale)
+    loss_scale = LossScale(
+        jnp.where(finite, grown, jnp.maximum(scale / 2, 1.0)),
+        jnp.where(good >= GROW_AFTER, 0, good),
+        skipped + jnp.where(finite, 0, 1),
+    )
+    return TrainState(trainable, opt_state, step, state.rng, loss_scale)
+
+
+def _as_float32(params: Params) -> Params:
+    return {path: array.astype(jnp.float32) for path, array in params.items()}
+
+
+def make_eval_step(config: StepConfig) -> Callable[[Params, Params, Batch], Sums]:
+    """The jitted sums of a batch, without dropout."""
+    leaves, mesh = config.partition.leaves, config.mesh
+    shardings = leaf_shardings(leaves, mesh)
+    split = [
+        {path: shardings[path] for path in paths}
+        for paths in (config.partition.trainable, config.partition.frozen)
+    ]
+    forward = Forward("none", None, rows_sharding(mesh), batch_shards(mesh))
+
+    def eval_step(trainable: Params, frozen: Params, batch: Batch) -> Sums:
+        return config.objective(config.partition.merge(trainable, frozen), batch, forward)
+
+    return jax.jit(
+        eval_step,
+        in_shardings=(*split, rows_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )

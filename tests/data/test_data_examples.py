@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From rows to stored examples: text, tokens, length policies, the report, and all refusals."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dsjax.config import DataSection
+from dsjax.data import decode_sample, load_examples
+from dsjax.errors import ConfigError
+
+TOKENS = {"format": "tokens"}
+
+
+def test_text_gets_bos_and_eos_and_is_trained_whole(with_template, load_rows):
+    tokenizer = with_template(None, add_bos_token=True)
+    examples = load_rows([{"text": "a b"}], tokenizer)
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    assert decode_sample(examples[0], tokenizer) == f"{bos}⟦a b{eos}⟧"
+    assert examples[0].trained() == 4
+
+
+def test_completion_and_eos_are_trained(with_template, load_rows):
+    tokenizer = with_template(None, add_bos_token=True)
+    examples = load_rows([{"prompt": "a:", "completion": "\nb"}], tokenizer)
+    # The prompt is tokenised alone, as at inference: ":\n" does not become one token.
+    expected = f"{tokenizer.bos_token}a:⟦\nb{tokenizer.eos_token}⟧"
+    assert decode_sample(examples[0], tokenizer) == expected
+
+
+def test_rows_of_tokens_are_used_as_they_are(load_rows):
+    examples = load_rows([{"input_ids": [5, 6, 7], "labels": [-100, -100, 4]}, {"input_ids": [8]}])
+    assert [field.tolist() for field in examples[0]] == [[5, 6, 7], [0, 0, 4], [0, 0, 1]]
+    assert [field.tolist() for field in examples[1]] == [[8], [8], [1]]
+    assert examples.lengths.tolist() == [3, 1]
+
+
+def test_sources_follow_one_another_and_are_reported(tmp_path, tokenizers):
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.json"
+    first.write_text(json.dumps({"text": "abc"}) + "\n")
+    second.write_text(json.dumps([{"instruction": "q", "input": "", "output": "a"}] * 2))
+    section = DataSection(train=[str(first), str(second)])
+    examples = load_examples(section.train, section, tokenizers["r1"])
+    assert len(examples) == 3
+    assert examples.report.lines() == [
+        f"data.train: {first}: 1 rows, format text",
+        f"data.train: {second}: 2 rows, format alpaca",
+        "data.train: 3 rows -> 3 sequences, 28 tokens, 15 trained (53.6 %), longest 12",
+        "data.train: over-long: 0 truncated, 0 dropped; 0 without a trained token; "
+        "0 conversations split over several sequences",
+    ]
+
+
+def test_splits_of_conversations_are_counted(tokenizers, load_rows):
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
+    report = load_rows([{"messages": turns}], tokenizers["r1"]).report
+    assert (report.rows, report.sequences, report.split) == (1, 2, 1)
+
+
+def test_truncate_counts_what_it_cuts(load_rows):
+    rows = [
+        {"input_ids": [1, 2, 3, 4]},
+        {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, -100, 4]},
+        {"input_ids": [1, 2]},
+    ]
+    examples = load_rows(rows, max_length=3)
+    assert examples.lengths.tolist() == [3, 3, 2]
+    report = examples.report
+    assert (report.truncated, report.untrained, report.tokens) == (2, 1, 8)
+    assert report.trained_tokens == 2 + 0 + 1  # a row's first token is never predicted
+
+
+def test_drop_counts_what_it_drops(load_rows):
+    examples = load_rows(
+        [{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2]}], max_length=2, overlong="drop"
+    )
+    assert len(examples) == 1 and examples.report.dropped == 1
+
+
+def test_error_names_every_long_row(tmp_path, load_rows):
+    rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2]}, {"input_ids": [1] * 4}]
+    with pytest.raises(ConfigError) as caught:
+        load_rows(rows, max_length=2, overlong="error")
+    assert str(caught.value).startswith(
+        "data.overlong: got 2 rows longer than data.max_length = 2 "
+        f"({tmp_path}/rows.jsonl:1: 3 tokens, {tmp_path}/rows.jsonl:3: 4 tokens)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "section", "message"),
+    [
+        ([], {}, "data.train[0]: got {0} without a row, expected at least one"),
+        (
+            [{"input_ids": [1, 2, 3]}],
+            {"max_length": 2, "overlong": "drop"},
+            "data.train: got 1 rows, all longer than data.max_length = 2 and dropped",
+        ),
+        (
+            [{"input_ids": [1, 2], "labels": [-100, -100]}],
+            {},
+            "data.train: got 1 sequences without one trained token (0 were truncated",
+        ),
+        ([{"text": "a"}], {}, "{0}:1: got text and a model without tokenizer, expected tokenizer"),
+        ([{"text": "a"}], TOKENS, "{0}:1: got the keys text, expected also input_ids for the form"),
+        (
+            [{"input_ids": [1, 10]}],
+            {},
+            "{0}:1 input_ids[1]: got 10, expected a token id from 0 to 9",
+        ),
+        (
+            [{"input_ids": [-1, 1]}],
+            {},
+            "{0}:1 input_ids[0]: got -1, expected a token id from 0 to 9",
+        ),
+        (
+            [{"input_ids": [1, 1], "labels": [1, 12]}],
+            {},
+            "{0}:1 labels[1]: got 12, expected a token id from 0 to 9",
+        ),
+        ([{"q": 1}], {}, "{0}:1: got the keys q, expected those of a known format"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tmp_path, load_rows, rows, section, message):
+    with pytest.raises(ConfigError) as caught:
+        load_rows(rows, vocab_size=10, **section)
+    assert str(caught.value).startswith(message.format(tmp_path / "rows.jsonl"))
+
+
+def test_text_needs_an_eos(with_template, load_rows):
+    with pytest.raises(ConfigError, match="rows.jsonl:1: got text and a tokenizer without EOS"):
+        load_rows([{"text": "a"}], with_template(None, eos_token=None, pad_token=None))
+
+
+def test_several_wrong_rows_come_in_one_message(tmp_path, load_rows):
+    rows = [{"input_ids": [1, 2]}, {"input_ids": []}, {"input_ids": ["x"]}, [1]]
+    with pytest.raises(ConfigError) as caught:
+        load_rows(rows)
+    origins = [line.split(" ")[0].rsplit(":", 1) for line in str(caught.value).splitlines()]
+    assert [number.rstrip(":") for _, number in origins if number] == ["2", "3"]
+    assert f"{tmp_path}/rows.jsonl:4: got a list" in str(caught.value)
+
+
+def test_many_wrong_rows_are_cut_off(load_rows):
+    with pytest.raises(ConfigError) as caught:
+        load_rows([{"input_ids": []}] * 20)
+    assert len(str(caught.value).splitlines()) == 8
+
+
+def test_evaluation_names_its_own_field(tmp_path):
+    section = DataSection(train=["x"], eval=[str(tmp_path / "none.jsonl")])
+    assert section.eval
+    with pytest.raises(ConfigError, match=r"data.eval\[0\]: got .*none.jsonl, expected a file"):
+        load_examples(section.eval, section, None, name="data.eval")
+
+
+def test_nothing_is_left_in_the_users_folder(tmp_path, load_rows):
+    load_rows([{"input_ids": [1, 2]}])
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_examples_are_read_back_as_written(load_rows):
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, 99, size).tolist() for size in rng.integers(1, 9, 50)]
+    examples = load_rows([{"input_ids": row} for row in rows])
+    order = rng.permutation(50).tolist()
+    assert [examples[i].input_ids.tolist() for i in order] == [rows[i] for i in order]

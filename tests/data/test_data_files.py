@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows and their origins from every kind of file, and what is refused."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsjax.data import files
+from dsjax.data.files import read_rows
+from dsjax.errors import ConfigError
+
+FIELD = "data.train[0]"
+
+
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def rows_of(path: Path) -> list[tuple[str, dict]]:
+    """Rows, their origin without the folder."""
+    return [
+        (origin.removeprefix(f"{path.parent}/"), fields)
+        for origin, fields in read_rows(str(path), FIELD, ("train",))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", '{"x": 1}\n\n{"x": 2}', [("a.jsonl:1", {"x": 1}), ("a.jsonl:3", {"x": 2})]),
+        ("a.jsonl", b'\xef\xbb\xbf{"x": 1}\n', [("a.jsonl:1", {"x": 1})]),
+        ("a.json", '[{"x": 1},\n {"x":\n  2}]', [("a.json:1", {"x": 1}), ("a.json:2", {"x": 2})]),
+        ("a.json", '{"version": [1],\n "data": [\n{"x": 1}]}', [("a.json:3", {"x": 1})]),
+        ("a.json", '{"data": [{"x": 1}]}', [("a.json:1", {"x": 1})]),
+        ("a.json", '{"x": 1}\n{"x": 2}\n', [("a.json:1", {"x": 1}), ("a.json:2", {"x": 2})]),
+        (
+            "a.txt",
+            "one\n\n two \r\n",
+            [("a.txt:1", {"text": "one"}), ("a.txt:3", {"text": " two "})],
+        ),
+        (
+            "a.csv",
+            'prompt,completion\n"a\nb",c\nd,""\n',
+            [
+                ("a.csv:2", {"prompt": "a\nb", "completion": "c"}),
+                ("a.csv:4", {"prompt": "d", "completion": ""}),
+            ],
+        ),
+        (
+            "a.csv",
+            'input_ids,labels\n"[1, 2]",\n',
+            [("a.csv:2", {"input_ids": [1, 2], "labels": None})],
+        ),
+    ],
+)
+def test_rows_and_their_lines(tmp_path, name, content, expected):
+    assert rows_of(write(tmp_path, name, content)) == expected
+
+
+def test_parquet_counts_rows(tmp_path):
+    table = pyarrow.table({"input_ids": [[1, 2], [3]]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert rows_of(tmp_path / "a.parquet") == [
+        ("a.parquet:1", {"input_ids": [1, 2]}),
+        ("a.parquet:2", {"input_ids": [3]}),
+    ]
+
+
+@given(
+    rows=st.lists(st.dictionaries(st.text(max_size=3), st.integers() | st.text()), max_size=6),
+    indent=st.sampled_from([None, 1]),
+    ascii_only=st.booleans(),
+    chunk=st.integers(1, 40),
+)
+def test_json_read_in_pieces_is_the_same(tmp_path_factory, rows, indent, ascii_only, chunk):
+    text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
+    path = write(tmp_path_factory.getbasetemp(), "pieces.json", text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "CHUNK", chunk)
+        assert [fields for _, fields in rows_of(path)] == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"x": 1}\n{"x": \n', "a.jsonl:2: got a line that is not JSON"),
+        ("a.jsonl", b'{"x": "\xff"}\n', "a.jsonl:1: got a line that is not JSON"),
+        ("a.jsonl", "[1]\n", "a.jsonl:1: got a list, expected an object with the fields of one"),
+        ("a.json", '[{"x": 1},\n{"x" 2}]', "a.json:2: got '2}]', expected JSON (Expecting ':'"),
+        ("a.json", '[{"x": 1}\n{"x": 2}]', "a.json:2: got '{\"x\": 2}]', expected ','"),
+        ("a.json", '[{"x": 1},\n', "a.json:2: got the end of the file, expected JSON"),
+        ("a.json", '{"rows": [\n]}', "a.json:2: got '}', expected an array of rows, or an object"),
+        ("a.json", "12", "a.json:1: got '12', expected an array of rows, or {\"data\": [rows]}"),
+        ("a.json", "[1]", "a.json:1: got a int, expected an object"),
+        ("a.json", b'[{"x": "\xff"}]', "a.json: got bytes that are not UTF-8"),
+        ("a.csv", "x,y\n1\n", "a.csv:2: got 1 columns, expected 2 as in the header"),
+        ("a.csv", "x,y\n1,2,3\n", "a.csv:2: got 3 columns, expected 2 as in the header"),
+        ("a.csv", 'x\n"a" b\n"c', "a.csv:2: got a row that is not CSV (',' expected"),
+        ("a.csv", "labels\nx\n", "a.csv:2 labels: got 'x', expected JSON in this column"),
+        ("a.parquet", "x", "a.parquet: got "),
+        ("a.txt", b"\xff", "a.txt: got bytes that are not UTF-8"),
+    ],
+)
+def test_wrong_content_names_file_and_line(tmp_path, name, content, message):
+    path = write(tmp_path, name, content)
+    with pytest.raises(ConfigError) as caught:
+        rows_of(path)
+    assert str(caught.value).startswith(f"{tmp_path}/{message}")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "train.jsonl",
+            "got {0}/train.jsonl, expected a file that exists; did you mean trian.jsonl?",
+        ),
+        (
+            "none/train.json",
+            "got {0}/none/train.json, expected a file that exists; there is no folder",
+        ),
+        (
+            "",
+            "got the folder {0}, expected a file or a hub dataset; list its files, such as {0}/tri",
+        ),
+        (
+            "rows.zip",
+            "got {0}/rows.zip, expected a file that ends in .json, .jsonl, .csv, .parquet",
+        ),
+    ],
+)
+def test_wrong_sources_are_named(tmp_path, source, message):
+    write(tmp_path, "trian.jsonl", "")
+    write(tmp_path, "rows.zip", "")
+    with pytest.raises(ConfigError) as caught:
+        read_rows(str(tmp_path / source).rstrip("/"), FIELD, ("train",))
+    assert str(caught.value).startswith(f"{FIELD}: {message.format(tmp_path)}")
+
+
+def test_hub_datasets_try_splits_in_order(monkeypatch):
+    def load_dataset(name: str, split: str):
+        if split != "test":
+            raise ValueError(f"Unknown split {split}")
+        return [{"text": name}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = read_rows("owner/rows", FIELD, ("validation", "test"))
+    assert list(rows) == [("owner/rows[test]:1", {"text": "owner/rows"})]
+    with pytest.raises(ConfigError) as caught:
+        read_rows("owner/rows", FIELD, ("train",))
+    assert str(caught.value).startswith(
+        f"{FIELD}: got owner/rows, expected a file that exists, and there is none of that name, or "
+        "a hub dataset, which did not load (split train: ValueError: Unknown split train)"
+    )

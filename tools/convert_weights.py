@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convert checkpoints between Hugging Face's form and dsjax's, without loss.
+
+    python tools/convert_weights.py to-flax SRC DST    a Hugging Face directory or hub id -> dsjax
+    python tools/convert_weights.py to-hf SRC DST      back, every tensor byte for byte
+
+In: SRC. Out: DST, a new folder, complete or not at all. Training takes either form as `model.path`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dsjax.convert import to_flax
+from dsjax.errors import run_command
+from dsjax.export import to_hf
+from dsjax.terminal import Loading
+
+COMMANDS = {"to-flax": (to_flax, "reading weights"), "to-hf": (to_hf, "writing weights")}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one conversion."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("src", help="what to convert")
+    parser.add_argument("dst", help="folder to write; it must not exist, or be empty")
+    words = parser.parse_args(argv)
+    convert, verb = COMMANDS[words.command]
+    convert(words.src, words.dst, Loading(verb))
+    print(f"wrote {words.dst}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
