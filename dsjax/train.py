@@ -23,12 +23,13 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from transformers import PreTrainedTokenizerFast
 
 from dsjax import config as configuration
 from dsjax.adapters import unused_keys
 from dsjax.assembly import CHECKPOINTS, Assembly, assemble, load_frozen, load_trainable
 from dsjax.checkpoint import Checkpointer
-from dsjax.config import RunConfig, load_config, split_arguments
+from dsjax.config import DataSection, RunConfig, load_config, split_arguments
 from dsjax.data import Loader, decode_sample, load_examples, load_tokenizer
 from dsjax.errors import ConfigError, run_command
 from dsjax.evaluation import evaluate_loss, to_devices
@@ -169,7 +170,7 @@ def read_data(config: RunConfig, parts: Assembly) -> Data:
     """
     training, section = config.training, config.data
     check_batch(training.batch_size, training.gradient_accumulation_steps, parts.mesh)
-    tokenizer = find_tokenizer(parts.source.directory)
+    tokenizer = read_tokenizer(section, parts.source.directory)
     vocabulary = parts.model.config.vocab_size
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     examples = load_examples(section.train, section, tokenizer, vocabulary, "data.train")
@@ -181,6 +182,14 @@ def read_data(config: RunConfig, parts: Assembly) -> Data:
         evaluation = Loader(held_out, ordered, training.batch_size, training.seed, **processes)
         lines += held_out.report.lines()
     return Data(loader, evaluation, lines, decode_sample(examples[0], tokenizer))
+
+
+def read_tokenizer(section: DataSection, directory: Path) -> PreTrainedTokenizerFast | None:
+    """The checkpoint's tokenizer; None for rows that are tokens already."""
+    missing = not (directory / "tokenizer.json").is_file()
+    if section.format == "tokens" or (section.format == "auto" and missing):
+        return None
+    return load_tokenizer(directory)
 
 
 def open_run(run: Path, config: RunConfig, form: str | None, total: int) -> Checkpointer:
