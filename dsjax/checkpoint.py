@@ -137,6 +137,7 @@ class Checkpointer:
         self._manager.close()
 
     def _read(self, step: int, read: Callable[[], Any]) -> Any:
+        self.wait()  # The step may still be on its way to disk.
         try:
             return read()
         except UNREADABLE as error:
@@ -179,4 +180,6 @@ def _misfits(wanted: dict[str, Any], stored: dict[str, Any], partial: bool) -> l
 
 
 def _spec(leaf: Any) -> str:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)  # Orbax lists a random key as its words.
     return f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"

@@ -7,8 +7,10 @@ code 2. Failures of our own stay ordinary exceptions: traceback, exit 1.
 """
 
 import difflib
+import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 
 class ConfigError(ValueError):
@@ -30,6 +32,16 @@ def nearest(name: str, candidates: Iterable[str], most: int = 8) -> str:
         return f"did you mean {' or '.join(close)}?"
     more = f", ... ({len(known)} in all)" if len(known) > most else ""
     return f"known: {', '.join(known[:most])}{more}"
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Tell a block's ConfigErrors under the names that the user typed: `--model` for `model.path`."""
+    try:
+        yield
+    except ConfigError as error:
+        pattern = rf"(?<!\S)({'|'.join(map(re.escape, names))})(?=[:\[ ]|$)"
+        raise ConfigError(re.sub(pattern, lambda found: names[found[1]], str(error))) from error
 
 
 def run_command(main: Callable[[Sequence[str]], int]) -> None:

@@ -38,12 +38,12 @@ class LoraSpec:
     """PEFT's LoraConfig, the fields that we honour, under its names."""
 
     r: int
-    lora_alpha: float
+    lora_alpha: int | float
     lora_dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     layers_to_transform: list[int] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, int | float] = field(default_factory=dict)
     use_rslora: bool = False
 
     peft_type = "LORA"

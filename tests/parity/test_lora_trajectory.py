@@ -113,7 +113,10 @@ def _check_merged_export(checkpoint: Path, adapter: Path, merged: Path) -> None:
     ids = tiny.random_ids(288)
     model = peft_adapters.load_strictly(checkpoint, adapter).merge_and_unload()
     np.testing.assert_allclose(
-        tiny.reference_logits(merged, ids), peft_adapters.logits(model, ids), rtol=0, atol=1e-5
+        tiny.reference_logits(merged, ids),
+        peft_adapters.logits(model, ids),
+        rtol=0,
+        atol=LOGIT_BOUND,
     )
 
 
@@ -142,8 +145,8 @@ def test_losses_and_exports_are_those_of_peft(
 
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
     assert runs.largest_difference(steps, expected, "loss") < LOSS_BOUND
-    assert runs.largest_difference(steps, expected, "learning_rate") < 1e-9
     for ours, theirs in zip(steps, expected, strict=True):
+        assert ours["learning_rate"] == pytest.approx(theirs["learning_rate"], rel=1e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
     exported = tmp_path / "run" / "export"
     _check_peft_export(checkpoint, exported, model)

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wrong data: sources that are not there, lines that do not parse, rows that mean nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from desk import Desk, assert_says
+
+GOOD = {"input_ids": [5, 6, 7, 8]}
+CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+
+
+# ---- Sources
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        (
+            "{folder}/row.jsonl",
+            ["data.train[0]: got", "row.jsonl", "a file that exists", "did you mean rows.jsonl?"],
+        ),
+        ("{folder}/no/rows.jsonl", ["data.train[0]: got", "there is no folder"]),
+        ("{folder}", ["data.train[0]: got the folder", "list its files", "rows.jsonl"]),
+        ("{folder}/run.yaml", ["data.train[0]: got", "run.yaml", "a file that ends in .json"]),
+        ("someone/no-such-dataset", ["data.train[0]: got someone/no-such-dataset", "hub dataset"]),
+    ],
+    ids=["typo", "no_folder", "folder", "yaml", "hub_offline"],
+)
+def test_a_source_that_cannot_be_read(desk: Desk, source: str, parts: list[str]):
+    assert_says(desk.refusal(f"data.train={source.format(folder=desk.folder)}"), *parts)
+
+
+def test_the_second_of_two_sources(desk: Desk):
+    message = desk.refusal(f"data.train=[{desk.rows}, {desk.folder}/more.jsonl]")
+    assert_says(message, "data.train[1]: got", "more.jsonl", "a file that exists")
+
+
+def test_an_evaluation_file_that_is_not_there(desk: Desk):
+    message = desk.refusal(f"data.eval={desk.folder}/held_out.jsonl")
+    assert_says(message, "data.eval[0]: got", "held_out.jsonl", "a file that exists")
+
+
+@pytest.mark.parametrize("text", ["", "\n\n"], ids=["empty", "blank"])
+def test_a_file_without_rows(desk: Desk, text: str):
+    desk.rows.write_text(text)
+    assert_says(desk.refusal(), "data.train[0]: got", "without a row", "expected at least one")
+
+
+# ---- Lines
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        (
+            '{"input_ids": [1, 2}',
+            ["rows.jsonl:3: got a line that is not JSON", "one object per line"],
+        ),
+        ("[1, 2, 3]", ["rows.jsonl:3: got a list", "expected an object"]),
+        ('"text"', ["rows.jsonl:3: got a str", "expected an object"]),
+    ],
+    ids=["json", "list", "text"],
+)
+def test_a_line_that_is_no_row(desk: Desk, line: str, parts: list[str]):
+    desk.write_rows(GOOD, GOOD, line, GOOD)
+    assert_says(desk.refusal(), *parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("rows.json", b'[{"text": "a"}, {"text" "b"}]', ["rows.json:1: got", "expected JSON"]),
+        ("rows.json", b'{"rows": []}', ["rows.json", "expected"]),
+        ("rows.json", b"12", ["rows.json:1: got '12'", "an array of rows"]),
+        (
+            "rows.csv",
+            b"prompt,completion\na,b\na,b,c\n",
+            ["rows.csv:3: got 3 columns", "expected 2"],
+        ),
+        ("rows.csv", b'prompt,completion\na,"b\n', ["rows.csv:2: got a row that is not CSV"]),
+        (
+            "rows.csv",
+            b'input_ids\n"1 2 3"\n',
+            ["rows.csv:2 input_ids: got '1 2 3'", "expected JSON"],
+        ),
+        ("rows.parquet", b"PAR1 not really", ["rows.parquet: got", "expected a Parquet file"]),
+        ("rows.txt", b"caf\xe9\n", ["rows.txt: got bytes that are not UTF-8", "convert it"]),
+        ("rows.jsonl", b'{"text": "caf\xe9"}\n', ["rows.jsonl:1: got a line that is not JSON"]),
+        ("rows.jsonl.gz", b"\x1f\x8b", ["rows.jsonl.gz", "a file that ends in", "unpack it"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_a_file_of_another_kind_than_its_name(
+    desk: Desk, name: str, content: bytes, parts: list[str]
+):
+    (desk.folder / name).write_bytes(content)
+    assert_says(desk.refusal(f"data.train={desk.folder / name}"), *parts)
+
+
+# ---- Rows
+
+
+@pytest.mark.parametrize(
+    ("row", "form", "parts"),
+    [
+        (
+            {"question": "a", "answer": "b"},
+            "auto",
+            ["got the keys answer, question", "messages: messages", "rename the keys"],
+        ),
+        (
+            {"text": "a"},
+            "messages",
+            ["got the keys text", "expected also messages for the format messages"],
+        ),
+        ({"instruction": "a"}, "alpaca", ["expected also output for the format alpaca"]),
+        ({"prompt": "a", "completion": 3}, "auto", ["completion: got 3", "expected a string"]),
+        ({"prompt": CHAT, "completion": "b"}, "auto", ["prompt: got", "expected a string"]),
+        ({"text": ["a"]}, "auto", ["text: got ['a']", "expected a string"]),
+        ({"messages": []}, "auto", ["messages: got []", "expected a list of messages"]),
+        ({"messages": "hello"}, "auto", ["messages: got hello", "expected a list of messages"]),
+        (
+            {"messages": ["hello"]},
+            "auto",
+            ["messages[0]: got hello", "an object with role and content"],
+        ),
+        (
+            {"messages": [{"role": "wizard", "content": "a"}]},
+            "auto",
+            ["messages[0].role: got wizard", "one of system, user, human, assistant"],
+        ),
+        ({"messages": [{"content": "a"}]}, "auto", ["messages[0].role: got None", "one of system"]),
+        (
+            {"messages": [{"role": "user"}]},
+            "auto",
+            ["messages[0].content: got None", "a string or a list"],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
+                    CHAT[1],
+                ]
+            },
+            "auto",
+            ["messages[0].content[0]: got image_url", "a part of type text"],
+        ),
+        (
+            {"messages": [*CHAT[:1], CHAT[1] | {"loss_weight": -1}]},
+            "auto",
+            ["messages[1].loss_weight: got -1", "at least 0"],
+        ),
+        (
+            {"messages": [*CHAT[:1], CHAT[1] | {"loss_weight": "high"}]},
+            "auto",
+            ["messages[1].loss_weight: got high"],
+        ),
+        (
+            {"messages": [CHAT[0], {"role": "assistant", "content": "<think>hm"}]},
+            "auto",
+            ["messages[1]: got <think> without </think>"],
+        ),
+        (
+            {"conversations": [{"from": "human", "value": 3}]},
+            "auto",
+            ["conversations[0].value: got 3"],
+        ),
+        (
+            {"conversations": [{"from": "alien", "value": "a"}]},
+            "sharegpt",
+            ["conversations[0].role: got alien"],
+        ),
+        (
+            {"instruction": "a", "output": "b", "history": ["c"]},
+            "auto",
+            ["history[0]: got c", "a pair [question, answer]"],
+        ),
+        ({"input_ids": []}, "auto", ["input_ids: got []", "at least one token"]),
+        ({"input_ids": "5 6 7"}, "auto", ["input_ids: got 5 6 7", "a list of token ids"]),
+        ({"input_ids": [5, 6.5]}, "auto", ["input_ids[1]: got 6.5", "an integer token id"]),
+        (
+            {"input_ids": [5, 288]},
+            "auto",
+            ["input_ids[1]: got 288", "a token id from 0 to 287", "another model"],
+        ),
+        ({"input_ids": [5, -1]}, "auto", ["input_ids[1]: got -1", "a token id from 0 to 287"]),
+        (
+            {"input_ids": [5, 6], "labels": [6]},
+            "auto",
+            ["labels: got 1 values", "expected 2 as in input_ids"],
+        ),
+        (
+            {"input_ids": [5, 6], "labels": [5, 999]},
+            "auto",
+            ["labels[1]: got 999", "a token id from 0 to 287"],
+        ),
+        (
+            {"input_ids": [5, 6], "attention_mask": [1, 0]},
+            "auto",
+            ["attention_mask: got zeros", "without padding"],
+        ),
+        (
+            {"input_ids": [5, 6], "attention_mask": "11"},
+            "auto",
+            ["attention_mask: got 11", "expected"],
+        ),
+    ],
+)
+def test_a_row_that_means_nothing(desk: Desk, row: Any, form: str, parts: list[str]):
+    desk.write_rows(row)
+    assert_says(desk.refusal(f"data.format={form}"), "rows.jsonl:1", *parts)
+
+
+def test_rows_of_two_formats(desk: Desk):
+    desk.write_rows(GOOD, GOOD, {"text": "a"})
+    message = desk.refusal()
+    assert_says(message, "rows.jsonl:3: got the keys text", "expected also input_ids", "tokens")
+
+
+def test_several_wrong_rows_are_named_at_once(desk: Desk):
+    desk.write_rows(GOOD, {"input_ids": []}, GOOD, {"input_ids": [999]})
+    assert_says(
+        desk.refusal(), "rows.jsonl:2 input_ids: got []", "rows.jsonl:4 input_ids[0]: got 999"
+    )
+
+
+def test_a_conversation_without_a_chat_template(desk: Desk):
+    file = desk.model / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    del settings["chat_template"]
+    file.write_text(json.dumps(settings))
+    (desk.model / "chat_template.jinja").unlink(missing_ok=True)
+    desk.write_rows({"messages": CHAT})
+    assert_says(
+        desk.refusal(),
+        "rows.jsonl:1: got a conversation",
+        "without chat template",
+        "chat_template.jinja",
+    )
+
+
+def test_a_chat_template_that_is_no_template(desk: Desk):
+    file = desk.model / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": "{% if %}"}))
+    desk.write_rows({"messages": CHAT})
+    assert_says(desk.refusal(), "rows.jsonl:1: got a conversation that the chat template refuses")
+
+
+def test_tools_that_the_template_does_not_show(desk: Desk):
+    desk.write_rows({"messages": CHAT, "tools": [{"name": "search"}]})
+    assert_says(desk.refusal(), "rows.jsonl:1 tools: got tool definitions", "expected none")
+
+
+# ---- Length and weight
+
+
+def test_overlong_rows_that_are_an_error(desk: Desk):
+    desk.write_rows(GOOD, {"input_ids": [5] * 65}, {"input_ids": [5] * 70})
+    message = desk.refusal("data.overlong=error")
+    assert_says(message, "data.overlong: got 2 rows longer than data.max_length = 64")
+    assert_says(
+        message, "rows.jsonl:2: 65 tokens", "rows.jsonl:3: 70 tokens", "raise data.max_length"
+    )
+
+
+def test_overlong_rows_of_which_none_is_left(desk: Desk):
+    desk.write_rows({"input_ids": [5] * 65})
+    message = desk.refusal("data.overlong=drop")
+    assert_says(message, "data.train: got 1 rows, all longer than data.max_length = 64 and dropped")
+
+
+def test_rows_without_a_trained_token(desk: Desk):
+    desk.write_rows({"input_ids": [5, 6, 7], "labels": [-100, -100, -100]})
+    message = desk.refusal()
+    assert_says(message, "data.train: got 1 sequences without one trained token", "labels")
+
+
+def test_one_token_per_row(desk: Desk):
+    desk.write_rows({"input_ids": [5]})
+    assert_says(desk.refusal(), "data.train: got 1 sequences without one trained token")
+
+
+def test_a_file_of_another_user(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    opened = Path.open
+
+    def refuse(path: Path, *args: Any, **kwargs: Any):
+        if path == desk.rows:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert_says(
+        desk.refusal(), "rows.jsonl: got Permission denied", "expected a file that can be read"
+    )

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models, batches and train steps without files: random weights by path, any mesh.
+
+In: changes to a tiny config.json, an adapter's spec, config sections' keys. Out: a `Run`, on which
+`step` takes optimizer steps, and batches as numpy arrays. Every random number depends on names and
+seeds only, so runs on different meshes start equal. Not here: checkpoints (tests/tiny.py).
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dsjax import adapters
+from dsjax.adapters.lora import LoraSpec
+from dsjax.adapters.prefix import PrefixSpec
+from dsjax.config import MeshSection, RunConfig
+from dsjax.data import Batch
+from dsjax.models import build
+from dsjax.partition import Leaf, Params, decide, put
+from dsjax.sharding import leaf_shardings, make_mesh
+from dsjax.step import StepConfig, StepReport, TrainState, init_state, make_train_step, step_config
+
+SHAPE: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+}
+
+PLAIN_ADAMW: dict[str, Any] = {
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "max_grad_norm": None,
+    # Else Adam makes whole steps of a gradient's rounding where it is nearly zero.
+    "adam_epsilon": 1e-3,
+}
+
+
+@dataclass
+class Run:
+    """A run's parts between two steps; `state` is donated to each step and replaced."""
+
+    config: StepConfig
+    state: TrainState
+    frozen: Params
+    run_step: Callable[[TrainState, Params, Batch], tuple[TrainState, StepReport]]
+
+    def step(self, batch: Batch) -> StepReport:
+        """Take one optimizer step."""
+        self.state, report = self.run_step(self.state, self.frozen, batch)
+        return report
+
+    def trainable(self) -> dict[str, np.ndarray]:
+        """The trained arrays, on the host."""
+        return {path: np.array(array) for path, array in self.state.trainable.items()}
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        """Gradients of the first step, from AdamW's first moment: it is (1 - beta1) of them."""
+        assert int(self.state.step) == 1
+        moments = self.state.opt_state[0].mu
+        return {path: np.array(moment) / np.float32(0.1) for path, moment in moments.items()}
+
+
+def model_of(**changes: Any) -> nnx.Module:
+    """An abstract model that computes in float32."""
+    return build(SHAPE | changes, "float32")
+
+
+def random_array(path: str, leaf: Leaf, seed: int = 0) -> np.ndarray:
+    """Values of one leaf, float32, none of them special: norms near 1, small weights."""
+    rng = np.random.default_rng((seed, zlib.crc32(path.encode())))
+    if path.endswith("norm.weight"):
+        return rng.uniform(0.6, 1.6, leaf.shape).astype(np.float32)
+    return rng.normal(0.0, 0.15, leaf.shape).astype(np.float32)
+
+
+def start(
+    shape: Mapping[str, Any] | None = None,
+    adapter: LoraSpec | PrefixSpec | None = None,
+    mesh: Mapping[str, int] | None = None,
+    model: Mapping[str, Any] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    values: Callable[[str, Leaf], np.ndarray] = random_array,
+) -> Run:
+    """Everything up to the first step.
+
+    Args:
+        shape: changes to SHAPE.
+        adapter: what to attach; its arrays are random too, so that no gradient is zero.
+        mesh: sizes of the mesh's axes, over that many devices; one device if None.
+        model: keys of the `model` section.
+        optimizer: changes to PLAIN_ADAMW.
+        training: keys of the `training` section.
+        values: start of a base or adapter leaf.
+    """
+    config = run_config(model, optimizer, training)
+    module = build(SHAPE | (shape or {}), config.model.dtype)
+    adapters.attach(module, adapter)
+    partition = decide(
+        module,
+        freeze=config.training.freeze,
+        dtype=config.model.dtype,
+        param_dtype=config.model.param_dtype,
+    )
+    section = MeshSection(**({"fsdp": 1} | (dict(mesh) if mesh else {})))
+    devices = jax.devices()[: section.data * section.fsdp * section.tensor]
+    parts = step_config(config, partition, make_mesh(section, devices), total_steps=100)
+    shardings = leaf_shardings(partition.leaves, parts.mesh)
+    params = adapters.initial_params(module, adapter, partition.leaves, shardings, seed=0)
+    for path, leaf in partition.leaves.items():
+        if leaf.kind != "buffer":
+            start_value = values(path, leaf)
+            if path.endswith(".lora_A"):  # keeps the rows of unequal ranks zero
+                start_value = start_value * (np.asarray(params[path]) != 0)
+            if path.endswith(".lora_B"):
+                used = np.asarray(params[path.replace("lora_B", "lora_A")]).any(-1)
+                start_value = start_value * used[..., None, :]
+            params[path] = jax.device_put(start_value.astype(leaf.dtype), shardings[path])
+    state = init_state({path: params[path] for path in partition.trainable}, parts, seed=0)
+    frozen = {path: params[path] for path in partition.frozen}
+    return Run(parts, state, frozen, make_train_step(parts, state))
+
+
+def run_config(
+    model: Mapping[str, Any] | None = None,
+    optimizer: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """A configuration of which only these sections mean anything."""
+    return RunConfig(
+        model={"path": "none", "dtype": "float32"} | dict(model or {}),
+        data={"train": ["none"]},
+        optimizer=PLAIN_ADAMW | dict(optimizer or {}),
+        training=dict(training or {}),
+        output_dir="none",
+    )
+
+
+def batch(
+    rows: int = 8, length: int = 24, vocab_size: int = 64, seed: int = 0, packed: bool = True
+) -> Batch:
+    """Random rows of different lengths, padded; packed ones hold two segments; uneven weights."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, vocab_size, (rows, length), dtype=np.int32)
+    targets = rng.integers(0, vocab_size, (rows, length), dtype=np.int32)
+    weights = rng.choice([0.0, 0.5, 1.0, 2.0], (rows, length)).astype(np.float32)
+    segments = np.zeros((rows, length), np.int32)
+    positions = np.zeros((rows, length), np.int32)
+    for row in range(rows):
+        end = int(rng.integers(length // 2, length + 1))
+        cut = int(rng.integers(2, end - 2)) if packed else end
+        for number, (first, last) in enumerate([(0, cut), (cut, end)], start=1):
+            segments[row, first:last] = number
+            positions[row, first:last] = np.arange(last - first)
+    real = segments > 0
+    return Batch(ids * real, targets * real, weights * real, segments, positions)
+
+
+def full_model(run: Run) -> nnx.Module:
+    """The run's model with its present values."""
+    return put(run.config.partition.graphdef, {**run.frozen, **run.state.trainable})
+
+
+def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Norm of the difference over the norm of `theirs`."""
+    size = float(np.linalg.norm(theirs))
+    return float(np.linalg.norm(ours - theirs)) / (size or 1.0)
