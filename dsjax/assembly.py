@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from dsjax import adapters
@@ -20,7 +19,7 @@ from dsjax.checkpoint import Checkpointer
 from dsjax.config import AdapterSection, ModelSection, RunConfig
 from dsjax.convert import Source, check_coverage, load_base, open_checkpoint
 from dsjax.errors import ConfigError
-from dsjax.models import build
+from dsjax.models import Model, build
 from dsjax.partition import Params, Partition, decide
 from dsjax.sharding import leaf_shardings, make_mesh
 
@@ -42,7 +41,7 @@ class Assembly:
 
     section: ModelSection
     source: Source
-    model: nnx.Module
+    model: Model
     spec: adapters.Spec | None
     partition: Partition
     mesh: Mesh
@@ -71,7 +70,7 @@ def assemble_model(
     spec = adapters.resolve(adapter)
     adapters.attach(model, spec)
     partition = decide(model, freeze=freeze, dtype=section.dtype, param_dtype=section.param_dtype)
-    if adapter.path is not None:
+    if adapter.path is not None and spec is not None:
         adapters.check_params(adapter.path, model, spec, partition.leaves)
     return Assembly(section, source, model, spec, partition, mesh, carried, adapter.path)
 
@@ -104,7 +103,8 @@ def _load(parts: Assembly, paths: Sequence[str], seed: int, progress: Progress) 
     own = {path: leaf for path, leaf in leaves.items() if leaf.kind != "base"}
     params = load_base(parts.source, parts.model, base, shardings, progress) if base else {}
     params |= adapters.initial_params(parts.model, parts.spec, own, shardings, seed)
-    if parts.adapter_path is not None and any(leaf.kind == "adapter" for leaf in own.values()):
+    trained = any(leaf.kind == "adapter" for leaf in own.values())
+    if parts.adapter_path is not None and parts.spec is not None and trained:
         params |= adapters.load_params(parts.adapter_path, parts.model, parts.spec, own, shardings)
     return params
 

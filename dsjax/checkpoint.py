@@ -10,7 +10,9 @@ Leaves are stored flat, under their dotted path in the pytree (`opt_state.0.mu.m
 so the containers around them do not matter to a reader.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +116,7 @@ class Checkpointer:
             ConfigError: the checkpoint holds other leaves, shapes or dtypes, or cannot be read.
         """
         wanted = named_leaves(abstract_state)
-        stored = self._read(step, lambda: self._manager.item_metadata(step)["state"].tree)
+        stored = self._read(step, lambda: self._stored_leaves(step))
         problems = _misfits(wanted, stored, partial)
         if problems:
             raise ConfigError(self._misfit_message(step, problems))
@@ -139,7 +141,8 @@ class Checkpointer:
     def _read(self, step: int, read: Callable[[], Any]) -> Any:
         self.wait()  # The step may still be on its way to disk.
         try:
-            return read()
+            with _silent_stragglers():
+                return read()
         except UNREADABLE as error:
             older = [s for s in self._manager.all_steps() if s < step]
             then = f"continue from step {max(older)}" if older else "start anew"
@@ -149,12 +152,37 @@ class Checkpointer:
                 f"that can be read; delete this folder to {then}"
             ) from error
 
+    def _stored_leaves(self, step: int) -> dict[str, Any]:
+        metadata = self._manager.item_metadata(step)["state"]
+        if metadata is None:  # Orbax's answer where the file that lists the arrays is gone.
+            raise FileNotFoundError("the list of arrays is missing")
+        return metadata.tree
+
     def _misfit_message(self, step: int, problems: list[str]) -> str:
         if len(problems) > MOST_LINES:
             problems = [*problems[:MOST_LINES], f"... and {len(problems) - MOST_LINES} more"]
         head = f"{self.directory / str(step)}: got a checkpoint of another model or configuration"
         fix = "resume with the configuration that wrote it, or choose another output_dir"
         return "\n  ".join([f"{head}; {fix}", *problems])
+
+
+@contextmanager
+def _silent_stragglers() -> Iterator[None]:
+    """Keep reads that a failed one leaves behind from printing tracebacks.
+
+    When one read fails, Orbax closes its event loop under the others; each of them, once done,
+    reports "Event loop is closed" to `sys.unraisablehook`, also long after. So after a failure, with
+    which the run ends, that one report stays muted.
+    """
+    report = sys.unraisablehook
+
+    def report_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = report_others
+    yield
+    sys.unraisablehook = report
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:

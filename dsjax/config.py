@@ -11,11 +11,13 @@ are relative to the working directory. A section's `model_fields_set` holds the 
 gave.
 """
 
+import os.path
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -37,6 +39,7 @@ def _as_list(value: object) -> object:
 
 Positive = Annotated[int, Field(ge=1)]
 PositiveNumber = Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)]
+Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 AxisSize = Literal[-1] | Positive
 Indices = list[Annotated[int, Field(ge=0)]]
 Layers = Annotated[
@@ -60,7 +63,7 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """Which checkpoint to start from, and in which precision to compute."""
 
-    path: str = Field(min_length=1)
+    path: Folder
     """Hugging Face checkpoint: a directory, or the id of a repository on the hub; or a
     directory written by `convert_weights.py to-flax`."""
     revision: str | None = None
@@ -81,7 +84,7 @@ class AdapterSection(_Section):
 
     peft_type: Literal["LORA", "PREFIX_TUNING"] | None = None
     """Kind of adapter; null: full training, or what the adapter at `path` is."""
-    path: str | None = Field(default=None, min_length=1)
+    path: Folder | None = None
     """PEFT adapter to continue from. It then decides everything about the adapter; a key given
     here must agree with it."""
     r: Positive = 16
@@ -227,7 +230,7 @@ class ExportSection(_Section):
     format: Literal["merged", "peft"] | None = "merged"
     """merged: the whole model; peft: the adapter alone; null: nothing. A prefix has no merged
     form: its default is peft."""
-    path: str | None = Field(default=None, min_length=1)
+    path: Folder | None = None
     """Directory to write; null: export/ in `output_dir`."""
 
 
@@ -244,7 +247,7 @@ class RunConfig(_Section):
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
     export: ExportSection = ExportSection()
-    output_dir: str = Field(min_length=1)
+    output_dir: Folder
     """Directory of the run; running again with the same one resumes."""
 
     @model_validator(mode="after")
@@ -304,6 +307,12 @@ def _contradictions(config: RunConfig) -> list[str]:
     if len(free) > 1:
         both = " and ".join(f"mesh.{name}" for name in free)
         problems.append(f"{both}: got -1, expected -1 on one axis; give the others a size")
+    run = Path(config.output_dir).absolute()
+    if export.path and run.is_relative_to(Path(export.path).absolute()):
+        problems.append(
+            f"export.path: got {export.path!r}, in which output_dir ({config.output_dir!r}) lies, "
+            "expected a folder that holds nothing but the export"
+        )
     return problems + _adapter_contradictions(adapter, export)
 
 

@@ -18,13 +18,12 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from dsjax import flax_checkpoint, hf_files
 from dsjax.errors import ConfigError, raise_all
 from dsjax.folders import check_empty, written_beside
-from dsjax.models import base_shapes, build, entries_of, family_of
+from dsjax.models import Model, base_shapes, build, entries_of, family_of
 from dsjax.models.weight_rules import Entry, coverage_problems
 from dsjax.partition import Leaf, Params, decide
 
@@ -38,12 +37,35 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 class Source(Protocol):
     """An opened checkpoint, in Hugging Face's form or ours."""
 
-    directory: Path
-    config: dict[str, Any]
-    tensors: Mapping[str, hf_files.TensorInfo]
+    @property
+    def directory(self) -> Path:
+        """Where it lies."""
+        ...
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its config.json."""
+        ...
+
+    @property
+    def tensors(self) -> dict[str, hf_files.TensorInfo]:
+        """Every tensor in the order of the files."""
+        ...
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """Read a tensor or a part of it."""
+        ...
+
+    def aux_files(self) -> list[Path]:
+        """The files to keep beside the weights."""
+        ...
+
+    def file_headers(self) -> dict[str, bytes]:
+        """The safetensors headers, empty for `.bin` files."""
+        ...
+
+    def index_text(self) -> str | None:
+        """The index file, None if there is none."""
         ...
 
 
@@ -54,7 +76,7 @@ def open_checkpoint(path: str, revision: str | None = None, weights: bool = True
     return hf_files.open_source(path, revision, weights)
 
 
-def check_coverage(source: Source, model: nnx.Module) -> list[str]:
+def check_coverage(source: Source, model: Model) -> list[str]:
     """Prove that the checkpoint holds the model; returns the names of tensors it only carries.
 
     Raises:
@@ -67,6 +89,11 @@ def check_coverage(source: Source, model: nnx.Module) -> list[str]:
         _check_tied(source)
         carried = (*carried, HEAD)
     problems, kept = coverage_problems(entries, shapes, found, carried)
+    if model.lm_head is not None and HEAD not in found and EMBEDDING in found:
+        problems.append(
+            f"config.json tie_word_embeddings: got false, and the files hold no {HEAD}, expected "
+            "true if the head is the embedding, else the tensor"
+        )
     raise_all(problems)
     return kept
 
@@ -97,7 +124,7 @@ def row_pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, .
 
 def load_base(
     source: Source,
-    model: nnx.Module,
+    model: Model,
     leaves: Mapping[str, Leaf],
     shardings: Mapping[str, Sharding],
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -142,7 +169,7 @@ Read = Callable[[str, tuple[slice, ...]], np.ndarray]
 
 def _load_leaf(read: Read, entries: Sequence[Entry], leaf: Leaf, sharding: Sharding) -> jax.Array:
     """Fill the part of every local device; devices that hold the same part share its reading."""
-    parts: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    parts: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         bounds = tuple(
             part.indices(size)[:2] for part, size in zip(index or (), leaf.shape, strict=True)
@@ -159,7 +186,7 @@ def _load_part(
     entries: Sequence[Entry],
     leaf: Leaf,
     bounds: tuple[tuple[int, int], ...],
-    devices: Sequence[jax.Device],
+    devices: Sequence[Any],
 ) -> list[jax.Array]:
     """One part of a leaf on each of these devices: at once if it is small, else piece by piece."""
     shape = tuple(stop - start for start, stop in bounds)
@@ -199,7 +226,7 @@ def _pieces(
             yield ((position, *start), piece[None]) if stacked else (start, piece)
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: jax.Device) -> jax.Array:
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> jax.Array:
     return jax.device_put(jnp.zeros(shape, dtype, device=device), device)
 
 
@@ -230,7 +257,7 @@ def to_flax(src: str, dst: str, progress: Callable[[int, int], None] = lambda do
         flax_checkpoint.save_flax(source, directory, entries_of(model), params, carried)
 
 
-def _leaves_as_stored(source: Source, model: nnx.Module) -> dict[str, Leaf]:
+def _leaves_as_stored(source: Source, model: Model) -> dict[str, Leaf]:
     """The model's leaves in dtypes that hold their tensors exactly."""
     dtypes: dict[str, list[np.dtype]] = {}
     for entry in entries_of(model):

@@ -36,11 +36,11 @@ def nearest(name: str, candidates: Iterable[str], most: int = 8) -> str:
 
 @contextmanager
 def renamed(names: Mapping[str, str]) -> Iterator[None]:
-    """Tell a block's ConfigErrors under the names that the user typed: `--model` for `model.path`."""
+    """Tell a block's ConfigErrors under the names that the user typed (`--model`)."""
     try:
         yield
     except ConfigError as error:
-        pattern = rf"(?<!\S)({'|'.join(map(re.escape, names))})(?=[:\[ ]|$)"
+        pattern = rf"(?<!\S)({'|'.join(map(re.escape, names))})(?=[:\[, ])"
         raise ConfigError(re.sub(pattern, lambda found: names[found[1]], str(error))) from error
 
 

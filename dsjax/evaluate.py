@@ -5,8 +5,8 @@
     python -m dsjax.evaluate --model DIR [--adapter DIR] --data FILE [--data FILE ...]
 
 With `--config`: `data.eval`, with the newest checkpoint of the run in `output_dir` if it has one,
-else with the model as configured. stderr says which, and how far it is. Not done here: the sums
-(`evaluation`), generation.
+else with the model as configured; stderr says which. Not done here: the sums (`evaluation`),
+generation.
 """
 
 import argparse
@@ -14,16 +14,23 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 from absl import flags
+from transformers import PreTrainedTokenizerFast
 
-from dsjax.assembly import CHECKPOINTS, Assembly, assemble, load_frozen, load_trainable
-from dsjax.assembly import restore_trained
+from dsjax.assembly import (
+    CHECKPOINTS,
+    Assembly,
+    assemble,
+    load_frozen,
+    load_trainable,
+    restore_trained,
+)
 from dsjax.checkpoint import Checkpointer
 from dsjax.config import (
     AdapterSection,
@@ -34,10 +41,237 @@ from dsjax.config import (
     differing_keys,
     load_config,
 )
-from dsjax.data import DataReport, Loader, load_examples, load_tokenizer
+from dsjax.data import Examples, Loader, load_examples, load_tokenizer
 from dsjax.errors import ConfigError, raise_all, renamed, run_command
 from dsjax.evaluation import evaluate_loss
 from dsjax.partition import Params
-from dsjax.sharding import batch_shards, check_batch
+from dsjax.sharding import check_batch
 from dsjax.step import make_eval_step, step_config
 from dsjax.terminal import Loading
+
+OPTIONS = {
+    "model.path": "--model",
+    "model.dtype": "--dtype",
+    "adapter.path": "--adapter",
+    "data.eval": "--data",
+    "data.format": "--format",
+    "data.max_length": "--max-length",
+    "training.batch_size": "--batch-size",
+}
+"""Key of a configuration -> the option that stands for it where there is no configuration."""
+
+BATCH_SIZE = 8
+"""Rows at a time without a configuration, rounded up to the number of devices."""
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate what the command line names."""
+    words = _parser().parse_intermixed_args(argv)
+    raise_all(_problems(words))
+    if words.config is not None:
+        print_results(evaluate_run(load_config(words.config, words.overrides)))
+    else:
+        with renamed(OPTIONS):
+            print_results(evaluate_model(_config_of(words)))
+    return 0
+
+
+def evaluate_run(config: RunConfig) -> dict[str, Any]:
+    """Evaluate a run's newest checkpoint, or the model that the run would start from."""
+    if config.data.eval is None:
+        raise ConfigError(
+            "data.eval: got null, expected files or hub datasets to evaluate on; add data.eval=FILE"
+        )
+    parts = assemble(config)
+    examples = read_examples(config, parts)
+    step = newest_step(config)
+    if step is None:
+        print(f"no checkpoint in {config.output_dir}: the model as configured", file=sys.stderr)
+        trainable = load_trainable(parts, config.training.seed, Loading())
+    else:
+        print(f"the checkpoint of step {step} in {config.output_dir}", file=sys.stderr)
+        step, trainable = restore_trained(Path(config.output_dir), config, parts)
+    return {"step": step, **measure(config, parts, trainable, examples)}
+
+
+def evaluate_model(config: RunConfig) -> dict[str, Any]:
+    """Evaluate a checkpoint, with an adapter or without."""
+    parts = assemble(config)
+    if parts.spec is None:
+        # Nothing trains here: hold the weights as they are computed with, not as float32 masters.
+        parts = replace(parts, partition=parts.partition.all_frozen(config.model.dtype))
+    examples = read_examples(config, parts)
+    return measure(config, parts, load_trainable(parts, config.training.seed), examples)
+
+
+def newest_step(config: RunConfig) -> int | None:
+    """The step of the run's newest complete checkpoint.
+
+    Raises:
+        ConfigError: the run is one of another model or adapter, whose arrays are not this one's.
+    """
+    folder = Path(config.output_dir) / CHECKPOINTS
+    if not folder.is_dir():
+        return None
+    step = Checkpointer(folder, config.checkpoint, read_only=True).latest()
+    file = Path(config.output_dir) / "config.yaml"
+    if step is not None and file.is_file():
+        held = ("model.dtype", "model.param_dtype", "model.attention")
+        changed = [
+            key
+            for key in differing_keys(load_config(file), config)
+            if key.startswith(("model.", "adapter.", "training.freeze")) and key not in held
+        ]
+        if changed:
+            raise ConfigError(
+                f"output_dir: got {config.output_dir!r}, which holds a run with other "
+                f"{', '.join(changed)}, expected the run of this configuration"
+            )
+    return step
+
+
+def read_examples(config: RunConfig, parts: Assembly) -> Examples:
+    """Tokenise the rows, once the batch is known to fit the devices; tell what became of them."""
+    assert config.data.eval is not None
+    check_batch(config.training.batch_size, 1, parts.mesh)
+    tokenizer = _tokenizer(config.data, parts.source.directory)
+    vocabulary = parts.model.config.vocab_size
+    examples = load_examples(config.data.eval, config.data, tokenizer, vocabulary, "data.eval")
+    for line in examples.report.lines():
+        print(line, file=sys.stderr)
+    return examples
+
+
+def _tokenizer(section: DataSection, directory: Path) -> PreTrainedTokenizerFast | None:
+    """The checkpoint's tokenizer; None where rows are, or may be, tokens already."""
+    missing = not (directory / "tokenizer.json").is_file()
+    if section.format == "tokens" or (section.format == "auto" and missing):
+        return None
+    return load_tokenizer(directory)
+
+
+def measure(
+    config: RunConfig, parts: Assembly, trainable: Params, examples: Examples
+) -> dict[str, Any]:
+    """Run over all examples; returns what is printed."""
+    section = config.data.model_copy(update={"shuffle": False})
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    loader = Loader(
+        examples, section, config.training.batch_size, config.training.seed, **processes
+    )
+    frozen = load_frozen(parts, config.training.seed, Loading())
+    eval_step = make_eval_step(step_config(config, parts.partition, parts.mesh, total_steps=1))
+    told = _told(eval_step, loader.steps_in_epoch(0))
+    values = evaluate_loss(told, trainable, frozen, loader, parts.mesh)
+    report = examples.report
+    return {
+        "loss": values["eval_loss"],
+        "perplexity": values["eval_perplexity"],
+        "accuracy": values["eval_accuracy"],
+        "tokens": values["eval_tokens"],
+        "trained_tokens": report.trained_tokens,
+        "rows": report.rows,
+        "sequences": report.sequences,
+        "truncated": report.truncated,
+        "dropped": report.dropped,
+        "model": config.model.path,
+        "adapter": config.adapter.path,
+        "data": list(config.data.eval or ()),
+    }
+
+
+def _told(eval_step: Callable[..., Any], steps: int) -> Callable[..., Any]:
+    """The same step, which says now and then on stderr how many have been done."""
+    done, said = 0, time.monotonic()
+
+    def step(*arguments: Any) -> Any:
+        nonlocal done, said
+        done += 1
+        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            print(f"batch {done} of {steps}", file=sys.stderr, flush=True)
+        return eval_step(*arguments)
+
+    return step
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """Print JSON; a number that JSON cannot hold becomes null, and stderr says which."""
+    shown = {}
+    for name, value in results.items():
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not finite:
+            print(f"{name}: got {value}, which JSON has no word for: null", file=sys.stderr)
+        shown[name] = value if finite else None
+    if jax.process_index() == 0:
+        print(json.dumps(shown, indent=2, ensure_ascii=False))
+
+
+def _config_of(words: argparse.Namespace) -> RunConfig:
+    """The configuration that the options stand for."""
+    devices = jax.device_count()
+    default = math.ceil(BATCH_SIZE / devices) * devices
+    length = {} if words.max_length is None else {"max_length": words.max_length}
+    return RunConfig(
+        model=ModelSection(path=words.model, dtype=words.dtype or "bfloat16"),
+        adapter=AdapterSection(path=words.adapter) if words.adapter else AdapterSection(),
+        data=DataSection(
+            train=words.data, eval=words.data, format=words.format or "auto", **length
+        ),
+        training=TrainingSection(batch_size=words.batch_size or default),
+        output_dir=".",  # asked for by the class; nothing is written
+    )
+
+
+def _problems(words: argparse.Namespace) -> list[str]:
+    """A line for every option that is missing, wrong, or at odds with another."""
+    if words.config is not None:
+        keys = {option: key for key, option in OPTIONS.items()}
+        given = [option for option in keys if vars(words)[option[2:].replace("-", "_")] is not None]
+        return [
+            f"{option}: got it beside --config, expected one of the two; "
+            f"with --config write {keys[option]}=..."
+            for option in given
+        ]
+    problems = []
+    if not words.model:
+        problems.append("--model: got nothing, expected a checkpoint; or --config FILE")
+    if not words.data or "" in words.data:
+        problems.append("--data: got nothing, expected at least one file or hub dataset")
+    for word in words.overrides:
+        problems.append(f"{word}: got an override without --config, expected options")
+    for option, value, least in (
+        ("--max-length", words.max_length, 2),
+        ("--batch-size", words.batch_size, 1),
+    ):
+        if value is not None and value < least:
+            problems.append(f"{option}: got {value}, expected an integer >= {least}")
+    return problems
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dsjax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    formats = get_args(DataSection.model_fields["format"].annotation)
+    add = parser.add_argument
+    add("--config", help="configuration of a run (YAML)")
+    add("overrides", nargs="*", help="section.key=value, with --config")
+    add("--model", help="checkpoint: a directory or a hub id")
+    add("--adapter", help="PEFT adapter: a directory")
+    add("--data", action="append", help="file or hub dataset; may be repeated")
+    add("--format", choices=formats, help="what a row looks like (auto)")
+    add("--max-length", type=int, help="longer rows are cut, and counted (2048)")
+    add("--batch-size", type=int, help="rows at a time, over all devices (8)")
+    add("--dtype", choices=("bfloat16", "float32", "float16"), help="of the computation (bfloat16)")
+    return parser
+
+
+if __name__ == "__main__":
+    flags.FLAGS.mark_as_parsed()  # grain's workers ask for them
+    run_command(main)

@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from dsjax import adapters
 from dsjax.adapters import Spec, lora, peft_files
@@ -37,7 +36,7 @@ from dsjax.folders import check_empty, written_beside
 from dsjax.hf_files import SAFETENSORS_INDEX, SafetensorsWriter, index_json, open_source
 from dsjax.metrics import METRICS_FILE, read_metrics
 from dsjax.model_card import CardFacts, source_license, write_model_card
-from dsjax.models import entries_of
+from dsjax.models import Model, entries_of
 from dsjax.models.weight_rules import Entry
 from dsjax.partition import Params
 
@@ -50,7 +49,7 @@ Change = Callable[[Rows, np.ndarray], np.ndarray]
 
 
 def changed_tensors(
-    model: nnx.Module, spec: Spec | None, trained: Mapping[str, jax.Array], masks: Mapping[str, Any]
+    model: Model, spec: Spec | None, trained: Mapping[str, jax.Array], masks: Mapping[str, Any]
 ) -> dict[str, Change]:
     """Which of the checkpoint's tensors training changed, and how to compute each.
 
@@ -66,6 +65,7 @@ def changed_tensors(
             for entry in entries_of(model)
             if entry.path in trained and _trains(entry, masks)
         }
+    assert isinstance(spec, lora.LoraSpec), "a prefix has no merged form"
     pieces = lora.tensors(model, spec)
     host = {path: np.asarray(trained[path], np.float32) for path, _ in pieces.values()}
     changes = {}
@@ -128,7 +128,7 @@ def write_checkpoint(
                 digest = hashlib.blake2b()
                 for piece in _new_pieces(source, name, changes.get(name)):
                     writer.append(name, piece)
-                    digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+                    digest.update(_bytes_of(piece))
                 digests[name] = digest.hexdigest()
                 done += source.tensors[name].nbytes
                 progress(done, total)
@@ -162,6 +162,10 @@ def _index_text(source: Source, files: Mapping[str, Sequence[str]]) -> str | Non
     )
 
 
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
 def _prove_written(directory: Path, digests: Mapping[str, str]) -> None:
     """Read everything again, as anybody would, and compare it with what was meant."""
     written = open_source(directory)
@@ -169,7 +173,7 @@ def _prove_written(directory: Path, digests: Mapping[str, str]) -> None:
     for name in set(written.tensors) & set(digests):
         info, digest = written.tensors[name], hashlib.blake2b()
         for rows in row_pieces(info.shape, info.dtype.itemsize):
-            digest.update(np.ascontiguousarray(written.read(name, rows)).reshape(-1).view(np.uint8))
+            digest.update(_bytes_of(written.read(name, rows)))
         if digest.hexdigest() != digests[name]:
             wrong.append(name)
     if wrong:
@@ -207,6 +211,7 @@ def write_peft(directory: Path, parts: Assembly, trained: Params) -> None:
         for name, _, _ in entries:
             writer.append(name, tensors[name])
     again = adapters.resolve(AdapterSection(path=str(directory)))
+    assert again is not None
     leaves, shardings = parts.partition.leaves, parts.shardings
     read = adapters.load_params(str(directory), model, again, leaves, shardings)
     wrong = [p for p in trained if not np.array_equal(np.asarray(trained[p]), np.asarray(read[p]))]

@@ -17,8 +17,19 @@ from dsjax.errors import ConfigError
 def check_empty(path: str | Path, field: str = "output directory") -> None:
     """Refuse to write where something else lies."""
     folder = Path(path)
-    if folder.is_dir() and any(folder.iterdir()) or folder.is_file():
+    check_possible(folder, field)
+    if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{field}: got {str(path)!r}, which is not empty; expected a new folder")
+
+
+def check_possible(folder: Path, field: str) -> None:
+    """Refuse a folder that could not be made, or not be written to."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        got = f"{str(folder)!r} under the file {there}" if there != folder else f"the file {there}"
+        raise ConfigError(f"{field}: got {got}, expected a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{field}: got {str(folder)!r}, expected a folder; {there} is read-only")
 
 
 @contextmanager

@@ -92,9 +92,7 @@ class Speaker:
     max_new_tokens: int
     sampling: Sampling
 
-    def say(
-        self, prompts: Sequence[list[int]], seed: int, titles: Sequence[str] = ()
-    ) -> list[str]:
+    def say(self, prompts: Sequence[list[int]], seed: int, titles: Sequence[str] = ()) -> list[str]:
         """Continue the prompts, print what comes, return it."""
         self._warn_of_length(prompts)
         streams = [TextStream(self.tokenizer, prompt, self.stops) for prompt in prompts]

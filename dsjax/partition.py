@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from dsjax.errors import ConfigError, nearest, raise_all
-from dsjax.models import entries_of
+from dsjax.models import Model, entries_of
 from dsjax.models.layers import AdapterBuffer, AdapterParam
 
 Params = dict[str, jax.Array]
@@ -61,7 +61,7 @@ class Partition:
     frozen: tuple[str, ...]
     layer_masks: Mapping[str, np.ndarray]
 
-    def merge(self, trainable: Params, frozen: Params) -> nnx.Module:
+    def merge(self, trainable: Params, frozen: Params) -> Model:
         """The module with its arrays put in."""
         return put(self.graphdef, {**frozen, **trainable})
 
@@ -85,20 +85,20 @@ class Partition:
         return sum(self.trainable_count(path) for path in self.trainable), everything
 
 
-def put(graphdef: Any, params: Mapping[str, Any]) -> nnx.Module:
+def put(graphdef: Any, params: Mapping[str, Any]) -> Model:
     """Put arrays, by dotted path, into a module."""
-    state = {tuple(path.split(".")): value for path, value in params.items()}
-    return nnx.merge(graphdef, nnx.State.from_flat_path(state))
+    state: dict[Any, Any] = {tuple(path.split(".")): value for path, value in params.items()}
+    return nnx.merge(graphdef, nnx.from_flat_state(state))
 
 
-def take(model: nnx.Module) -> dict[str, Any]:
+def take(model: Model) -> dict[str, Any]:
     """The arrays of a module by dotted path."""
     flat = nnx.to_flat_state(nnx.state(model))
     return {".".join(map(str, path)): variable[...] for path, variable in flat}
 
 
 def decide(
-    model: nnx.Module,
+    model: Model,
     *,
     freeze: Sequence[str] = (),
     dtype: str = "float32",
@@ -156,7 +156,7 @@ def _leaf(variable: nnx.Variable, kind: str, dtype: jnp.dtype) -> Leaf:
     return Leaf(shape, metadata["axes"], dtype, kind, metadata.get("count", math.prod(shape)))
 
 
-def _layer_masks(model: nnx.Module, freeze: Sequence[str]) -> dict[str, np.ndarray]:
+def _layer_masks(model: Model, freeze: Sequence[str]) -> dict[str, np.ndarray]:
     """For every base parameter, which of its layers train (one entry outside a stack)."""
     entries = entries_of(model)
     patterns, problems = [], []

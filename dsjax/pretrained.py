@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from dsjax.assembly import assemble_model, load_frozen, load_trainable
@@ -17,6 +16,7 @@ from dsjax.config import AdapterSection, MeshSection, ModelSection
 from dsjax.errors import ConfigError
 from dsjax.export import changed_tensors, write_checkpoint, write_peft
 from dsjax.folders import check_empty, written_beside
+from dsjax.models import Model
 from dsjax.partition import take
 from dsjax.sharding import make_mesh
 
@@ -26,7 +26,7 @@ def load_pretrained(
     adapter: str | None = None,
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
-) -> nnx.Module:
+) -> Model:
     """Load a model, and a PEFT adapter if one is given; calling it gives float32 logits.
 
     Args:
@@ -43,17 +43,19 @@ def load_pretrained(
     """
     if mesh is None:
         mesh = make_mesh(MeshSection(fsdp=1), jax.devices()[:1])
-    section = ModelSection(path=str(path), dtype=dtype, param_dtype=None)
+    if dtype not in ("bfloat16", "float32", "float16"):
+        raise ConfigError(f"dtype: got {dtype!r}, expected bfloat16, float32 or float16")
+    section = ModelSection.model_validate({"path": str(path), "dtype": dtype})
     wanted = AdapterSection(path=str(adapter)) if adapter else AdapterSection()
     parts = assemble_model(section, wanted, [], mesh)
     if parts.spec is None:
         parts = replace(parts, partition=parts.partition.all_frozen(dtype))
     model = parts.partition.merge(load_trainable(parts, 0), load_frozen(parts, 0))
-    model.parts = parts
+    model.origin = parts
     return model
 
 
-def save_pretrained(model: nnx.Module, directory: str, format: str = "merged") -> None:
+def save_pretrained(model: Model, directory: str, format: str = "merged") -> None:
     """Save a model that `load_pretrained` gave, with the values that it has now.
 
     Args:
@@ -64,7 +66,7 @@ def save_pretrained(model: nnx.Module, directory: str, format: str = "merged") -
     Raises:
         ConfigError: the folder is in use, or the model has no such form.
     """
-    parts = model.parts
+    parts = model.origin
     check_empty(directory, "directory")
     kind = parts.spec.peft_type if parts.spec else None
     if format not in ("merged", "peft"):

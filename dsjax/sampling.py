@@ -77,9 +77,7 @@ def _in_nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
     return jnp.zeros_like(kept_BV).at[rows_B1, order_BV].set(kept_BV)
 
 
-def pick(
-    logits_BV: Float[Array, "B V"], keys_B: jax.Array, sampling: Sampling
-) -> Int[Array, " B"]:
+def pick(logits_BV: Float[Array, "B V"], keys_B: jax.Array, sampling: Sampling) -> Int[Array, " B"]:
     """Choose the next token of every row, each with a key of its own."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

@@ -32,7 +32,7 @@ RULES = {
 """Logical axis -> mesh axis; every other axis is replicated."""
 
 
-def make_mesh(section: MeshSection, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
     """Arrange the devices; an axis of -1 takes what the others leave.
 
     Raises:

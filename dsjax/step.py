@@ -169,7 +169,7 @@ def make_train_step(
         seed = state.loss_scale.scale / jnp.where(weight > 0, weight, 1.0)
         grads, sums = _accumulate(config, state, frozen, batch, seed)
         grads = jax.tree.map(lambda g: g / state.loss_scale.scale, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updated, learning_rate = _update(config, state, grads, norm)
         new_state = _keep_or_skip(config, state, updated, norm)
         if config.float16:  # the sums of a skipped step are not finite; the skip is counted
@@ -246,6 +246,7 @@ def _update(
     """New trainable arrays and optimizer state, and the learning rate that was used."""
     wide = _as_float32(state.trainable)
     clipped = clip_by_global_norm(grads, norm, config.max_grad_norm)
+    updates: Any
     updates, opt_state = config.optimizer.update(clipped, state.opt_state, wide)
     trainable = {
         path: (wide[path] + _in_trained_layers(path, updates[path], config.partition)).astype(

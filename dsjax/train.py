@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from transformers import PreTrainedTokenizerFast
 
@@ -40,6 +39,7 @@ from dsjax.export import (
     export_trained,
     read_marker,
 )
+from dsjax.folders import check_possible
 from dsjax.metrics import (
     METRICS_FILE,
     Meter,
@@ -101,8 +101,7 @@ def train(config: RunConfig) -> int:
 
     # ---- 4. An earlier run in the same place: the same, or refused
     run = Path(config.output_dir)
-    checkpointer = open_run(run, config, form, total)
-    start = checkpointer.latest() or 0
+    start = steps_done(run, config, form, total)
 
     # ---- 5. Announcement: what will happen, before it takes long
     table = announce(config, parts, data, total)
@@ -117,17 +116,18 @@ def train(config: RunConfig) -> int:
 
     # ---- 7. Parameters: from the files onto the devices
     frozen = load_frozen(parts, config.training.seed, Loading())
+    trainable = {} if start else load_trainable(parts, config.training.seed, Loading())
 
     # ---- 8. State: the newest complete checkpoint's, or the first
+    checkpointer = open_run(run, config)
     meter = Meter(*flops(parts, config, data.train))
     if start:
         state = checkpointer.restore(start, abstract_state(step))
         meter.restore(checkpointer.meta(start)["meter"])
         print(f"resuming after step {start} of {total}", file=sys.stderr)
     else:
-        trainable = load_trainable(parts, config.training.seed, Loading())
         state = init_state(trainable, step, config.training.seed)
-        del trainable
+    del trainable
 
     # ---- 9. The loop
     loop = Loop(config, parts, data, total, frozen, train_step, eval_step, checkpointer)
@@ -192,8 +192,8 @@ def read_tokenizer(section: DataSection, directory: Path) -> PreTrainedTokenizer
     return load_tokenizer(directory)
 
 
-def open_run(run: Path, config: RunConfig, form: str | None, total: int) -> Checkpointer:
-    """Open the output directory, or refuse one that holds something else.
+def steps_done(run: Path, config: RunConfig, form: str | None, total: int) -> int:
+    """The steps that an earlier run in the output directory has done; nothing is written yet.
 
     Raises:
         ConfigError: another configuration's run, more steps than wanted, or a foreign folder where
@@ -201,25 +201,44 @@ def open_run(run: Path, config: RunConfig, form: str | None, total: int) -> Chec
     """
     if form is not None:
         check_replaceable(export_path(config))
+    check_possible(run, "output_dir")
     file = run / CONFIG_FILE
     if file.is_file():
-        changed = configuration.differing_keys(load_config(file), config)
+        changed = configuration.differing_keys(earlier_config(file), config)
         if changed:
             raise ConfigError(
                 f"output_dir: got {str(run)!r}, which holds a run with other {', '.join(changed)}, "
                 "expected the same configuration; choose another output_dir, or remove that one"
             )
-    elif run.exists() and not run.is_dir():
-        raise ConfigError(f"output_dir: got the file {str(run)!r}, expected a directory")
-    run.mkdir(parents=True, exist_ok=True)
-    checkpointer = Checkpointer(run / CHECKPOINTS, config.checkpoint)
-    done = checkpointer.latest() or 0
+    if not (run / CHECKPOINTS).is_dir():
+        return 0
+    reader = Checkpointer(run / CHECKPOINTS, config.checkpoint, read_only=True)
+    done = reader.latest() or 0
+    reader.close()
     if done > total:
         raise ConfigError(
             f"training.max_steps: got {total} steps, expected at least the {done} that the run in "
             f"{str(run)!r} has done; choose another output_dir"
         )
-    write_whole(file, configuration.to_yaml(config))
+    return done
+
+
+def earlier_config(file: Path) -> RunConfig:
+    """The configuration that a run left in its output directory."""
+    try:
+        return load_config(file)
+    except ConfigError as error:
+        raise ConfigError(
+            f"output_dir: got {str(file.parent)!r}, whose {file.name} is not one that a run wrote, "
+            f"expected a run's or a new directory; choose another output_dir\n{error}"
+        ) from error
+
+
+def open_run(run: Path, config: RunConfig) -> Checkpointer:
+    """Make the output directory what `steps_done` found it to be or to become."""
+    run.mkdir(parents=True, exist_ok=True)
+    checkpointer = Checkpointer(run / CHECKPOINTS, config.checkpoint)
+    write_whole(run / CONFIG_FILE, configuration.to_yaml(config))
     return checkpointer
 
 
@@ -375,11 +394,12 @@ class Loop:
             "learning_rate": float(told.learning_rate),
             "grad_norm": float(told.grad_norm),
         }
+        finite = math.isfinite(float(told.grad_norm))
         if self.config.model.dtype == "float16":
             values |= {"loss_scale": float(told.loss_scale), "skipped_steps": int(told.skipped)}
-            diverged = float(told.loss_scale) <= 1 and not np.isfinite(values["grad_norm"])
+            diverged = float(told.loss_scale) <= 1 and not finite
         else:
-            diverged = not np.isfinite(values["grad_norm"])
+            diverged = not finite
         if diverged:
             raise ConfigError(
                 f"loss: got {values['loss']} with gradient norm {values['grad_norm']} at step "

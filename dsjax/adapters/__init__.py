@@ -20,6 +20,7 @@ from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
 from dsjax.config import AdapterSection
 from dsjax.errors import raise_all
+from dsjax.models import Model
 from dsjax.partition import Leaf
 
 Spec = LoraSpec | PrefixSpec
@@ -83,37 +84,36 @@ def _comparable(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def attach(model: nnx.Module, spec: Spec | None) -> None:
+def attach(model: Model, spec: Spec | None) -> None:
     """Put the adapter into the model's slots (abstract)."""
     if spec is not None:
         ADAPTERS[spec.peft_type].attach(model, spec)
 
 
 def initial_params(
-    model: nnx.Module,
+    model: Model,
     spec: Spec | None,
     leaves: Mapping[str, Leaf],
     shardings: Mapping[str, NamedSharding],
     seed: int,
 ) -> dict[str, jax.Array]:
     """First values of every adapter leaf, made on their devices; the mesh does not change them."""
-    if spec is None:
+    own = {path: leaf for path, leaf in leaves.items() if leaf.kind != "base"}
+    if spec is None or not own:
         return {}
-    module = ADAPTERS[spec.peft_type]
-    params = {}
-    for path, leaf in leaves.items():
-        if leaf.kind == "base":
-            continue
+    initial = ADAPTERS[spec.peft_type].initial
 
-        def make(path=path, leaf=leaf) -> jax.Array:
-            key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-            return module.initial(path, leaf, model, key)
+    def make() -> dict[str, jax.Array]:
+        key = jax.random.key(seed)
+        return {
+            path: initial(path, leaf, model, jax.random.fold_in(key, zlib.crc32(path.encode())))
+            for path, leaf in own.items()
+        }
 
-        params[path] = jax.jit(make, out_shardings=shardings[path])()
-    return params
+    return jax.jit(make, out_shardings={path: shardings[path] for path in own})()
 
 
-def check_params(path: str, model: nnx.Module, spec: Spec, leaves: Mapping[str, Leaf]) -> None:
+def check_params(path: str, model: Model, spec: Spec, leaves: Mapping[str, Leaf]) -> None:
     """Hold a PEFT adapter's tensors against the model.
 
     Raises:
@@ -124,7 +124,7 @@ def check_params(path: str, model: nnx.Module, spec: Spec, leaves: Mapping[str, 
 
 def load_params(
     path: str,
-    model: nnx.Module,
+    model: Model,
     spec: Spec,
     leaves: Mapping[str, Leaf],
     shardings: Mapping[str, NamedSharding],
@@ -138,12 +138,12 @@ def load_params(
     return params
 
 
-def peft_tensors(model: nnx.Module, spec: Spec, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def peft_tensors(model: Model, spec: Spec, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The adapter's arrays as the tensors of PEFT's file, by its names."""
     return peft_files.to_tensors(model, spec, params)
 
 
-def peft_config(model: nnx.Module, spec: Spec, base: str) -> dict[str, Any]:
+def peft_config(model: Model, spec: Spec, base: str) -> dict[str, Any]:
     """The adapter_config.json for these arrays, every field written out."""
     return {
         "peft_type": spec.peft_type,

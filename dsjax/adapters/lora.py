@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dsjax.errors import nearest, raise_all
-from dsjax.models import entries_of
+from dsjax.models import Model, entries_of
 from dsjax.models.layers import (
     AdapterBuffer,
     AdapterParam,
@@ -127,7 +127,7 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     )
 
 
-def attach(model: nnx.Module, spec: LoraSpec) -> None:
+def attach(model: Model, spec: LoraSpec) -> None:
     """Put an adapter into the slot of every targeted linear map.
 
     Raises:
@@ -140,7 +140,7 @@ def attach(model: nnx.Module, spec: LoraSpec) -> None:
         linear.adapter = Lora(linear, path, ranks, scalings, spec.lora_dropout)
 
 
-def targets(model: nnx.Module, spec: LoraSpec) -> dict[str, dict[str, bool]]:
+def targets(model: Model, spec: LoraSpec) -> dict[str, dict[str, bool]]:
     """The targeted linear maps: path -> for each layer's module name, whether it is adapted."""
     linears = linear_modules(model)
     names = [name for modules in linears.values() for name in modules]
@@ -152,7 +152,7 @@ def targets(model: nnx.Module, spec: LoraSpec) -> dict[str, dict[str, bool]]:
     return {path: modules for path, modules in hits.items() if any(modules.values())}
 
 
-def linear_modules(model: nnx.Module) -> dict[str, list[str]]:
+def linear_modules(model: Model) -> dict[str, list[str]]:
     """Path of every linear map -> the module names of its layers, as PEFT sees them."""
     linears: dict[str, list[str]] = {}
     for entry in entries_of(model):
@@ -186,7 +186,7 @@ def _in_layers(spec: LoraSpec, module: str) -> bool:
     return layer is not None and int(layer[1]) in spec.layers_to_transform
 
 
-def _check(spec: LoraSpec, names: list[str], model: nnx.Module) -> None:
+def _check(spec: LoraSpec, names: list[str], model: Model) -> None:
     problems = _target_problems(spec, names)
     layers = model.config.num_hidden_layers
     wrong = [layer for layer in spec.layers_to_transform or [] if not 0 <= layer < layers]
@@ -215,11 +215,6 @@ def _check(spec: LoraSpec, names: list[str], model: nnx.Module) -> None:
             for pattern in patterns
             if not any(_ends_in(pattern, name) for name in adapted)
         ]
-    if "lm_head" in adapted and model.config.tie_word_embeddings:
-        problems.append(
-            "adapter.target_modules: got lm_head, whose weight is the embedding's too "
-            "(tie_word_embeddings), expected modules of their own; leave lm_head out"
-        )
     raise_all(problems)
 
 
@@ -254,9 +249,10 @@ def _target_problems(spec: LoraSpec, names: list[str]) -> list[str]:
     wanted_names = [] if isinstance(spec.target_modules, str) else spec.target_modules
     for wanted in wanted_names:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            tied = "the head is the embedding (tie_word_embeddings), without a weight of its own"
+            hint = tied if wanted == "lm_head" else nearest(wanted, _short_names(names))
             problems.append(
-                f"adapter.target_modules: got {wanted!r}, which matches no linear module; "
-                f"{nearest(wanted, _short_names(names))}"
+                f"adapter.target_modules: got {wanted!r}, which matches no linear module; {hint}"
             )
     return problems
 
@@ -273,7 +269,7 @@ def _short_names(names: list[str]) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
-def initial(path: str, leaf: Leaf, model: nnx.Module, key: jax.Array) -> jax.Array:
+def initial(path: str, leaf: Leaf, model: Model, key: jax.Array) -> jax.Array:
     """PEFT's start of one leaf: A uniform in +-1/sqrt(in) (kaiming, a = sqrt 5), B zero.
 
     Rows of A beyond a layer's own rank are zero.
@@ -290,7 +286,7 @@ def initial(path: str, leaf: Leaf, model: nnx.Module, key: jax.Array) -> jax.Arr
     return values * jnp.asarray(rows.reshape(*leaf.shape[:-1], 1), leaf.dtype)
 
 
-def tensors(model: nnx.Module, spec: LoraSpec) -> dict[str, tuple[str, tuple[Any, ...]]]:
+def tensors(model: Model, spec: LoraSpec) -> dict[str, tuple[str, tuple[Any, ...]]]:
     """Every tensor of the adapter in PEFT's file: key -> (path, index into that array)."""
     found = {}
     for path, modules in targets(model, spec).items():
@@ -306,7 +302,7 @@ def tensors(model: nnx.Module, spec: LoraSpec) -> dict[str, tuple[str, tuple[Any
     return found
 
 
-def config_fields(model: nnx.Module, spec: LoraSpec) -> dict[str, Any]:
+def config_fields(model: Model, spec: LoraSpec) -> dict[str, Any]:
     """The fields of adapter_config.json that are LoRA's own, all written out."""
     wanted = spec.target_modules
     if isinstance(wanted, str) and wanted.lower() == "all-linear":

@@ -13,12 +13,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
+from pydantic import BaseModel, ValidationError
 
+from dsjax import config_rules
 from dsjax.adapters import lora, prefix
 from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
+from dsjax.config import AdapterSection
 from dsjax.errors import ConfigError, nearest, raise_all
+from dsjax.models import Model
 from dsjax.partition import Leaf
 from dsjax.safetensors_file import TensorInfo, read_header, read_tensor
 
@@ -70,7 +73,7 @@ def read_spec(path: str) -> LoraSpec | PrefixSpec:
         if config.get(name)
     ]
     if kind == "PREFIX_TUNING":
-        raise_all(problems + _count_problems(field, config, "num_virtual_tokens"))
+        raise_all(problems + _value_problems(field, config, "num_virtual_tokens"))
         return PrefixSpec(config["num_virtual_tokens"])
     if config.get("bias") not in (None, "none"):
         problems.append(f"{field} bias: got {config['bias']!r}, expected none")
@@ -83,7 +86,7 @@ def read_spec(path: str) -> LoraSpec | PrefixSpec:
         )
     if not config.get("target_modules"):
         problems.append(f"{field} target_modules: got nothing, expected a list or an expression")
-    raise_all(problems + _count_problems(field, config, "r"))
+    raise_all(problems + _value_problems(field, config, "r"))
     return _lora_spec(config)
 
 
@@ -92,8 +95,8 @@ def _lora_spec(config: Mapping[str, Any]) -> LoraSpec:
     wanted = config["target_modules"]
     return LoraSpec(
         r=config["r"],
-        lora_alpha=config.get("lora_alpha", 8),
-        lora_dropout=config.get("lora_dropout") or 0.0,
+        lora_alpha=config.get("lora_alpha") or 8,
+        lora_dropout=float(config.get("lora_dropout") or 0),
         target_modules=wanted if isinstance(wanted, str) else sorted(wanted),
         layers_to_transform=[layers] if isinstance(layers, int) else layers or None,
         rank_pattern=config.get("rank_pattern") or {},
@@ -102,11 +105,21 @@ def _lora_spec(config: Mapping[str, Any]) -> LoraSpec:
     )
 
 
-def _count_problems(field: str, config: Mapping[str, Any], name: str) -> list[str]:
-    value = config.get(name)
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return []
-    return [f"{field} {name}: got {value!r}, expected an integer >= 1"]
+class _Shared(BaseModel):
+    """The keys that adapter_config.json has in common with the YAML, under the same rules."""
+
+    adapter: AdapterSection
+
+
+def _value_problems(field: str, config: Mapping[str, Any], required: str) -> list[str]:
+    keys = AdapterSection.model_fields.keys() - {"peft_type", "path", "use_dora"}
+    given = {key: config.get(key) for key in keys if key == required or config.get(key) is not None}
+    try:
+        _Shared.model_validate({"adapter": given})
+    except ValidationError as error:
+        lines = config_rules.problems(error, {"adapter": given}, _Shared, {})
+        return [f"{field} {line.removeprefix('adapter.')}" for line in lines]
+    return []
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -128,7 +141,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_tensors(
-    path: str, model: nnx.Module, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
+    path: str, model: Model, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
 ) -> None:
     """Hold the file's tensors against what its config declares for this model, by the header."""
     found = {name: info.shape for name, info in _tensor_infos(Path(path)).items()}
@@ -139,22 +152,23 @@ def check_tensors(
         for key, shape in wanted.items()
         if key in found and found[key] != shape
     ]
+    extra = [key for key in found if key not in wanted]
     problems += [
-        f"{file} {key}: got no such tensor, expected shape {list(shape)}; {nearest(key, found)}"
+        f"{file} {key}: got no such tensor, expected shape {list(shape)}"
+        + (f"; {nearest(key, extra)}" if extra else "")
         for key, shape in wanted.items()
         if key not in found
     ]
     problems += [
         f"{file} {key}: got a tensor that {CONFIG} does not declare for this model; "
         f"{nearest(key, wanted)}"
-        for key in found
-        if key not in wanted
+        for key in extra
     ]
     raise_all(problems)
 
 
 def read_params(
-    path: str, model: nnx.Module, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
+    path: str, model: Model, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
 ) -> dict[str, np.ndarray]:
     """The trained arrays of an adapter, stacked as the model's leaves are, in float32."""
     folder = Path(path)
@@ -181,7 +195,7 @@ def _prefix_paths(leaves: Mapping[str, Leaf]) -> list[str]:
 
 
 def _wanted_shapes(
-    model: nnx.Module, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
+    model: Model, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
 ) -> dict[str, tuple[int, ...]]:
     if isinstance(spec, PrefixSpec):
         layers, length, heads, size = leaves[_prefix_paths(leaves)[0]].shape
@@ -204,13 +218,13 @@ def _tensor_infos(folder: Path) -> dict[str, TensorInfo]:
 
 
 def to_tensors(
-    model: nnx.Module, spec: LoraSpec | PrefixSpec, params: Mapping[str, jax.Array]
+    model: Model, spec: LoraSpec | PrefixSpec, params: Mapping[str, jax.Array]
 ) -> dict[str, np.ndarray]:
     """Our arrays as the tensors of PEFT's file, float32."""
     if isinstance(spec, PrefixSpec):
         at = "model.layers.self_attn.prefix"
-        pair = (np.asarray(params[f"{at}.{name}"]) for name in ("key", "value"))
-        return {prefix.TENSOR: np.asarray(prefix.to_file(*pair))}
+        key, value = (np.asarray(params[f"{at}.{name}"]) for name in ("key", "value"))
+        return {prefix.TENSOR: prefix.to_file(key, value)}
     pieces = lora.tensors(model, spec)
     host = {path: np.asarray(params[path]) for path, _ in pieces.values()}
     return {key: np.ascontiguousarray(host[path][index]) for key, (path, index) in pieces.items()}

@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dsjax.models import Model
 from dsjax.models.layers import AdapterParam, abstract, stacked_axes
 from dsjax.partition import Leaf
 
@@ -52,7 +54,7 @@ def _before(prefix_PKH: jax.Array, x_BSKH: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.broadcast_to(prefix_PKH, rows).astype(x_BSKH.dtype), x_BSKH], 1)
 
 
-def attach(model: nnx.Module, spec: PrefixSpec) -> None:
+def attach(model: Model, spec: PrefixSpec) -> None:
     """Put a prefix into the attention's slot."""
     c = model.config
     model.model.layers.self_attn.prefix = Prefix(
@@ -60,15 +62,15 @@ def attach(model: nnx.Module, spec: PrefixSpec) -> None:
     )
 
 
-def initial(path: str, leaf: Leaf, model: nnx.Module, key: jax.Array) -> jax.Array:
+def initial(path: str, leaf: Leaf, model: Model, key: jax.Array) -> jax.Array:
     """PEFT's start: a standard normal, that of its embedding."""
     del path, model
     return jax.random.normal(key, leaf.shape, leaf.dtype)
 
 
 def from_file(
-    values: Float[Array, "P W"], model: nnx.Module
-) -> tuple[Float[Array, "L P K H"], Float[Array, "L P K H"]]:
+    values: Float[np.ndarray, "P W"], model: Model
+) -> tuple[Float[np.ndarray, "L P K H"], Float[np.ndarray, "L P K H"]]:
     """PEFT's tensor as keys and values; its width runs over layer, key/value, head, size."""
     c = model.config
     shape = (values.shape[0], c.num_hidden_layers, 2, c.num_key_value_heads, c.head_dim)
@@ -77,14 +79,14 @@ def from_file(
 
 
 def to_file(
-    key_LPKH: Float[Array, "L P K H"], value_LPKH: Float[Array, "L P K H"]
-) -> Float[Array, "P W"]:
+    key_LPKH: Float[np.ndarray, "L P K H"], value_LPKH: Float[np.ndarray, "L P K H"]
+) -> Float[np.ndarray, "P W"]:
     """Keys and values as PEFT's tensor."""
-    both = jnp.stack([jnp.asarray(key_LPKH), jnp.asarray(value_LPKH)], axis=1)
-    return both.transpose(2, 0, 1, 3, 4).reshape(key_LPKH.shape[1], -1)
+    both = np.stack([key_LPKH, value_LPKH], axis=1)
+    return np.ascontiguousarray(both.transpose(2, 0, 1, 3, 4).reshape(key_LPKH.shape[1], -1))
 
 
-def config_fields(model: nnx.Module, spec: PrefixSpec) -> dict[str, Any]:
+def config_fields(model: Model, spec: PrefixSpec) -> dict[str, Any]:
     """The fields of adapter_config.json that are prefix-tuning's own, all written out."""
     c = model.config
     return {

@@ -87,6 +87,10 @@ def _checked(rows: Iterator[tuple[int, Any]], path: Path) -> Rows:
         raise ConfigError(
             f"{path}: got bytes that are not UTF-8 ({error.reason}), expected UTF-8; convert it"
         ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: got {error.strerror}, expected a file that can be read"
+        ) from error
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:

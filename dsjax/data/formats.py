@@ -127,8 +127,10 @@ def _tokens(fields: dict[str, Any], origin: str) -> Tokens:
     ids = _integers(fields["input_ids"], f"{origin} input_ids")
     if not len(ids):
         raise _wrong(f"{origin} input_ids", "[]", "at least one token")
-    if min(fields.get("attention_mask") or [1]) != 1:
-        raise _wrong(f"{origin} attention_mask", "zeros", "rows without padding; cut it off")
+    if fields.get("attention_mask") is not None:
+        mask = _integers(fields["attention_mask"], f"{origin} attention_mask")
+        if not mask.all():
+            raise _wrong(f"{origin} attention_mask", "zeros", "rows without padding; cut it off")
     if fields.get("labels") is None:
         return Tokens(ids, ids)
     labels = _integers(fields["labels"], f"{origin} labels")

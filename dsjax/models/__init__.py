@@ -23,13 +23,16 @@ from dsjax.models.llama.config import parse_config as parse_llama
 from dsjax.models.llama.model import CausalLM as LlamaCausalLM
 from dsjax.models.weight_rules import Entry, Rule, expand
 
+Model = LlamaCausalLM
+"""The type of every model here; a union once there are several families."""
+
 
 @dataclass(frozen=True)
 class Family:
     """How one model_type is read, built and named on disk."""
 
     parse_config: Callable[[Mapping[str, Any]], Any]
-    model: Callable[[Any, jnp.dtype], nnx.Module]
+    model: Callable[[Any, jnp.dtype], Model]
     rules: Sequence[Rule]
     carried: Sequence[str]
 
@@ -54,19 +57,19 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return MODELS[kind]
 
 
-def build(config: Mapping[str, Any], dtype: jnp.dtype | str) -> nnx.Module:
+def build(config: Mapping[str, Any], dtype: jnp.dtype | str) -> Model:
     """The abstract model of a checkpoint, computing in `dtype`."""
     family = family_of(config)
     return family.model(family.parse_config(config), jnp.dtype(dtype))
 
 
-def base_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+def base_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Shape of every base parameter by path; adapters are not among them."""
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in state}
 
 
-def entries_of(model: nnx.Module) -> list[Entry]:
+def entries_of(model: Model) -> list[Entry]:
     """Every tensor that the model's base parameters are on disk, in disk order by layer."""
     rules = MODELS[model.config.model_type].rules
     return expand(rules, base_shapes(model))

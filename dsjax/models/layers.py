@@ -7,6 +7,8 @@ of a stack holds all layers as [L, ...]. Modules are abstract (`jax.ShapeDtypeSt
 declare shape, dtype and logical axes, and are filled elsewhere. Not done here: loading, sharding.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -69,7 +71,7 @@ class Linear(nnx.Module):
         self.axes = axes
         self.weight = parameter((out_features, in_features), axes, layers)
         self.bias = parameter((out_features,), axes[:1], layers) if bias else None
-        self.adapter = nnx.data(None)
+        self.adapter: Any = nnx.data(None)
 
     def __call__(
         self, x: Float[Array, "*B I"], dropout_key: jax.Array | None = None

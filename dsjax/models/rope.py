@@ -25,6 +25,10 @@ _REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
 }
+_OPTIONAL = (
+    *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+    *("original_max_position_embeddings", "partial_rotary_factor"),
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,11 @@ def _check(field: str, rope_type: str, settings: Mapping[str, Any], dim: int) ->
         for key in ("rope_theta", *_REQUIRED[rope_type])
         if not _is_positive(settings.get(key))
     ]
+    problems += [
+        f"config.json {field}.{key}: got {settings[key]!r}, expected a number >= 0 or null"
+        for key in _OPTIONAL
+        if settings.get(key) and not _is_positive(settings[key])
+    ]
     if settings["partial_rotary_factor"] != 1.0:
         problems.append(
             f"config.json {field}.partial_rotary_factor: got {settings['partial_rotary_factor']!r}, "
@@ -136,8 +145,8 @@ def _yarn(
     def dimension(rotations: float) -> float:
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = dimension(settings.get("beta_fast") or 32)
-    high = dimension(settings.get("beta_slow") or 1)
+    low = dimension(float(settings.get("beta_fast") or 32))
+    high = dimension(float(settings.get("beta_slow") or 1))
     if settings.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     # Clamped to dim - 1 and not dim / 2 - 1: so does the reference.

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsjax.data import Batch
+from dsjax.models import Model
 
 TOKENS_PER_CHUNK = 2048
 """Tokens per device whose logits exist at the same time."""
@@ -44,12 +44,12 @@ class Sums(NamedTuple):
     tokens: Int[Array, ""]
 
 
-def sft(model: nnx.Module, batch: Batch, forward: Forward) -> Sums:
+def sft(model: Model, batch: Batch, forward: Forward) -> Sums:
     """Sum the cross-entropy of every target times its weight, in float32."""
     hidden_BTD, _ = model.hidden(
-        batch.input_ids,
-        batch.position_ids,
-        batch.segment_ids,
+        jnp.asarray(batch.input_ids),
+        jnp.asarray(batch.position_ids),
+        jnp.asarray(batch.segment_ids),
         remat=forward.remat,
         dropout_key=forward.dropout_key,
         sharding=forward.sharding,

@@ -31,12 +31,12 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_inputs(folder: Path, kind: str, rows: int = 48, **sections: dict[str, Any]) -> Path:
+def write_inputs(folder: Path, kind: str, eval_rows: int = 16, **sections: dict[str, Any]) -> Path:
     """Write a checkpoint, rows and a config file, and return the file; `sections` add to it."""
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny.build_checkpoint(folder / "model", "llama_gqa")
     rng = np.random.default_rng(0)
-    for name, count in (("train", rows), ("eval", 16)):
+    for name, count in (("train", 48), ("eval", eval_rows)):
         lines = [rng.integers(3, 250, rng.integers(8, 30)).tolist() for _ in range(count)]
         text = "".join(json.dumps({"input_ids": line}) + "\n" for line in lines)
         (folder / f"{name}.jsonl").write_text(text)

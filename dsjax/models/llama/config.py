@@ -23,6 +23,8 @@ _SIZES = (
 _ONLY = {"hidden_act": "silu", "attention_dropout": 0.0, "quantization_config": None}
 """Fields that are implemented for one value only."""
 
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -122,6 +124,14 @@ def _check(config: Mapping[str, Any]) -> None:
                 f"config.json {name}: got {config[name]!r}, expected {value!r}; other values are "
                 f"not implemented for model_type {config['model_type']}"
             )
+    problems += [
+        f"config.json {name}: got {config[name]!r}, expected true or false"
+        for name in _FLAGS
+        if not isinstance(config.get(name, False), bool | None)
+    ]
+    epsilon = config.get("rms_norm_eps", 1e-6)
+    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or epsilon <= 0:
+        problems.append(f"config.json rms_norm_eps: got {epsilon!r}, expected a number > 0")
     raise_all(problems)
 
 
@@ -136,8 +146,6 @@ def _check_parsed(config: LlamaConfig) -> None:
             f"config.json num_key_value_heads: got {config.num_key_value_heads}, expected a "
             f"divisor of num_attention_heads ({config.num_attention_heads})"
         )
-    if config.rms_norm_eps <= 0:
-        problems.append(f"config.json rms_norm_eps: got {config.rms_norm_eps}, expected > 0")
     if len(config.layer_types) != config.num_hidden_layers:
         problems.append(
             f"config.json layer_types: got {len(config.layer_types)} entries, expected "

@@ -7,7 +7,7 @@ not grow with depth. Not done here: loss, sampling, loading, sharding (the calle
 for activations, or none).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ class Attention(nnx.Module):
         )
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, layers) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, layers) if c.qk_norm else None
-        self.prefix = nnx.data(None)
+        self.prefix: Any = nnx.data(None)
 
     def __call__(
         self, x_BTD: jax.Array, shared: Shared, own: PerLayer
@@ -92,7 +92,7 @@ class Attention(nnx.Module):
         q_BTNH = rotate(q_BTNH, shared.cos_BTH, shared.sin_BTH)
         k_BSKH = rotate(k_BSKH, shared.cos_BTH, shared.sin_BTH)
         cache = None
-        if own.cache is not None:
+        if own.cache is not None and shared.length is not None:
             start = (0, shared.length, 0, 0)
             k_BSKH = jax.lax.dynamic_update_slice(own.cache[0], k_BSKH, start)
             v_BSKH = jax.lax.dynamic_update_slice(own.cache[1], v_BSKH, start)
@@ -115,10 +115,10 @@ class MLP(nnx.Module):
 
     def __init__(self, config: LlamaConfig):
         c, layers = config, config.num_hidden_layers
-        shape = (c.hidden_size, c.intermediate_size)
-        self.gate_proj = Linear(*shape, ("mlp", "embed"), bias=c.mlp_bias, layers=layers)
-        self.up_proj = Linear(*shape, ("mlp", "embed"), bias=c.mlp_bias, layers=layers)
-        self.down_proj = Linear(*shape[::-1], ("embed", "mlp"), bias=c.mlp_bias, layers=layers)
+        wide, narrow, bias = c.intermediate_size, c.hidden_size, c.mlp_bias
+        self.gate_proj = Linear(narrow, wide, ("mlp", "embed"), bias=bias, layers=layers)
+        self.up_proj = Linear(narrow, wide, ("mlp", "embed"), bias=bias, layers=layers)
+        self.down_proj = Linear(wide, narrow, ("embed", "mlp"), bias=bias, layers=layers)
 
     def __call__(self, x_BTD: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         gate_BTF = jax.nn.silu(self.gate_proj(x_BTD, dropout_key))
@@ -157,6 +157,7 @@ class CausalLM(nnx.Module):
 
     def __init__(self, config: LlamaConfig, dtype: jnp.dtype):
         self.config, self.dtype = config, jnp.dtype(dtype)
+        self.origin: Any = None  # what it was loaded from, for whoever loads it
         self.model = Decoder(config)
         tied = config.tie_word_embeddings
         self.lm_head = (
@@ -216,10 +217,20 @@ class CausalLM(nnx.Module):
             _constrain(x_BTD, sharding), shared, remat, dropout_key, sharding, cache
         )
         if cache is not None:
-            cache = Cache(*caches, key, cache.length + input_ids.shape[1])
+            keys, values = caches
+            cache = Cache(keys, values, key, cache.length + input_ids.shape[1])
         return self.model.norm(x_BTD), cache
 
-    def _run_layers(self, x_BTD, shared, remat, dropout_key, sharding, cache):
+    def _run_layers(
+        self,
+        x_BTD: jax.Array,
+        shared: Shared,
+        remat: str,
+        dropout_key: jax.Array | None,
+        sharding: Any,
+        cache: Cache | None,
+    ) -> tuple[jax.Array, Any]:
+        """Scan the blocks; returns the activations and the stacked new caches, if any."""
         graphdef, stacked = nnx.split(self.model.layers)
         layers = self.config.num_hidden_layers
 

@@ -52,8 +52,13 @@ class Desk:
         self.write_rows(*[{"input_ids": [5, 6, 7, 8]}] * 8)
         self.yaml.write_text(YAML.format(model=self.model, rows=self.rows, run=self.run))
 
-    def refusal(self, *overrides: str) -> str:
-        """Run `python -m dsjax.train` as its last lines do; returns what it says."""
+    def refusal(self, *overrides: str, announced: bool = False) -> str:
+        """Run `python -m dsjax.train` as its last lines do; returns what it says.
+
+        Args:
+            overrides: words of the command line.
+            announced: the run has told what it will do before it finds the fault.
+        """
         words = ["train", "--config", str(self.yaml), *overrides]
         self.monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as end:
@@ -61,9 +66,11 @@ class Desk:
         said = self.capsys.readouterr()
         assert end.value.code == 2
         assert said.out == ""
-        assert said.err.startswith("error: ")
+        before, mark, message = f"\n{said.err}".partition("\nerror: ")
+        assert mark
+        assert bool(before) == announced
         assert not self.run.is_dir()
-        return said.err
+        return message
 
     def edit_yaml(self, old: str, new: str) -> None:
         """Replace a part of the YAML file."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wrong configuration: the YAML file, overrides, devices and batches, places to write to."""
 
+import os
+
 import pytest
 from desk import Desk, assert_says
 
@@ -225,13 +227,13 @@ def test_devices_and_batches_that_do_not_fit(desk: Desk, words: list[str], parts
 
 def test_an_output_directory_that_is_a_file(desk: Desk):
     desk.run.write_text("notes")
-    assert_says(desk.refusal(), f"output_dir: got the file '{desk.run}'", "expected a directory")
+    assert_says(desk.refusal(), f"output_dir: got the file {desk.run}", "expected a folder")
     assert desk.run.read_text() == "notes"
 
 
 def test_an_output_directory_under_a_file(desk: Desk):
     message = desk.refusal(f"output_dir={desk.rows}/run")
-    assert_says(message, "output_dir: got", f"{desk.rows}", "expected a directory")
+    assert_says(message, "output_dir: got", f"under the file {desk.rows}", "expected a folder")
 
 
 def test_an_export_folder_of_somebody_else(desk: Desk):
@@ -252,7 +254,32 @@ def test_something_else_in_the_output_directory(desk: Desk):
     other = desk.folder / "other"
     other.mkdir()
     (other / "config.yaml").write_text("site: {title: my page}\n")
-    assert_says(desk.refusal(f"output_dir={other}"), "output_dir", "config.yaml", "site")
+    message = desk.refusal(f"output_dir={other}")
+    assert_says(message, f"output_dir: got '{other}'", "config.yaml is not one that a run wrote")
+    assert_says(message, "site: got an unknown key", "choose another output_dir")
+
+
+def test_the_export_in_place_of_the_run(desk: Desk):
+    message = desk.refusal(f"export.path={desk.folder}")
+    assert_says(message, f"export.path: got '{desk.folder}', in which output_dir", "nothing but")
+
+
+def test_an_export_folder_under_a_file(desk: Desk):
+    message = desk.refusal(f"export.path={desk.rows}/out")
+    assert_says(message, "export.path: got", f"under the file {desk.rows}", "expected a folder")
+
+
+def test_a_folder_that_may_not_be_written(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    message = desk.refusal()
+    assert_says(message, "output_dir: got", "expected a folder", f"{desk.folder} is read-only")
+
+
+def test_a_tilde_is_the_home_directory(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(desk.folder))
+    (desk.folder / "taken").write_text("")
+    message = desk.refusal("output_dir=~/taken")
+    assert_says(message, f"output_dir: got the file {desk.folder}/taken")
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_a_file_of_another_kind_than_its_name(
         (
             {"input_ids": [5, 6], "attention_mask": "11"},
             "auto",
-            ["attention_mask: got 11", "expected"],
+            ["attention_mask: got 11", "a list"],
         ),
     ],
 )
