@@ -128,3 +128,15 @@ def restore_trained(run: Path, config: RunConfig, parts: Assembly) -> tuple[int,
     state = checkpointer.restore(step, {"trainable": abstract}, partial=True)
     checkpointer.close()
     return step, state["trainable"]
+
+
+def trained_sums(run: Path, config: RunConfig, step: int) -> dict[str, float]:
+    """What a run's loss and tokens summed up to until a checkpoint of it.
+
+    Raises:
+        ConfigError: the checkpoint cannot be read.
+    """
+    checkpointer = Checkpointer(run / CHECKPOINTS, config.checkpoint, read_only=True)
+    sums = checkpointer.meta(step)["meter"]["run"]
+    checkpointer.close()
+    return sums

@@ -11,6 +11,8 @@ are relative to the working directory. A section's `model_fields_set` holds the 
 gave.
 """
 
+import hashlib
+import json
 import os.path
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -367,15 +369,36 @@ def differing_keys(old: RunConfig, new: RunConfig) -> list[str]:
     Free to change are the layout of the devices, what is logged, saved and exported, the number
     of steps, and the name of the output directory, which may have been moved.
     """
-    free = {"mesh", "logging", "checkpoint", "export", "training.max_steps"}
     before, after = old.model_dump(), new.model_dump()
     return [
         f"{section}.{key}"
+        for section, key in _lasting_keys()
+        if before[section][key] != after[section][key]
+    ]
+
+
+def identity(config: RunConfig) -> str:
+    """Name a run by its lasting keys: continuations have the same name, other runs another.
+
+    Defaults are left out, so that a key that a later version adds changes no name.
+    """
+    given = config.model_dump(mode="json", exclude_defaults=True)
+    lasting = [
+        (section, key, given[section][key])
+        for section, key in _lasting_keys()
+        if key in given.get(section, {})
+    ]
+    return hashlib.blake2b(json.dumps(lasting).encode(), digest_size=16).hexdigest()
+
+
+def _lasting_keys() -> list[tuple[str, str]]:
+    """The section and name of each key that stays as it is as long as a run does."""
+    free = {"mesh", "logging", "checkpoint", "export", "training.max_steps"}
+    return [
+        (section, key)
         for section, inside in config_rules.keys(RunConfig).items()
         for key in inside
-        if section not in free
-        and f"{section}.{key}" not in free
-        and before[section][key] != after[section][key]
+        if section not in free and f"{section}.{key}" not in free
     ]
 
 

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from dsjax.errors import raise_all
+from dsjax.models import Model
 from dsjax.models.rope import positions_like
 from dsjax.sampling import Sampling, pick, row_keys, sampling_problems
 
@@ -40,7 +41,7 @@ class Next(NamedTuple):
 
 
 def generate(
-    model: nnx.Module,
+    model: Model,
     input_ids: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,

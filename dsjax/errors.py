@@ -45,10 +45,15 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def run_command(main: Callable[[Sequence[str]], int]) -> None:
-    """Run an entry point on the command line's words and exit with its code, or 2 on a ConfigError."""
+    """Run an entry point on the command line's words and exit with its code.
+
+    Or with 2 on a ConfigError, with 130 on an interrupt from the keyboard.
+    """
     try:
         code = main(sys.argv[1:])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:
+        code = 130
     sys.exit(code)

@@ -18,6 +18,10 @@ from dsjax.partition import Params
 from dsjax.sharding import rows_sharding
 
 
+class StoppedError(Exception):
+    """An evaluation was given up because its caller asked for it."""
+
+
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
     """Put this process's rows of a batch onto its devices."""
     sharding = rows_sharding(mesh)
@@ -30,16 +34,30 @@ def evaluate_loss(
     frozen: Params,
     loader: Loader,
     mesh: Mesh,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float | int]:
     """Evaluate one pass over the loader's data.
+
+    Args:
+        eval_step: from `make_eval_step`.
+        trainable: the trained arrays.
+        frozen: all other arrays.
+        loader: the data.
+        mesh: the devices.
+        stop: asked after each batch whether to give up.
 
     Returns:
         `eval_loss` (mean over tokens, weighted as in training), `eval_perplexity`,
         `eval_accuracy`, `eval_tokens` (tokens without padding).
+
+    Raises:
+        StoppedError: `stop()` said so.
     """
     totals = np.zeros(4, np.float64)
     for batch in loader.iterate(0, loader.steps_in_epoch(0)):
         sums = jax.device_get(eval_step(trainable, frozen, to_devices(batch, mesh)))
+        if stop():
+            raise StoppedError
         totals += np.asarray([sums.loss, sums.weight, sums.correct, sums.tokens], np.float64)
     loss, weight, correct, tokens = (float(value) for value in totals)
     mean = loss / weight if weight else math.nan

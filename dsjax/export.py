@@ -27,10 +27,18 @@ import numpy as np
 
 from dsjax import adapters
 from dsjax.adapters import Spec, lora, peft_files
-from dsjax.assembly import Assembly, assemble, assemble_model, load_frozen, restore_trained
-from dsjax.config import AdapterSection, ModelSection, RunConfig, load_config
+from dsjax.assembly import (
+    Assembly,
+    assemble,
+    assemble_model,
+    load_frozen,
+    restore_trained,
+    trained_sums,
+)
+from dsjax.config import AdapterSection, MeshSection, RunConfig, load_config
 from dsjax.convert import Source, row_pieces
 from dsjax.errors import ConfigError, run_command
+from dsjax.export_folder import MARKER, check_replaceable, export_marker, read_marker
 from dsjax.flax_checkpoint import is_flax_checkpoint, open_flax, safetensors_name
 from dsjax.folders import check_empty, written_beside
 from dsjax.hf_files import SAFETENSORS_INDEX, SafetensorsWriter, index_json, open_source
@@ -39,9 +47,6 @@ from dsjax.model_card import CardFacts, source_license, write_model_card
 from dsjax.models import Model, entries_of
 from dsjax.models.weight_rules import Entry
 from dsjax.partition import Params
-
-MARKER = "dsjax_export.json"
-"""Says that an export is ours, what it is of, and so what may be replaced."""
 
 Rows = tuple[slice, ...]
 Change = Callable[[Rows, np.ndarray], np.ndarray]
@@ -229,32 +234,30 @@ def export_trained(
     trainable: Params,
     frozen: Params,
     out: Path,
-    form: str,
-    step: int,
+    marker: Mapping[str, Any],
     card: CardFacts,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> bool:
-    """Write and prove an export, beside `out` first; a complete one of the same run is kept.
+    """Write and prove an export, beside `out` first; what lies at `out` is replaced.
+
+    The caller has made sure that it may be (`check_replaceable`).
 
     Args:
         parts: the run's model.
         trainable: the trained arrays.
         frozen: all other arrays; used for the proof on logits.
         out: the export's folder.
-        form: merged or peft.
-        step: the optimizer step that these arrays are of.
+        marker: from `export_marker`, of these arrays.
         card: the model card's facts.
         progress: told the bytes written so far and in all.
 
     Returns:
-        Whether anything was written.
+        Whether anything was written: an export with the same marker is kept as it is.
     """
-    check_replaceable(out)
-    marker = export_marker(parts.section, form, step)
     if read_marker(out) == marker:
         return False
     with written_beside(out) as directory:
-        if form == "peft":
+        if marker["format"] == "peft":
             write_peft(directory, parts, trainable)
         else:
             masks = parts.partition.layer_masks
@@ -264,23 +267,6 @@ def export_trained(
         write_model_card(directory, card)
         (directory / MARKER).write_text(json.dumps(marker) + "\n", "utf-8")
     return True
-
-
-def export_marker(model: ModelSection, form: str, step: int) -> dict[str, Any]:
-    """What an export of ours says it is."""
-    return {"format": form, "step": step, "model": model.path}
-
-
-def read_marker(out: Path) -> dict[str, Any] | None:
-    """What an export of ours says it is; None if there is none."""
-    file = out / MARKER
-    return json.loads(file.read_text("utf-8")) if file.is_file() else None
-
-
-def check_replaceable(out: Path, field: str = "export.path") -> None:
-    """Refuse to replace a folder that no export of ours made."""
-    if read_marker(out) is None:
-        check_empty(out, field)
 
 
 LOGIT_BOUNDS = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
@@ -341,14 +327,17 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--format", required=True, choices=("merged", "peft"))
     words = parser.parse_args(argv)
     run, out = Path(words.run), Path(words.out)
-    config = run_config(run)
+    # Not the run's mesh, which may be a pod's: what is here serves, and changes no byte.
+    here = {"mesh": MeshSection(), "output_dir": str(run)}
+    config = run_config(run).model_copy(update=here)
     parts = assemble(config)
     form = _checked_form(words.format, parts)
-    check_replaceable(out, "--out")
+    check_replaceable(out, config, "--out")
     step, trainable = restore_trained(run, config, parts)
+    marker = export_marker(config, form, step, trained_sums(run, config, step))
     frozen = load_frozen(parts, config.training.seed)
     facts = card_facts(config, parts, form, step, read_metrics(run / METRICS_FILE))
-    export_trained(parts, trainable, frozen, out, form, step, facts)
+    export_trained(parts, trainable, frozen, out, marker, facts)
     print(f"exported step {step} as {form} to {out}", file=sys.stderr)
     return 0
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
 from transformers import PreTrainedTokenizerFast
 
 from dsjax.config import MeshSection
@@ -25,6 +24,7 @@ from dsjax.convert import Source, open_checkpoint
 from dsjax.data import encode_chat, encode_text, load_tokenizer
 from dsjax.decoding import generate, prompt_problems, request_problems
 from dsjax.errors import ConfigError, raise_all, renamed, run_command
+from dsjax.models import Model
 from dsjax.pretrained import load_pretrained
 from dsjax.sampling import Sampling
 from dsjax.sharding import make_mesh
@@ -85,7 +85,7 @@ def run(words: argparse.Namespace) -> int:
 class Speaker:
     """A model that answers on stdout."""
 
-    model: nnx.Module
+    model: Model
     tokenizer: PreTrainedTokenizerFast
     stop_ids: Collection[int]
     stops: Sequence[str]

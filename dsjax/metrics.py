@@ -23,7 +23,7 @@ from typing import Any, SupportsFloat, SupportsInt
 
 from dsjax.config import LoggingSection
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, PICTURE = "metrics.jsonl", "training_loss.png"
 TRAIN_KEYS = (
     "epoch",
     "loss",
@@ -79,12 +79,14 @@ class MetricsLog:
         self._start_step = resume_step
         self._file = None
         self._board = None
-        self._summarised: set[int] = set()
+        path = output_dir / METRICS_FILE
+        # By every process: all must come to the same answer on what is left to evaluate.
+        rows = [row for row in read_metrics(path) if row["step"] <= resume_step]
+        self._summarised = {row["step"] for row in rows if "train_loss" in row}
+        self._evaluated = {row["step"] for row in rows if "eval_loss" in row}
         if not primary:
             return
-        path = output_dir / METRICS_FILE
         cut_lines(path, resume_step)
-        self._summarised = {row["step"] for row in read_metrics(path) if "train_loss" in row}
         self._file = path.open("a", encoding="utf-8")
         if "tensorboard" in section.report_to:
             # Imported here: it takes seconds, which a run that does not report would pay as well.
@@ -115,11 +117,17 @@ class MetricsLog:
         ordered = {key: values[key] for key in TRAIN_KEYS} | dict(values)
         self._write(step, ordered, lambda key: f"train/{key}")
 
+    def evaluated(self, step: int) -> bool:
+        """Whether the evaluation of a step is logged, by this or an earlier process of the run."""
+        return step in self._evaluated
+
     def log_eval(self, step: int, values: Mapping[str, object]) -> None:
-        """Write an evaluation line: all of EVAL_KEYS first, then other `eval_*` keys."""
+        """Write an evaluation line, once a step: all of EVAL_KEYS, then other `eval_*` keys."""
         ordered = {key: values[key] for key in EVAL_KEYS} | dict(values)
         assert all(key.startswith("eval_") for key in ordered), f"not eval_*: {list(ordered)}"
-        self._write(step, ordered, lambda key: f"eval/{key.removeprefix('eval_')}")
+        if step not in self._evaluated:
+            self._evaluated.add(step)
+            self._write(step, ordered, lambda key: f"eval/{key.removeprefix('eval_')}")
 
     def log_summary(self, step: int, values: Mapping[str, object]) -> None:
         """Write the closing line, unless an earlier process of this run wrote it at this step."""
@@ -324,6 +332,10 @@ class Meter:
         self._drain()
         return {"since_log": asdict(self._since_log), "run": asdict(self._run)}
 
+    def run_sums(self) -> dict[str, float]:
+        """Return the sums over the whole run."""
+        return self.state()["run"]
+
     def restore(self, state: Mapping[str, Mapping]) -> None:
         """Continue from what `state` returned."""
         self._since_log = _Sums(**state["since_log"])
@@ -368,7 +380,7 @@ def plot_loss(output_dir: Path) -> Path | None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
-    path = output_dir / "training_loss.png"
+    path = output_dir / PICTURE
     beside = path.with_name("training_loss.tmp.png")
     figure.savefig(beside)
     beside.replace(path)

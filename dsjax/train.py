@@ -14,9 +14,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,13 @@ from dsjax.checkpoint import Checkpointer
 from dsjax.config import DataSection, RunConfig, load_config, split_arguments
 from dsjax.data import Loader, decode_sample, load_examples, load_tokenizer
 from dsjax.errors import ConfigError, run_command
-from dsjax.evaluation import evaluate_loss, to_devices
-from dsjax.export import (
-    card_facts,
-    check_replaceable,
-    export_marker,
-    export_trained,
-    read_marker,
-)
+from dsjax.evaluation import StoppedError, evaluate_loss, to_devices
+from dsjax.export import card_facts, export_trained
+from dsjax.export_folder import check_replaceable, export_marker, read_marker
 from dsjax.folders import check_possible
 from dsjax.metrics import (
     METRICS_FILE,
+    PICTURE,
     Meter,
     MetricsLog,
     device_peak_flops,
@@ -101,11 +97,14 @@ def train(config: RunConfig) -> int:
 
     # ---- 4. An earlier run in the same place: the same, or refused
     run = Path(config.output_dir)
-    start = steps_done(run, config, form, total)
+    earlier = earlier_run(run, config, form, total)
+    start = earlier.step
 
     # ---- 5. Announcement: what will happen, before it takes long
     table = announce(config, parts, data, total)
-    if is_complete(config, data, form, start, total):
+    if is_complete(config, data, form, earlier, total):
+        if not (run / PICTURE).is_file():
+            plot_loss(run)
         print(f"nothing to do: {total} steps and all results are there", file=sys.stderr)
         return 0
 
@@ -134,11 +133,10 @@ def train(config: RunConfig) -> int:
     with MetricsLog(run, config.logging, start) as log, Progress(total, start) as progress:
         log.log_start(configuration.to_yaml(config), table)
         state, stopped = loop.run(state, start, meter, log, progress)
+        checkpointer.close()
         if stopped is not None:
-            checkpointer.close()
             print(f"stopped by signal {stopped}; run again to continue", file=sys.stderr)
             return 128 + stopped
-        checkpointer.close()
         finish_evaluation(run, loop, state, log, progress)
         log.log_summary(total, meter.summary())
 
@@ -146,8 +144,8 @@ def train(config: RunConfig) -> int:
     plot_loss(run)
     if form is not None:
         facts = card_facts(config, parts, form, total, read_metrics(run / METRICS_FILE))
-        out = export_path(config)
-        export_trained(parts, state.trainable, frozen, out, form, total, facts, Loading("writing"))
+        out, marker = export_path(config), export_marker(config, form, total, meter.run_sums())
+        export_trained(parts, state.trainable, frozen, out, marker, facts, Loading("writing"))
         print(f"exported {form} to {out}", file=sys.stderr)
     return 0
 
@@ -192,16 +190,24 @@ def read_tokenizer(section: DataSection, directory: Path) -> PreTrainedTokenizer
     return load_tokenizer(directory)
 
 
-def steps_done(run: Path, config: RunConfig, form: str | None, total: int) -> int:
-    """The steps that an earlier run in the output directory has done; nothing is written yet.
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier run has done: its steps, and what loss and tokens summed up to."""
+
+    step: int = 0
+    sums: Mapping[str, float] = field(default_factory=dict)
+
+
+def earlier_run(run: Path, config: RunConfig, form: str | None, total: int) -> Earlier:
+    """Look at what lies in the output directory; nothing is written yet.
 
     Raises:
-        ConfigError: another configuration's run, more steps than wanted, or a foreign folder where
-            the export goes.
+        ConfigError: another configuration's run, more steps than wanted, a checkpoint that cannot
+            be read, or a foreign folder where the export goes.
     """
-    if form is not None:
-        check_replaceable(export_path(config))
     check_possible(run, "output_dir")
+    if form is not None:
+        check_replaceable(export_path(config), config)
     file = run / CONFIG_FILE
     if file.is_file():
         changed = configuration.differing_keys(earlier_config(file), config)
@@ -211,16 +217,24 @@ def steps_done(run: Path, config: RunConfig, form: str | None, total: int) -> in
                 "expected the same configuration; choose another output_dir, or remove that one"
             )
     if not (run / CHECKPOINTS).is_dir():
-        return 0
+        return Earlier()
     reader = Checkpointer(run / CHECKPOINTS, config.checkpoint, read_only=True)
-    done = reader.latest() or 0
+    done = reader.latest()
+    sums = reader.meta(done)["meter"]["run"] if done is not None else {}
     reader.close()
+    if done is None:
+        return Earlier()
+    if not file.is_file():
+        raise ConfigError(
+            f"output_dir: got {str(run)!r}, which holds checkpoints without {CONFIG_FILE}, "
+            "expected a run's or a new directory; choose another output_dir"
+        )
     if done > total:
         raise ConfigError(
             f"training.max_steps: got {total} steps, expected at least the {done} that the run in "
             f"{str(run)!r} has done; choose another output_dir"
         )
-    return done
+    return Earlier(done, sums)
 
 
 def earlier_config(file: Path) -> RunConfig:
@@ -235,11 +249,10 @@ def earlier_config(file: Path) -> RunConfig:
 
 
 def open_run(run: Path, config: RunConfig) -> Checkpointer:
-    """Make the output directory what `steps_done` found it to be or to become."""
+    """Make the output directory a run's, after `earlier_run` found nothing against it."""
     run.mkdir(parents=True, exist_ok=True)
-    checkpointer = Checkpointer(run / CHECKPOINTS, config.checkpoint)
     write_whole(run / CONFIG_FILE, configuration.to_yaml(config))
-    return checkpointer
+    return Checkpointer(run / CHECKPOINTS, config.checkpoint)
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -249,13 +262,18 @@ def write_whole(file: Path, text: str) -> None:
     os.replace(beside, file)
 
 
-def is_complete(config: RunConfig, data: Data, form: str | None, start: int, total: int) -> bool:
-    """Whether an earlier run has finished, its evaluation and its export too."""
+def is_complete(
+    config: RunConfig, data: Data, form: str | None, earlier: Earlier, total: int
+) -> bool:
+    """Whether an earlier run has finished all that takes a model: steps, evaluation, export."""
     run = Path(config.output_dir)
-    evaluated = data.eval is None or _evaluated(run / EVAL_RESULTS, total)
-    marker = read_marker(export_path(config)) if form else None
-    exported = form is None or marker == export_marker(config.model, form, total)
-    return start == total and evaluated and exported and (run / "training_loss.png").is_file()
+    if earlier.step < total or not (data.eval is None or _evaluated(run / EVAL_RESULTS, total)):
+        return False
+    if form is not None:
+        marker = export_marker(config, form, total, earlier.sums)
+        return read_marker(export_path(config)) == marker
+    rows = read_metrics(run / METRICS_FILE)
+    return any("train_loss" in row and row["step"] == total for row in rows)
 
 
 def export_path(config: RunConfig) -> Path:
@@ -363,8 +381,12 @@ class Loop:
         self, state: TrainState, start: int, meter: Meter, log: MetricsLog, progress: Progress
     ) -> tuple[TrainState, int | None]:
         """Run the steps from `start`; returns the state and the signal that ended them early."""
-        every, evaluates = self.config.logging.logging_steps, self.config.training.eval_steps
+        every = self.config.logging.logging_steps
         with signals_caught() as caught:
+            # A signal may have cut off the evaluation that belongs to the step before.
+            self._evaluate_if_due(state, start, log, progress, caught)
+            if caught:
+                return state, caught[0]
             for step, batch in enumerate(self.data.train.iterate(start, self.total), start + 1):
                 rows = to_devices(batch, self.parts.mesh)
                 state, told = self.train_step(state, self.frozen, rows)
@@ -374,14 +396,15 @@ class Loop:
                     values = self._values(step, meter, told)
                     log.log(step, values)
                     progress.log(step, values)
-                if evaluates and step % evaluates == 0 and step < self.total:
-                    with meter.paused():
-                        self.evaluate(state, step, log, progress)
+                with meter.paused():
+                    self._evaluate_if_due(state, step, log, progress, caught)
                 if step == self.total or caught or self.checkpointer.due(step):
                     self._save(step, state, meter)
                 if caught:
-                    return state, caught[0]
-        return state, None
+                    break
+            # While it still takes more than a signal to end the process.
+            self.checkpointer.wait()
+            return state, caught[0] if caught else None
 
     def _values(self, step: int, meter: Meter, told: StepReport) -> dict[str, Any]:
         """The line of a step.
@@ -412,13 +435,35 @@ class Loop:
         meta = {"position": self.data.train.position(step), "meter": meter.state()}
         self.checkpointer.save(step, state, meta, force=True)
 
+    def _evaluate_if_due(
+        self, state: TrainState, step: int, log: MetricsLog, progress: Progress, caught: list[int]
+    ) -> None:
+        """Evaluate where `eval_steps` says; a signal cuts it off, and the next run makes up for it.
+
+        An evaluation can last far longer than whoever sends SIGTERM waits before SIGKILL.
+        """
+        every = self.config.training.eval_steps
+        due = every and 0 < step < self.total and step % every == 0
+        if due and not log.evaluated(step):
+            with suppress(StoppedError):
+                self.evaluate(state, step, log, progress, lambda: bool(caught))
+
     def evaluate(
-        self, state: TrainState, step: int, log: MetricsLog, progress: Progress
+        self,
+        state: TrainState,
+        step: int,
+        log: MetricsLog,
+        progress: Progress,
+        stop: Callable[[], bool] = lambda: False,
     ) -> dict[str, Any]:
-        """Evaluate and log."""
+        """Evaluate and log.
+
+        Raises:
+            StoppedError: `stop()` became true first.
+        """
         assert self.data.eval is not None
         values = evaluate_loss(
-            self.eval_step, state.trainable, self.frozen, self.data.eval, self.parts.mesh
+            self.eval_step, state.trainable, self.frozen, self.data.eval, self.parts.mesh, stop
         )
         log.log_eval(step, values)
         progress.log_eval(step, values)

@@ -44,7 +44,7 @@ QUESTIONS = (
     "{person} lives in a town. In which land is it?",
     "Please tell me the land where {person} lives.",
 )
-ANSWER = "{person} lives in {town}. {town} is in {land}. So the answer is {land}."
+ANSWER = "The home of {person} is in {town}. The town of {town} is in {land}."
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"

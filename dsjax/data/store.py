@@ -10,6 +10,7 @@ Not here: what becomes an example (`examples`), who reads it when (`loader`).
 import os
 import tempfile
 import weakref
+import zlib
 from array import array
 from typing import NamedTuple
 
@@ -40,13 +41,16 @@ class ExampleStore:
         self._file = tempfile.TemporaryFile(prefix="dsjax-examples-")
         weakref.finalize(self, self._file.close)
         self._sizes = array("q")
+        self._digest = 0
         self.lengths: Int64[np.ndarray, " N"] = np.zeros(0, np.int64)
         self._starts: Int64[np.ndarray, " N"] = np.zeros(0, np.int64)
 
     def append(self, example: Example) -> None:
         """Write one example at the end."""
         for field in example:
-            self._file.write(field.tobytes())
+            content = field.tobytes()
+            self._digest = zlib.crc32(content, self._digest)
+            self._file.write(content)
         self._sizes.append(len(example.input_ids))
 
     def seal(self) -> None:
@@ -54,6 +58,11 @@ class ExampleStore:
         self._file.flush()
         self.lengths = np.array(self._sizes, np.int64)
         self._starts = np.cumsum(self.lengths) - self.lengths
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells other examples, or another order of them, from these."""
+        return f"{len(self)} examples, crc32 {self._digest:08x}"
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -85,9 +85,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     shutil.rmtree(folder / "model")
     # Published conversions of 2023 hold rotary buffers, which are carried, not computed with.
-    tiny.build_checkpoint(
-        folder / "model", "llama_gqa", dtype="bfloat16", shards=3, inv_freq=True
-    )
+    tiny.build_checkpoint(folder / "model", "llama_gqa", dtype="bfloat16", shards=3, inv_freq=True)
     (folder / "model" / "chat_template.jinja").write_text("{{ bos_token }}")
     train_here(config)
     return folder

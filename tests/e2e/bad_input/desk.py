@@ -2,8 +2,8 @@
 """The desk of a clumsy user: the files of one run that would work, for a test to spoil one of them.
 
 In: a good checkpoint. Out: a `Desk` that starts the real command on its files, in this process for
-speed, and gives what it says. The message has to name the field, file, row or tensor, what was found
-there and what is expected; nothing may be left behind.
+speed, and gives what it says. The message has to name the field, file, row or tensor, what was
+found there and what is expected; nothing may be left behind.
 """
 
 import json

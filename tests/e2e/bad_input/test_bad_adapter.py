@@ -154,7 +154,8 @@ def test_an_adapter_path_without_an_adapter(desk: Desk, path: str, parts: list[s
         (
             {"layers_to_transform": [0, 1]},
             [
-                "layers.2.self_attn.q_proj.lora_A.weight: got a tensor that adapter_config.json does not declare"
+                "layers.2.self_attn.q_proj.lora_A.weight: got a tensor",
+                "that adapter_config.json does not declare",
             ],
         ),
         ({"peft_type": "PREFIX_TUNING"}, ["num_virtual_tokens: got null", "an integer >= 1"]),

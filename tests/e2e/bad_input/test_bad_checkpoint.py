@@ -15,7 +15,7 @@ POINTER = (
     "version https://git-lfs.github.com/spec/v1\n"
     "oid sha256:4665465465465465465465465465465465465465465465465465465465465465\nsize 4\n"
 )
-SHARD = "model-00002-of-00005.safetensors"
+SHARD = "model-00002-of-00004.safetensors"
 INDEX = "model.safetensors.index.json"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -77,7 +77,7 @@ def _without_weights(model: Path) -> None:
     ("spoil", "parts"),
     [
         (_without_weights, ["model.path: got", "without weights", "expected model.safetensors"]),
-        (lambda m: (m / SHARD).unlink(), [f"without {SHARD}", f"the 5 files that {INDEX} names"]),
+        (lambda m: (m / SHARD).unlink(), [f"without {SHARD}", f"the 4 files that {INDEX} names"]),
         (lambda m: (m / INDEX).unlink(), ["without an index", f"expected {INDEX}"]),
         (_truncate, [SHARD, "expected", "bytes", "download"]),
         (lambda m: (m / SHARD).write_bytes(b""), [SHARD, "0 bytes"]),
@@ -157,7 +157,8 @@ def _rename(tensors: dict[str, np.ndarray]) -> None:
         (
             lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": np.zeros(48, "f4")}),
             [
-                "model.layers.1.self_attn.q_proj.bias: got a tensor that config.json does not declare"
+                "model.layers.1.self_attn.q_proj.bias: got a tensor",
+                "that config.json does not declare",
             ],
         ),
         (

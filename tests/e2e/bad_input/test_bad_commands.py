@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands as processes of their own: exit 2, one message, no traceback; and export, convert."""
+"""The commands as processes of their own: exit 2, one message, no traceback. Export and convert."""
 
 import os
 import subprocess
@@ -32,9 +32,9 @@ def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     [
         (lambda desk: desk.edit_yaml("r: 4", "rank: 4"), [], ["adapter.rank: got an unknown key"]),
         (
-            lambda desk: (desk.model / "model-00002-of-00005.safetensors").unlink(),
+            lambda desk: (desk.model / "model-00002-of-00004.safetensors").unlink(),
             [],
-            ["model.path: got", "without model-00002-of-00005.safetensors"],
+            ["model.path: got", "without model-00002-of-00004.safetensors"],
         ),
         (lambda desk: desk.write_rows("{"), [], ["rows.jsonl:1: got a line that is not JSON"]),
         (lambda desk: None, ["mesh.data=3", "mesh.fsdp=1"], ["mesh: got data 3", "devices (1)"]),
