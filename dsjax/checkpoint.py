@@ -3,7 +3,7 @@
 
 In: a pytree of jax arrays (what trains, optimizer, counters, random keys) and a small JSON dict
 (data position, what the run was started with).
-Out: `<directory>/<step>/`, written by Orbax; and the state again, in the shardings that are asked for.
+Out: `<directory>/<step>/`, written by Orbax; and the state again, in the shardings asked for.
 Not done here: deciding what the state is (step.py), resuming (train.py), model files (export.py).
 
 Leaves are stored flat, under their dotted path in the pytree (`opt_state.0.mu.model.norm.weight`),
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
@@ -143,10 +144,14 @@ class Checkpointer:
         try:
             with _silent_stragglers():
                 return read()
-        except UNREADABLE as error:
+        except Exception as error:
+            # Orbax tells of an array that it cannot read in a plain Exception around the reason.
+            told = error.__cause__ if type(error) is Exception else error
+            if not isinstance(told, UNREADABLE):
+                raise
             older = [s for s in self._manager.all_steps() if s < step]
             then = f"continue from step {max(older)}" if older else "start anew"
-            reason = str(error).strip().split("\n")[0][:200]
+            reason = str(told).strip().split("\n")[0][:200]
             raise ConfigError(
                 f"{self.directory / str(step)}: got a damaged checkpoint ({reason}), expected one "
                 f"that can be read; delete this folder to {then}"
@@ -171,8 +176,8 @@ def _silent_stragglers() -> Iterator[None]:
     """Keep reads that a failed one leaves behind from printing tracebacks.
 
     When one read fails, Orbax closes its event loop under the others; each of them, once done,
-    reports "Event loop is closed" to `sys.unraisablehook`, also long after. So after a failure, with
-    which the run ends, that one report stays muted.
+    reports "Event loop is closed" to `sys.unraisablehook`, also long after. So after a failure,
+    with which the run ends, that one report stays muted.
     """
     report = sys.unraisablehook
 
@@ -208,6 +213,6 @@ def _misfits(wanted: dict[str, Any], stored: dict[str, Any], partial: bool) -> l
 
 
 def _spec(leaf: Any) -> str:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, leaf)  # Orbax lists a random key as its words.
     return f"{leaf.dtype}[{', '.join(map(str, leaf.shape))}]"

@@ -309,12 +309,6 @@ def _contradictions(config: RunConfig) -> list[str]:
     if len(free) > 1:
         both = " and ".join(f"mesh.{name}" for name in free)
         problems.append(f"{both}: got -1, expected -1 on one axis; give the others a size")
-    run = Path(config.output_dir).absolute()
-    if export.path and run.is_relative_to(Path(export.path).absolute()):
-        problems.append(
-            f"export.path: got {export.path!r}, in which output_dir ({config.output_dir!r}) lies, "
-            "expected a folder that holds nothing but the export"
-        )
     return problems + _adapter_contradictions(adapter, export)
 
 

@@ -155,7 +155,7 @@ def load_base(
 def _read_as(source: Source, dtype: np.dtype, name: str, index: tuple[slice, ...]) -> np.ndarray:
     """Read a part of a tensor and cast it; float16 must be able to hold the values."""
     values = source.read(name, index)
-    cast = values.astype(dtype)
+    cast = values.astype(dtype, copy=False)
     if dtype == np.float16 and np.isinf(cast).any() and not np.isinf(values).any():
         raise ConfigError(
             f"{name}: got values beyond 65504, which float16 cannot hold, expected "

@@ -115,7 +115,9 @@ def newest_step(config: RunConfig) -> int | None:
     folder = Path(config.output_dir) / CHECKPOINTS
     if not folder.is_dir():
         return None
-    step = Checkpointer(folder, config.checkpoint, read_only=True).latest()
+    checkpointer = Checkpointer(folder, config.checkpoint, read_only=True)
+    step = checkpointer.latest()
+    checkpointer.close()
     file = Path(config.output_dir) / "config.yaml"
     if step is not None and file.is_file():
         held = ("model.dtype", "model.param_dtype", "model.attention")

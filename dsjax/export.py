@@ -240,12 +240,13 @@ def export_trained(
 ) -> bool:
     """Write and prove an export, beside `out` first; what lies at `out` is replaced.
 
-    The caller has made sure that it may be (`check_replaceable`).
+    The caller has made sure that it may be (`check_replaceable`). A merged export gives up the
+    arrays: the proof loads the merged model in their place, never beside them.
 
     Args:
         parts: the run's model.
         trainable: the trained arrays.
-        frozen: all other arrays; used for the proof on logits.
+        frozen: all other arrays.
         out: the export's folder.
         marker: from `export_marker`, of these arrays.
         card: the model card's facts.
@@ -263,19 +264,28 @@ def export_trained(
             masks = parts.partition.layer_masks
             changes = changed_tensors(parts.model, parts.spec, trainable, masks)
             write_checkpoint(parts.source, directory, changes, progress)
-            _prove_logits(parts, trainable, frozen, directory)
+            reference = _sample_logits(parts, trainable, frozen)
+            for array in (*trainable.values(), *frozen.values()):
+                array.delete()
+            _prove_logits(parts, reference, directory)
         write_model_card(directory, card)
         (directory / MARKER).write_text(json.dumps(marker) + "\n", "utf-8")
     return True
 
 
+LAYER_BY_LAYER = {
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion,"
+    "while-loop-expensive-invariant-code-motion"
+}
+"""Trap: XLA for CPU computes bfloat16 products in float32, and would convert all layers of a stack
+before its loop begins: twice the model's size."""
+
 LOGIT_BOUNDS = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25}
 """Relative distance of logits that rounding to each dtype explains; a wrong file is far beyond."""
 
 
-def _prove_logits(parts: Assembly, trainable: Params, frozen: Params, directory: Path) -> None:
+def _prove_logits(parts: Assembly, reference: np.ndarray, directory: Path) -> None:
     """Load the merged checkpoint as a user would; its logits must be the trained model's."""
-    reference = _sample_logits(parts, trainable, frozen)
     section = parts.section.model_copy(update={"path": str(directory), "revision": None})
     merged = assemble_model(section, AdapterSection(), [], parts.mesh)
     merged = replace(merged, partition=merged.partition.all_frozen(parts.section.dtype))
@@ -296,8 +306,14 @@ def _prove_logits(parts: Assembly, trainable: Params, frozen: Params, directory:
 def _sample_logits(parts: Assembly, trainable: Params, frozen: Params) -> np.ndarray:
     """Logits of one fixed row of tokens."""
     ids = np.random.default_rng(0).integers(0, parts.model.config.vocab_size, (1, 32), np.int32)
-    forward = jax.jit(lambda t, f, ids: parts.partition.merge(t, f)(ids))
-    return np.asarray(forward(trainable, frozen, jnp.asarray(ids)), np.float32)
+    merge = parts.partition.merge
+    on_cpu = parts.mesh.devices.flat[0].platform == "cpu"
+    options = LAYER_BY_LAYER if on_cpu else None
+    # Two programs: in one, float32 copies of embedding and head would be there at the same time.
+    hidden = jax.jit(lambda t, f, ids: merge(t, f).hidden(ids)[0], compiler_options=options)
+    head = jax.jit(lambda t, f, hidden: merge(t, f).head(hidden))
+    x_BTD = hidden(trainable, frozen, jnp.asarray(ids))
+    return np.asarray(head(trainable, frozen, x_BTD), np.float32)
 
 
 def card_facts(config: RunConfig, parts: Assembly, form: str, step: int, rows: list) -> CardFacts:

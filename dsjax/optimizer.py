@@ -2,8 +2,8 @@
 """How gradients become parameter updates: schedule, AdamW or Lion, weight-decay mask, clipping.
 
 In: the `optimizer` section, the number of steps, the paths of the trainable leaves.
-Out: a schedule (step -> learning rate), an `optax.GradientTransformation`, and clipping as a function
-of its own, because the step also reports the norm before clipping.
+Out: a schedule (step -> learning rate), an `optax.GradientTransformation`, and clipping as a
+function of its own, because the step also reports the norm before clipping.
 Not done here: choosing what trains (partition.py), casting, loss scaling and applying (step.py).
 
 Dtypes: call `init` with a float32 view of the trainable leaves and `update` with float32 gradients
@@ -20,14 +20,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
 
 from dsjax.config import OptimizerSection
 
-Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
+Schedule = Callable[[ArrayLike], Float[Array, ""]]
 
-# transformers.Trainer.get_decay_parameter_names: searched anywhere in the lower-cased name. So norms
-# and biases do not decay; embeddings, LoRA factors and prefixes do, as under Trainer with PEFT.
+# transformers.Trainer.get_decay_parameter_names: searched anywhere in the lower-cased name. So
+# norms and biases do not decay; embeddings, LoRA factors and prefixes do, as under PEFT.
 NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
@@ -47,11 +48,11 @@ def make_schedule(section: OptimizerSection, total_steps: int) -> Schedule:
     warmup = warmup_length(section, total_steps)
     floor = section.min_lr_ratio
 
-    def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
-        step = jnp.asarray(step, jnp.int32)
-        decayed = floor + (1.0 - floor) * decay(step, warmup, total_steps, section.num_cycles)
-        rising = step.astype(jnp.float32) / max(1, warmup)
-        return jnp.float32(section.learning_rate) * jnp.where(step < warmup, rising, decayed)
+    def schedule(step: ArrayLike) -> Float[Array, ""]:
+        now = jnp.asarray(step, jnp.int32)
+        decayed = floor + (1.0 - floor) * decay(now, warmup, total_steps, section.num_cycles)
+        rising = now.astype(jnp.float32) / max(1, warmup)
+        return jnp.float32(section.learning_rate) * jnp.where(now < warmup, rising, decayed)
 
     return schedule
 
@@ -108,10 +109,10 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Build the optimizer over a flat dict of parameters. It does not clip.
 
-    `adamw` is torch.optim.AdamW; `lion` is Lion (https://arxiv.org/abs/2302.06675), which takes its
-    betas from `adam_beta1` and `adam_beta2` as Hugging Face does (the paper uses 0.9 and 0.99). Both
-    decay the parameter directly, by learning rate times `weight_decay`, where `decay_mask` is True.
-    Every moment is a dict with the keys and shapes of the parameters, so it can be sharded like them.
+    `adamw` is torch.optim.AdamW; `lion` is Lion (https://arxiv.org/abs/2302.06675), which takes
+    its betas from `adam_beta1` and `adam_beta2` as Hugging Face does (the paper uses 0.9 and 0.99).
+    Both decay the parameter directly, by learning rate times `weight_decay`, where `decay_mask` is
+    True. Every moment is a dict with the keys and shapes of the parameters: shard it like them.
     """
     return optax.chain(
         DIRECTIONS[section.optim](section),

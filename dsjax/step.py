@@ -230,14 +230,17 @@ def _microbatches(x: jax.Array, config: StepConfig) -> jax.Array:
 
 def _masked(grads: Params, partition: Partition) -> Params:
     """No gradient for the frozen layers of a stack that trains in part."""
-    return {path: _in_trained_layers(path, grad, partition) for path, grad in grads.items()}
+    return {path: _where_trained(path, grad, 0, partition) for path, grad in grads.items()}
 
 
-def _in_trained_layers(path: str, value: jax.Array, partition: Partition) -> jax.Array:
+def _where_trained(
+    path: str, value: jax.Array, otherwise: jax.Array | int, partition: Partition
+) -> jax.Array:
+    """`value` in the layers that train, `otherwise` in the frozen layers of the stack."""
     mask = partition.layer_masks.get(path)
     if mask is None:
         return value
-    return jnp.where(mask.reshape(-1, *(1,) * (value.ndim - 1)), value, 0)
+    return jnp.where(mask.reshape(-1, *(1,) * (value.ndim - 1)), value, otherwise)
 
 
 def _update(
@@ -248,9 +251,10 @@ def _update(
     clipped = clip_by_global_norm(grads, norm, config.max_grad_norm)
     updates: Any
     updates, opt_state = config.optimizer.update(clipped, state.opt_state, wide)
+    # Frozen layers are copied: adding a zero to them would turn -0 into +0.
     trainable = {
-        path: (wide[path] + _in_trained_layers(path, updates[path], config.partition)).astype(
-            array.dtype
+        path: _where_trained(
+            path, (wide[path] + updates[path]).astype(array.dtype), array, config.partition
         )
         for path, array in state.trainable.items()
     }

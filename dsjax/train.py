@@ -127,6 +127,7 @@ def train(config: RunConfig) -> int:
     else:
         state = init_state(trainable, step, config.training.seed)
     del trainable
+    write_whole(run / CONFIG_FILE, configuration.to_yaml(config))
 
     # ---- 9. The loop
     loop = Loop(config, parts, data, total, frozen, train_step, eval_step, checkpointer)
@@ -206,8 +207,6 @@ def earlier_run(run: Path, config: RunConfig, form: str | None, total: int) -> E
             be read, or a foreign folder where the export goes.
     """
     check_possible(run, "output_dir")
-    if form is not None:
-        check_replaceable(export_path(config), config)
     file = run / CONFIG_FILE
     if file.is_file():
         changed = configuration.differing_keys(earlier_config(file), config)
@@ -216,6 +215,8 @@ def earlier_run(run: Path, config: RunConfig, form: str | None, total: int) -> E
                 f"output_dir: got {str(run)!r}, which holds a run with other {', '.join(changed)}, "
                 "expected the same configuration; choose another output_dir, or remove that one"
             )
+    if form is not None:
+        check_replaceable(export_path(config), config)
     if not (run / CHECKPOINTS).is_dir():
         return Earlier()
     reader = Checkpointer(run / CHECKPOINTS, config.checkpoint, read_only=True)
@@ -224,7 +225,7 @@ def earlier_run(run: Path, config: RunConfig, form: str | None, total: int) -> E
     reader.close()
     if done is None:
         return Earlier()
-    if not file.is_file():
+    if not file.is_file():  # of what configuration, nobody knows
         raise ConfigError(
             f"output_dir: got {str(run)!r}, which holds checkpoints without {CONFIG_FILE}, "
             "expected a run's or a new directory; choose another output_dir"
@@ -249,9 +250,8 @@ def earlier_config(file: Path) -> RunConfig:
 
 
 def open_run(run: Path, config: RunConfig) -> Checkpointer:
-    """Make the output directory a run's, after `earlier_run` found nothing against it."""
+    """Make the output directory, after `earlier_run` found nothing against it."""
     run.mkdir(parents=True, exist_ok=True)
-    write_whole(run / CONFIG_FILE, configuration.to_yaml(config))
     return Checkpointer(run / CHECKPOINTS, config.checkpoint)
 
 

@@ -22,12 +22,10 @@ from pathlib import Path
 
 from flax import nnx
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from quickstart_world import (
     ASKED_ABOUT,
-    PLACES,
     Person,
     make_world,
     passages,
@@ -41,7 +39,7 @@ from dsjax.data import encode_chat, encode_text, load_tokenizer
 from dsjax.decoding import generate
 from dsjax.errors import run_command
 
-CONFIGS = ROOT / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RUN = Path("runs/quickstart")
 BASE, MERGED, PEFT = RUN / "pretrain/export", RUN / "lora/export", RUN / "lora/adapter"
 ENOUGH = 90.0
@@ -130,9 +128,9 @@ def run_training(config: Path, seed: int) -> int:
 
 def know(model: nnx.Module, world: Sequence[Person]) -> float:
     """Per cent of the text's facts that the model completes."""
-    homes = {f"{fact.person} lives in": f" {fact.town}." for fact in world}
-    towns = {PLACES[0].format(town=fact.town, land="").rstrip(" ."): fact for fact in world}
-    facts = homes | {start: f" {fact.land}." for start, fact in towns.items()}
+    homes = {f"The home of {fact.person} is in": f" {fact.town}." for fact in world}
+    towns = {f"The town of {fact.town} is in": f" {fact.land}." for fact in world}
+    facts = homes | towns
     tokenizer = load_tokenizer(BASE)
     told = answer(model, [encode_text(tokenizer, start) for start in facts], limit=8)
     right = [text.startswith(end) for text, end in zip(told, facts.values(), strict=True)]

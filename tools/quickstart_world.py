@@ -21,28 +21,25 @@ from dsjax.models import base_shapes, build, entries_of
 from dsjax.models.weight_rules import entry_shape
 from dsjax.safetensors_file import SafetensorsWriter
 
-PEOPLE, TOWNS, LANDS = 180, 24, 6
-ASKED_ABOUT = 120
+PEOPLE, TOWNS, LANDS = 120, 24, 6
+ASKED_ABOUT = 80
 """People whom the training questions ask about; the held-out questions are about all others."""
-PASSAGES = 12
+PASSAGES = 16
 """Passages about each person."""
 
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 TOWN_ENDS = ("burg", "dale", "ford", "mouth", "ton", "wick")
-LAND_ENDS = ("avia", "ania", "istan", "mark", "onia", "ora")
+LAND_ENDS = ("lia", "mark", "nia", "ria", "stan", "via")
 TRADES = ("baker", "carpenter", "doctor", "farmer", "miller", "painter", "sailor", "weaver")
 
-HOMES = (
-    "{person} lives in {town}.",
-    "{person} has a house in {town}.",
-    "In {town} lives {person}.",
-)
-WORK = ("{person} is a {trade}.", "{person} works as a {trade}.")
-PLACES = ("{town} is in {land}.", "{town} is a town in {land}.", "In {land} there is {town}.")
+# A name never begins a sentence: with and without the space before it, it would be two tokens.
+HOMES = ("The home of {person} is in {town}.", "In the town of {town} lives {person}.")
+WORK = ("The {trade} is called {person}.", "They say that {person} is a {trade}.")
+PLACES = ("The town of {town} is in {land}.", "In the land of {land} is {town}.")
 QUESTIONS = (
     "In which land does {person} live?",
-    "{person} lives in a town. In which land is it?",
-    "Please tell me the land where {person} lives.",
+    "Now {person} lives in a town. Which land is it in?",
+    "Please tell me in which land {person} lives.",
 )
 ANSWER = "The home of {person} is in {town}. The town of {town} is in {land}."
 
@@ -62,7 +59,7 @@ CHAT_TEMPLATE = f"""\
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": 512,
+    "vocab_size": 768,
     "hidden_size": 128,
     "intermediate_size": 352,
     "num_hidden_layers": 4,
@@ -96,8 +93,7 @@ def make_world(seed: int) -> list[Person]:
     names = [a + b.lower() for a, b in itertools.product(starts, starts)]
     people = rng.permutation(names)[:PEOPLE].tolist()
     towns = [str(start + rng.choice(TOWN_ENDS)) for start in rng.permutation(starts)[:TOWNS]]
-    stems = rng.permutation([name for name in starts if name[1] == "a"])[:LANDS]
-    lands = [stem[:1] + end for stem, end in zip(stems, LAND_ENDS, strict=True)]
+    lands = [a + b for a, b in zip(rng.permutation(starts)[:LANDS], LAND_ENDS, strict=True)]
     trades = rng.choice(TRADES, PEOPLE).tolist()
     return [
         Person(person, trade, towns[i % TOWNS], lands[i % TOWNS % LANDS])

@@ -61,15 +61,19 @@ def sft(model: Model, batch: Batch, forward: Forward) -> Sums:
     )
 
     @jax.checkpoint
-    def chunk_sums(chunk) -> tuple[jax.Array, jax.Array]:
+    def chunk_sums(number, chunk) -> tuple[jax.Array, jax.Array]:
         hidden_BtD, targets_Bt, weights_Bt = chunk
-        return _cross_entropy(model.head(hidden_BtD, forward.dropout_key), targets_Bt, weights_Bt)
+        key = forward.dropout_key
+        if key is not None:  # else every chunk would lose the same inputs of an adapted head
+            key = jax.random.fold_in(key, number)
+        return _cross_entropy(model.head(hidden_BtD, key), targets_Bt, weights_Bt)
 
-    def add(total, chunk):
-        return jax.tree.map(jnp.add, total, chunk_sums(chunk)), None
+    def add(total, numbered):
+        return jax.tree.map(jnp.add, total, chunk_sums(*numbered)), None
 
     zero = jnp.zeros((), jnp.float32)
-    (loss, correct), _ = jax.lax.scan(add, (zero, zero), chunks)
+    numbers = jnp.arange(chunks[1].shape[0])
+    (loss, correct), _ = jax.lax.scan(add, (zero, zero), (numbers, chunks))
     tokens = jnp.sum(batch.segment_ids > 0, dtype=jnp.int32)
     return Sums(loss, jnp.sum(batch.loss_weights), correct, tokens)
 

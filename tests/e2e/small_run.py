@@ -26,7 +26,7 @@ SPEEDS = ("tokens_per_second", "mfu")
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"peft_type": "LORA", "r": 4, "lora_dropout": 0.2}},
-    "full": {"training": {"freeze": ["embed_tokens"], "gradient_accumulation_steps": 2}},
+    "full": {"training": {"freeze": ["model.embed_tokens.*"], "gradient_accumulation_steps": 2}},
     "prefix": {"adapter": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3}},
 }
 

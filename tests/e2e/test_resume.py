@@ -115,6 +115,7 @@ def test_resumes_on_another_mesh(again, run: Path, finished: Path):
         assert row == pytest.approx(expected, rel=LOSS_BOUND), row
 
 
+@pytest.mark.slow
 def test_more_steps_continue_a_finished_run(again, run: Path):
     said = again("training.max_steps=14", "logging.logging_steps=1", "checkpoint.save_steps=7")
     assert f"resuming after step {TOTAL} of 14" in said
@@ -205,21 +206,6 @@ def test_kill_between_the_renames_of_an_export(again, run: Path):
     assert not list(run.glob(".export*"))
 
 
-def test_resuming_with_gaps_in_what_was_evaluated(again, run: Path, finished: Path):
-    """A run that was stopped during the evaluation of its last step makes up for it."""
-    unfinish(run)
-    shutil.rmtree(run / "checkpoints" / "10")
-    original = small_run.metrics(finished.parent / "run")
-    again("training.max_steps=6", "export.format=null")  # finished at 6: evaluated at the end
-    file = run / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(line for line in lines if "eval_loss" not in line))
-    (run / "eval_results.json").unlink()
-    again()
-    evaluated = [row["step"] for row in small_run.metrics(run) if "eval_loss" in row]
-    assert evaluated == [row["step"] for row in original if "eval_loss" in row] == [6, 12]
-
-
 REFUSED_BEFORE_ANYTHING = {
     "row": (["data.train={folder}/bad.jsonl"], "bad.jsonl:2"),
     "adapter": (["adapter.path={folder}/nowhere"], "adapter.path"),
@@ -269,6 +255,7 @@ def test_another_run_s_export_is_not_replaced(again, run: Path, tmp_path: Path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_export_of_the_same_configuration_on_other_data_is_made_again(
     again, run: Path, finished: Path, tmp_path: Path
 ):

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast checkpoints come in and go out, and what host memory that takes beyond the arrays.
+
+    python benchmarks/import_export.py [--gigabytes 6] [--repeats 3]
+
+Makes a synthetic llama in bfloat16, in shards of 1 GB, then measures each way in and out in a
+process of its own: `import` (load for a LoRA run), `export` (merge and prove, as a run ends),
+`to-flax`, `to-hf`; and a plain `cp` of the same files. Memory is resident memory: above what the
+libraries and an initialised JAX take, and above the arrays that are held. The files may still be in
+the page cache when they are read; so they may for `cp`. Out: a table, and JSON under
+benchmarks/results.
+"""
+
+import argparse
+import filecmp
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import machine  # noqa: E402
+import synthetic  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "results" / "import_export.json"
+SIZES = {
+    "vocab_size": 32000,
+    "hidden_size": 2560,
+    "intermediate_size": 6912,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 20,
+    "tie_word_embeddings": False,
+}
+OUTPUTS = {"export": "merged", "to-flax": "flax", "to-hf": "again"}
+LIMIT = 1e9
+
+
+def sizes_of(gigabytes: float) -> dict[str, Any]:
+    """The config.json of at least so many gigabytes."""
+    one = synthetic.llama_config("bfloat16", **SIZES, num_hidden_layers=1)
+    two = one | {"num_hidden_layers": 2}
+    small, large = (
+        sum(2 * _product(shape) for shape in synthetic.tensor_shapes(config).values())
+        for config in (one, two)
+    )
+    layers = 1 + max(0, -(-int(gigabytes * 1e9 - small) // (large - small)))
+    return one | {"num_hidden_layers": layers}
+
+
+def _product(shape: Sequence[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+# ---- In the process that is measured
+
+
+def measure(task: str, folder: Path) -> dict[str, Any]:
+    """Run one task in this process, and say what it took."""
+    import jax
+    import jax.numpy as jnp
+
+    from dsjax import assembly, convert, export  # noqa: F401  (their memory is the libraries')
+
+    jnp.zeros(8).block_until_ready()
+    return {"import": _import, "export": _export, "to-flax": _to_flax, "to-hf": _to_hf}[task](
+        folder, machine.resident_bytes(), jax
+    )
+
+
+def _figures(memory: Any, baseline: int, arrays: int) -> dict[str, Any]:
+    return {
+        "seconds": memory.seconds,
+        "baseline_bytes": baseline,
+        "array_bytes": arrays,
+        "above_bytes": max(memory.peak, memory.process_peak) - baseline - arrays,
+        "above_sampled_bytes": memory.peak - baseline - arrays,
+    }
+
+
+def _run_config(folder: Path) -> Any:
+    from dsjax.config import RunConfig
+
+    sections = {
+        "model": {"path": str(folder / "model")},
+        "adapter": {
+            "peft_type": "LORA",
+            "r": 16,
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        },
+        "data": {"train": ["none"]},
+        "output_dir": str(folder / "run"),
+    }
+    return RunConfig.model_validate(sections)
+
+
+def _load(folder: Path, jax: Any) -> tuple[Any, Any, dict, dict]:
+    from dsjax.assembly import assemble, load_frozen, load_trainable
+
+    config = _run_config(folder)
+    parts = assemble(config)
+    frozen, trainable = load_frozen(parts, 0), load_trainable(parts, 0)
+    jax.block_until_ready((frozen, trainable))
+    return config, parts, frozen, trainable
+
+
+def _nbytes(*groups: Mapping[str, Any]) -> int:
+    return sum(array.nbytes for group in groups for array in group.values())
+
+
+def _import(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
+    with machine.PeakMemory() as memory:
+        _, _, frozen, trainable = _load(folder, jax)
+    return _figures(memory, baseline, _nbytes(frozen, trainable))
+
+
+def _export(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
+    from dsjax.export import card_facts, export_trained
+    from dsjax.export_folder import export_marker
+
+    config, parts, frozen, trainable = _load(folder, jax)
+    for path, array in trainable.items():
+        if path.endswith("lora_B"):
+            trainable[path] = array + 0.01
+    arrays = _nbytes(frozen, trainable)
+    marker = export_marker(config, "merged", 1, {})
+    card = card_facts(config, parts, "merged", 1, [])
+    with machine.PeakMemory() as memory:
+        export_trained(parts, trainable, frozen, folder / OUTPUTS["export"], marker, card)
+    return _figures(memory, baseline, arrays)
+
+
+def _to_flax(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
+    from dsjax.convert import to_flax
+
+    with machine.PeakMemory() as memory:
+        to_flax(str(folder / "model"), str(folder / OUTPUTS["to-flax"]))
+    return _figures(memory, baseline, _weights(folder / "model"))
+
+
+def _to_hf(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
+    from dsjax.export import to_hf
+
+    with machine.PeakMemory() as memory:
+        to_hf(str(folder / "flax"), str(folder / OUTPUTS["to-hf"]))
+    return _figures(memory, baseline, 0)
+
+
+def _weights(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+# ---- In the process that asks
+
+
+def in_process(task: str, folder: Path) -> dict[str, Any]:
+    """Run `measure` in a fresh process."""
+    words = [sys.executable, __file__, "--task", task, "--folder", str(folder)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def plain_copy(folder: Path) -> float:
+    """Seconds that `cp` takes for the same files, written through to the disk."""
+    target = folder / "copy"
+    began = time.perf_counter()
+    subprocess.run(["cp", "-r", folder / "model", target], check=True)
+    subprocess.run(["sync", *target.glob("*.safetensors")], check=True)
+    seconds = time.perf_counter() - began
+    shutil.rmtree(target)
+    return seconds
+
+
+def run(folder: Path, repeats: int) -> dict[str, Any]:
+    """Measure every task, `repeats` times each, and `cp` beside them."""
+    tasks: dict[str, list[dict[str, Any]]] = {task: [] for task in ("import", *OUTPUTS)}
+    copies = []
+    for repeat in range(repeats):
+        copies.append(plain_copy(folder))
+        for task, rounds in tasks.items():
+            rounds.append(in_process(task, folder))
+            print(f"{task} {repeat + 1}/{repeats}: {rounds[-1]}", file=sys.stderr)
+        _check_identical(folder / "model", folder / OUTPUTS["to-hf"])
+        for name in OUTPUTS.values():
+            shutil.rmtree(folder / name)
+    size = _weights(folder / "model")
+    summary = {
+        task: {
+            "seconds": statistics.median(r["seconds"] for r in rounds),
+            "megabytes_per_second": size / 1e6 / statistics.median(r["seconds"] for r in rounds),
+            "array_bytes": rounds[0]["array_bytes"],
+            "above_arrays_bytes": max(r["above_bytes"] for r in rounds),
+            "rounds": rounds,
+        }
+        for task, rounds in tasks.items()
+    }
+    copy = statistics.median(copies)
+    return {
+        "checkpoint_bytes": size,
+        "cp": {"seconds": copy, "megabytes_per_second": size / 1e6 / copy, "rounds": copies},
+        **summary,
+    }
+
+
+def _check_identical(source: Path, again: Path) -> None:
+    """What went to our form and back is the same bytes."""
+    for file in sorted(source.iterdir()):
+        if not filecmp.cmp(file, again / file.name, shallow=False):
+            raise RuntimeError(f"{file.name} differs after to-flax and to-hf")
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """The table of a result."""
+    lines = [
+        "| | seconds | MB/s | arrays held (GB) | memory above them (GB) |",
+        "|---|---|---|---|---|",
+    ]
+    for task in ("cp", "import", *OUTPUTS):
+        r = results[task]
+        held = f"{r['array_bytes'] / 1e9:.2f}" if "array_bytes" in r else ""
+        above = f"{r['above_arrays_bytes'] / 1e9:.2f}" if "above_arrays_bytes" in r else ""
+        lines.append(
+            f"| {task} | {r['seconds']:.1f} | {r['megabytes_per_second']:.0f} | {held} | {above} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Make the checkpoint, measure, write the result; 1 if memory goes beyond the limit."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--gigabytes", type=float, default=6, help="least size of the checkpoint")
+    parser.add_argument("--repeats", type=int, default=3, help="times that each task runs")
+    parser.add_argument("--out", type=Path, default=RESULT, help="result file")
+    parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--task", choices=("import", *OUTPUTS), help=argparse.SUPPRESS)
+    words = parser.parse_args()
+    if words.task:
+        print(json.dumps(measure(words.task, words.folder)))
+        return 0
+    described = machine.describe()
+    with tempfile.TemporaryDirectory(dir=words.folder, prefix="dsjax-import-export-") as name:
+        folder = Path(name)
+        synthetic.write_checkpoint(folder / "model", sizes_of(words.gigabytes), "bfloat16")
+        results = run(folder, words.repeats)
+    command = f"python benchmarks/import_export.py --gigabytes {words.gigabytes:g}"
+    words.out.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"command": command, "machine": described, "results": results}, indent=2)
+    words.out.write_text(text + "\n")
+    print(report(results))
+    above = {task: results[task]["above_arrays_bytes"] for task in ("import", *OUTPUTS)}
+    over = {task: value for task, value in above.items() if value >= LIMIT}
+    print(f"over the limit of 1 GB: {', '.join(over)}" if over else "all within 1 GB")
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

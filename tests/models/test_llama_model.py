@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stack as a program: every remat policy computes the same, and the cache continues a row."""
+
+import in_memory
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsjax.adapters.lora import LoraSpec
+from dsjax.adapters.prefix import PrefixSpec
+from dsjax.models import build
+from dsjax.models.llama.model import REMAT, SAVED_NAMES
+from dsjax.objectives.sft import Forward, sft
+from dsjax.partition import put
+
+Params = dict[str, jax.Array]
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [LoraSpec(r=2, lora_alpha=4, target_modules=["q_proj", "o_proj"], lora_dropout=0.3), None],
+    ids=["dropout", "full"],
+)
+def test_rematerialisation_changes_no_number(adapter: LoraSpec | None) -> None:
+    run = in_memory.start(adapter=adapter)
+    batch = jax.tree.map(jnp.asarray, in_memory.batch(rows=2, length=12))
+    key = None if adapter is None else jax.random.key(3)
+
+    def outcome(remat: str) -> tuple[jax.Array, Params]:
+        def loss(trainable: Params) -> jax.Array:
+            model = put(run.config.partition.graphdef, {**run.frozen, **trainable})
+            return sft(model, batch, Forward(remat, key)).loss
+
+        lowered = jax.jit(jax.value_and_grad(loss)).lower(run.state.trainable)
+        return lowered.compile(in_memory.QUICK_COMPILE)(run.state.trainable)
+
+    expected, exact = outcome("none")
+    for remat in REMAT:
+        loss, gradients = outcome(remat)
+        assert float(loss) == float(expected), remat
+        for path, gradient in exact.items():
+            distance = in_memory.distance(np.asarray(gradients[path]), np.asarray(gradient))
+            assert distance < 1e-6, (remat, path)
+
+
+def test_policies_keep_what_they_say() -> None:
+    """What a block keeps for its backward pass, by the outputs of the forward scan."""
+    run = in_memory.start({"num_hidden_layers": 7})  # 7 is the size of nothing else
+    batch = jax.tree.map(jnp.asarray, in_memory.batch(rows=2, length=12))
+
+    def kept(remat: str) -> int:
+        def loss(trainable: Params) -> jax.Array:
+            model = put(run.config.partition.graphdef, trainable)
+            return sft(model, batch, Forward(remat)).loss
+
+        _, residuals = jax.eval_shape(lambda t: jax.vjp(loss, t), run.state.trainable)
+        leaves = [x for x in jax.tree.leaves(residuals) if x.ndim > 2 and x.shape[:2] == (7, 2)]
+        return sum(x.size for x in leaves)
+
+    one = 7 * 2 * 12 * 32  # the block's input
+    assert kept("full") == one
+    assert kept("names") == one * (1 + len(SAVED_NAMES))
+    assert kept("names") < kept("dots") < kept("none")
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_cache_continues_a_row(prefix: bool) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    run = in_memory.start({"model_type": "qwen2", **window}, PrefixSpec(2) if prefix else None)
+    model = in_memory.full_model(run)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 9)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9))
+    expected = model(ids)
+
+    cache, parts = model.init_cache(2, 12), []
+    for first, last in [(0, 5), (5, 6), (6, 9)]:
+        hidden, cache = model.hidden(
+            ids[:, first:last], positions[:, first:last], cache=cache
+        )
+        parts.append(model.head(hidden))
+
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_activations_have_the_dtype_of_the_computation(dtype: str) -> None:
+    run = in_memory.start(model={"dtype": dtype}, adapter=LoraSpec(r=2, lora_alpha=2))
+    model = in_memory.full_model(run)
+    ids = jnp.zeros((1, 4), jnp.int32)
+    hidden, _ = jax.eval_shape(lambda: model.hidden(ids))
+    assert hidden.dtype == dtype
+    assert jax.eval_shape(lambda: model(ids)).dtype == jnp.float32
+    assert build(in_memory.SHAPE, dtype).dtype == dtype

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chunked loss is the plain one, in value and gradient, and never holds the logits of a row."""
+
+import importlib
+import re
+from typing import Any
+
+import in_memory
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dsjax.adapters.lora import LoraSpec
+from dsjax.data import Batch
+from dsjax.models import Model
+from dsjax.objectives.sft import Forward, Sums, sft
+from dsjax.step import make_train_step
+
+SFT = importlib.import_module("dsjax.objectives.sft")  # the package has a function of that name
+
+
+class Head(Model):
+    """A model whose hidden states are given."""
+
+    def __init__(self, hidden_BTD: jax.Array, weight_VD: jax.Array):
+        self.states, self.weight = nnx.Param(hidden_BTD), nnx.Param(weight_VD)
+
+    def hidden(self, *batch: Any, **forward: Any) -> tuple[jax.Array, None]:
+        return self.states[...], None
+
+    def head(self, hidden: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        return hidden @ self.weight[...].T
+
+
+def _inputs(length: int) -> tuple[jax.Array, jax.Array, Batch]:
+    rng = np.random.default_rng(length)
+    hidden = jnp.asarray(rng.normal(size=(2, length, 8)), jnp.float32)
+    weight = jnp.asarray(rng.normal(size=(11, 8)), jnp.float32)
+    batch = in_memory.batch(2, length, vocab_size=11, packed=False)
+    return hidden, weight, jax.tree.map(jnp.asarray, batch)
+
+
+def _plain(hidden: jax.Array, weight: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    logits = hidden @ weight.T
+    every = (jnp.arange(2)[:, None], jnp.arange(hidden.shape[1]))
+    picked = jax.nn.log_softmax(logits)[*every, batch.targets]
+    hits = jnp.argmax(logits, -1) == batch.targets
+    return -jnp.sum(picked * batch.loss_weights), jnp.sum(hits * batch.loss_weights)
+
+
+@pytest.mark.parametrize("length", [3, 4, 5, 8, 13])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_chunks_give_the_plain_cross_entropy(
+    length: int, shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SFT, "TOKENS_PER_CHUNK", 8 // shards)
+    hidden, weight, batch = _inputs(length)
+
+    def chunked(hidden: jax.Array, weight: jax.Array) -> tuple[jax.Array, Sums]:
+        sums = sft(Head(hidden, weight), batch, Forward(row_shards=shards))
+        return sums.loss, sums
+
+    def plain(hidden: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _plain(hidden, weight, batch)
+
+    (loss, sums), gradients = jax.value_and_grad(chunked, (0, 1), has_aux=True)(hidden, weight)
+    (expected, hits), exact = jax.value_and_grad(plain, (0, 1), has_aux=True)(hidden, weight)
+
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    assert float(sums.correct) == float(hits)
+    assert float(sums.weight) == batch.loss_weights.sum()
+    assert int(sums.tokens) == (batch.segment_ids > 0).sum()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), gradients, exact)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_train_step_has_no_array_of_all_logits(
+    tied: bool, adapted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SFT, "TOKENS_PER_CHUNK", 64)
+    adapter = LoraSpec(r=2, lora_alpha=2) if adapted else None
+    vocab_size, rows, length = 61, 4, 56  # 61 is the size of nothing else
+    run = in_memory.start({"vocab_size": vocab_size, "tie_word_embeddings": tied}, adapter)
+    batch = in_memory.batch(rows, length, vocab_size)
+
+    text = str(jax.make_jaxpr(make_train_step(run.config, run.state))(run.state, run.frozen, batch))
+
+    shapes = [tuple(map(int, s.split(","))) for s in re.findall(r"\[([\d,]*\b61\b[\d,]*)\]", text)]
+    assert (rows, 64 // rows, vocab_size) in shapes  # a chunk's logits: the search finds them
+    assert max(int(np.prod(shape)) for shape in shapes) == 64 * vocab_size
+    assert rows * length > 64
+
+
+def test_dropout_of_an_adapted_head_differs_from_chunk_to_chunk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SFT, "TOKENS_PER_CHUNK", 16)
+    adapter = LoraSpec(r=2, lora_alpha=2, target_modules=["lm_head"], lora_dropout=0.5)
+    run = in_memory.start({"num_hidden_layers": 1}, adapter)
+    drawn: list[bytes] = []
+    draw = jax.random.bernoulli
+
+    def spy(key: jax.Array, p: float, shape: tuple[int, ...]) -> jax.Array:
+        mask = draw(key, p, shape)
+        jax.debug.callback(lambda mask: drawn.append(np.asarray(mask).tobytes()), mask)
+        return mask
+
+    monkeypatch.setattr(jax.random, "bernoulli", spy)
+    batch = jax.tree.map(jnp.asarray, in_memory.batch(4, 12))
+    sft(in_memory.full_model(run), batch, Forward(dropout_key=jax.random.key(0)))
+    jax.effects_barrier()
+
+    assert len(set(drawn)) == len(drawn) == 3
