@@ -6,8 +6,8 @@
 Both load the same synthetic checkpoint and train the same batch with LoRA on all linear maps, AdamW
 and clipping, each in a process of its own, with and without gradient checkpointing. Ours is the
 train step of `dsjax.train`; PEFT's is a plain torch loop with its defaults (eager, SDPA attention).
-The device is CUDA if both see one (then in bfloat16), else the CPU (float32). The first loss of both
-must agree: they do the same work. Out: a table, and JSON under benchmarks/results.
+The device is CUDA if both see one (then in bfloat16), else the CPU (float32). The first loss of
+both must agree: they do the same work. Out: a table, and JSON under benchmarks/results.
 """
 
 import argparse
@@ -87,7 +87,11 @@ def _sections(words: argparse.Namespace) -> dict[str, Any]:
         "model": {"path": str(words.folder / "model"), "dtype": words.dtype},
         "adapter": {"peft_type": "LORA", "r": words.rank, "lora_alpha": 2 * words.rank},
         "data": {"train": ["none"], "max_length": words.length},
-        "optimizer": {"learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant"},
+        "optimizer": {
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+        },
         "training": {"batch_size": words.rows, "gradient_checkpointing": words.remat},
         "output_dir": "none",
     }
@@ -130,7 +134,7 @@ def measure_peft(words: argparse.Namespace) -> dict[str, Any]:
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss))
+            losses.append(loss.item())
             times.append(time.perf_counter() - began)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
     return _figures(losses, times, memory, peak)

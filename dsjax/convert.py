@@ -155,7 +155,8 @@ def load_base(
 def _read_as(source: Source, dtype: np.dtype, name: str, index: tuple[slice, ...]) -> np.ndarray:
     """Read a part of a tensor and cast it; float16 must be able to hold the values."""
     values = source.read(name, index)
-    cast = values.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):  # told below
+        cast = values.astype(dtype, copy=False)
     if dtype == np.float16 and np.isinf(cast).any() and not np.isinf(values).any():
         raise ConfigError(
             f"{name}: got values beyond 65504, which float16 cannot hold, expected "
@@ -231,7 +232,7 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> jax.Array:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write(buffer: jax.Array, piece: jax.Array, start: tuple[int, ...]) -> jax.Array:
+def _write(buffer: jax.Array, piece: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
     return jax.lax.dynamic_update_slice(buffer, piece, start)
 
 

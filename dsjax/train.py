@@ -392,13 +392,17 @@ class Loop:
                 state, told = self.train_step(state, self.frozen, rows)
                 meter.add(told.sums.loss, told.sums.weight, told.sums.correct, told.sums.tokens)
                 progress.advance(step)
-                if step % every == 0 or step == self.total:
+                logs = step % every == 0 or step == self.total
+                saves = step == self.total or self.checkpointer.due(step)
+                if logs or saves or caught:
+                    self._check_finite(step, told)
+                if logs:
                     values = self._values(step, meter, told)
                     log.log(step, values)
                     progress.log(step, values)
                 with meter.paused():
                     self._evaluate_if_due(state, step, log, progress, caught)
-                if step == self.total or caught or self.checkpointer.due(step):
+                if saves or caught:
                     self._save(step, state, meter)
                 if caught:
                     break
@@ -407,29 +411,32 @@ class Loop:
             return state, caught[0] if caught else None
 
     def _values(self, step: int, meter: Meter, told: StepReport) -> dict[str, Any]:
-        """The line of a step.
-
-        Raises:
-            ConfigError: the loss is no number any more.
-        """
+        """The line of a step."""
         values = meter.values() | {
             "epoch": self.data.train.epoch(step),
             "learning_rate": float(told.learning_rate),
             "grad_norm": float(told.grad_norm),
         }
-        finite = math.isfinite(float(told.grad_norm))
         if self.config.model.dtype == "float16":
             values |= {"loss_scale": float(told.loss_scale), "skipped_steps": int(told.skipped)}
-            diverged = float(told.loss_scale) <= 1 and not finite
-        else:
-            diverged = not finite
-        if diverged:
-            raise ConfigError(
-                f"loss: got {values['loss']} with gradient norm {values['grad_norm']} at step "
-                f"{step}, expected finite numbers; lower optimizer.learning_rate, or look at the "
-                "data of that step. Checkpoints of earlier steps are kept"
-            )
         return values
+
+    def _check_finite(self, step: int, told: StepReport) -> None:
+        """Look at a step before it is logged or saved.
+
+        Raises:
+            ConfigError: the run has diverged. A float16 step may overflow as long as the scale of
+                the loss can still be lowered.
+        """
+        norm, sums = float(told.grad_norm), told.sums
+        scalable = self.config.model.dtype == "float16" and float(told.loss_scale) > 1
+        if not math.isfinite(norm) and not scalable:
+            loss = float(sums.loss) / (float(sums.weight) or 1.0)
+            raise ConfigError(
+                f"loss: got {loss} with gradient norm {norm} at step {step}, expected finite "
+                "numbers; lower optimizer.learning_rate, or look at the data of that step. "
+                "Checkpoints of earlier steps are kept"
+            )
 
     def _save(self, step: int, state: TrainState, meter: Meter) -> None:
         meta = {"position": self.data.train.position(step), "meter": meter.state()}

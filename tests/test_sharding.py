@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every mesh computes what one device computes, and holds each array in the parts that it should."""
+"""Every mesh computes what one device computes, and holds each array in its parts."""
 
 import functools
 from collections.abc import Mapping

@@ -175,8 +175,9 @@ def _is_target(spec: LoraSpec, module: str) -> bool:
         if wanted.lower() == "all-linear":
             return module != "lm_head" and _in_layers(spec, module)
         return re.fullmatch(wanted, module) is not None
-    named = any(module == name or module.endswith(f".{name}") for name in wanted)
-    return named and _in_layers(spec, module)
+    if module in wanted:  # named whole: PEFT adapts it in any layer
+        return True
+    return any(module.endswith(f".{name}") for name in wanted) and _in_layers(spec, module)
 
 
 def _in_layers(spec: LoraSpec, module: str) -> bool:

@@ -206,6 +206,17 @@ def test_kill_between_the_renames_of_an_export(again, run: Path):
     assert not list(run.glob(".export*"))
 
 
+@pytest.mark.slow
+def test_a_diverged_state_is_not_saved(finished: Path, tmp_path: Path):
+    """However seldom a line is logged, good checkpoints are not pushed out by useless ones."""
+    words = ["optimizer.learning_rate=1e30", "optimizer.warmup_steps=2", "checkpoint.save_steps=1"]
+    words += ["logging.logging_steps=100", "training.eval_steps=null", "training.max_steps=50"]
+    with pytest.raises(ConfigError, match="loss: got .* lower optimizer.learning_rate"):
+        train.main(["--config", str(finished), f"output_dir={tmp_path}", *words])
+    saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert saved and max(saved) <= 3
+
+
 REFUSED_BEFORE_ANYTHING = {
     "row": (["data.train={folder}/bad.jsonl"], "bad.jsonl:2"),
     "adapter": (["adapter.path={folder}/nowhere"], "adapter.path"),

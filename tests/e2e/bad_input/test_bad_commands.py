@@ -157,7 +157,10 @@ def test_exporting_a_run_without_a_checkpoint(desk: Desk):
 
 def test_exporting_over_something_else(desk: Desk):
     _make_run(desk)
-    assert_says(_refused_export(desk, out="model"), "--out: got", "which is not empty")
+    (desk.folder / "thesis").mkdir()
+    (desk.folder / "thesis" / "chapter.tex").write_text("")
+    assert_says(_refused_export(desk, out="thesis"), "--out: got", "which is not empty")
+    assert_says(_refused_export(desk, out="model"), "--out: got", "in which model.path")
 
 
 def test_exporting_an_adapter_of_a_run_without_one(desk: Desk):

@@ -237,8 +237,11 @@ def test_an_output_directory_under_a_file(desk: Desk):
 
 
 def test_an_export_folder_of_somebody_else(desk: Desk):
-    message = desk.refusal(f"export.path={desk.model}")
-    assert_says(message, f"export.path: got '{desk.model}'", "not empty", "expected a new folder")
+    other = desk.folder / "thesis"
+    other.mkdir()
+    (other / "chapter.tex").write_text("")
+    message = desk.refusal(f"export.path={other}")
+    assert_says(message, f"export.path: got '{other}'", "not empty", "expected a new folder")
 
 
 def test_another_run_in_the_output_directory(desk: Desk):
@@ -259,9 +262,11 @@ def test_something_else_in_the_output_directory(desk: Desk):
     assert_says(message, "site: got an unknown key", "choose another output_dir")
 
 
-def test_the_export_in_place_of_the_run(desk: Desk):
-    message = desk.refusal(f"export.path={desk.folder}")
-    assert_says(message, f"export.path: got '{desk.folder}', in which output_dir", "nothing but")
+@pytest.mark.parametrize(("name", "key"), [("model", "model.path"), ("run", "output_dir")])
+def test_the_export_in_place_of_what_the_run_needs(desk: Desk, name: str, key: str):
+    out = desk.folder / name
+    message = desk.refusal(f"export.path={out}")
+    assert_says(message, f"export.path: got '{out}', in which {key} ('{out}'", "nothing but")
 
 
 def test_an_export_folder_under_a_file(desk: Desk):

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder is there whole or not at all, whatever happens while it is written."""
+
+from pathlib import Path
+
+import pytest
+
+from dsjax.errors import ConfigError
+from dsjax.folders import check_empty, written_beside
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
+    with written_beside(tmp_path / "deep" / "out") as folder:
+        (folder / "a").write_text("new")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert _files(tmp_path) == {"deep", "deep/out", "deep/out/a"}
+
+
+def test_an_old_folder_is_replaced_whole(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with written_beside(tmp_path / "out") as folder:
+        (folder / "new").write_text("new")
+        assert _files(tmp_path / "out") == {"old"}
+    assert _files(tmp_path) == {"out", "out/new"}
+
+
+def test_a_failure_leaves_the_old_folder_and_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with pytest.raises(RuntimeError, match="disk"), written_beside(tmp_path / "out") as folder:
+        (folder / "new").write_text("half")
+        raise RuntimeError("disk")
+    assert _files(tmp_path) == {"out", "out/old"}
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_what_a_killed_attempt_left_is_removed(replaced: bool, tmp_path: Path) -> None:
+    for name in (".out.partial", ".out.old") if replaced else (".out.partial",):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("half")
+    with written_beside(tmp_path / "out") as folder:
+        assert _files(folder) == set()
+        (folder / "a").write_text("new")
+    assert _files(tmp_path) == {"out", "out/a"}
+
+
+def test_a_relative_path_is_taken_from_where_it_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with written_beside(Path("out")) as folder:
+        (folder / "a").write_text("new")
+        monkeypatch.chdir("/")
+    assert _files(tmp_path) == {"out", "out/a"}
+
+
+def test_only_a_new_or_empty_folder_is_free(tmp_path: Path) -> None:
+    check_empty(tmp_path / "new")
+    check_empty(tmp_path)
+    (tmp_path / "file").write_text("")
+    occupied = rf"directory: got '{tmp_path}', which is not empty; expected a new folder"
+    with pytest.raises(ConfigError, match=occupied):
+        check_empty(tmp_path, "directory")
+    with pytest.raises(ConfigError, match=rf"directory: got the file {tmp_path}/file, expected a"):
+        check_empty(tmp_path / "file", "directory")

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real LoRA step of a 1.3B Llama goes through the TPU's own compiler, without a TPU.
+
+The compiler needs a process of its own: this file run as a program, which prints what it found.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LENGTH, ROWS = 4096, 4  # one row per chip
+
+
+@pytest.mark.slow
+def test_the_lora_step_compiles_for_a_tpu() -> None:
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    env["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
+    done = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, env=env, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+
+    assert found["device"] == "TPU v5"
+    # bfloat16 weights over four chips, and adapters with two moments in float32.
+    expected = (found["base"] * 2 + found["adapter"] * 12) / 4
+    assert found["arguments"] == pytest.approx(expected, rel=0.02)
+    assert found["aliased"] >= found["adapter"] * 12 / 4 * 0.98  # the state is donated
+    # Logits of a chunk of 2048 tokens and scores of 1024 queries are the largest float arrays.
+    assert 0 < found["temporaries"] < 6 * 2**30
+    rows = [shape for shape in found["shapes"] if shape.count(LENGTH) >= 2]
+    assert rows == []
+    assert [shape for shape in found["shapes"] if LENGTH in shape and 1024 in shape] != []
+    assert [shape for shape in found["shapes"] if LENGTH in shape and 32256 in shape] == []
+
+
+def _compile() -> dict[str, Any]:
+    """Compile the step on abstract arrays; what its memory and its buffers are."""
+    import in_memory
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    from dsjax import adapters
+    from dsjax.adapters.lora import LoraSpec
+    from dsjax.config import MeshSection
+    from dsjax.data import Batch
+    from dsjax.models import build
+    from dsjax.partition import decide
+    from dsjax.sharding import leaf_shardings, make_mesh, rows_sharding
+    from dsjax.step import abstract_state, make_train_step, step_config
+
+    shape = in_memory.SHAPE | {
+        "vocab_size": 32256,
+        "hidden_size": 2048,
+        "intermediate_size": 5504,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 16384,
+    }
+    config = in_memory.run_config(
+        {"dtype": "bfloat16"},
+        training={"gradient_checkpointing": "full", "batch_size": ROWS},
+    )
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
+    mesh = make_mesh(MeshSection(fsdp=4), topology.devices)
+    model = build(shape, "bfloat16")
+    adapters.attach(model, LoraSpec(r=16, lora_alpha=32))
+    partition = decide(model, dtype="bfloat16")
+    parts = step_config(config, partition, mesh, total_steps=10)
+    shardings = leaf_shardings(partition.leaves, mesh)
+    frozen = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
+        for path, leaf in partition.leaves.items()
+        if path in partition.frozen
+    }
+    rows = rows_sharding(mesh)
+    whole, weight = (
+        jax.ShapeDtypeStruct((ROWS, LENGTH), dtype, sharding=rows)
+        for dtype in (jnp.int32, jnp.float32)
+    )
+    batch = Batch(whole, whole, weight, whole, whole)
+    state = abstract_state(parts)
+    compiled = make_train_step(parts, state).lower(state, frozen, batch).compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    floats = re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", text)
+    trained, everything = partition.counts()
+    return {
+        "device": topology.devices[0].device_kind,
+        "base": everything - trained,
+        "adapter": trained,
+        "arguments": memory.argument_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "shapes": sorted({tuple(map(int, shape.split(","))) for shape in floats}),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(_compile()))
