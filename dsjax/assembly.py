@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every command puts together the same way: a run's model, and what of it trains.
 
-In: a `RunConfig`'s sections. Out: an `Assembly`: the opened checkpoint, the abstract model with its
-adapter attached, the partition and the mesh; and from it the parameters on their devices. Nothing is
-allocated until `load`. Not done here: data, optimizer state, training.
+In: a `RunConfig`'s sections. Out: an `Assembly`: the opened checkpoint, the abstract model with
+its adapter attached, the partition and the mesh; and from it the parameters on their devices.
+Nothing is allocated before `load_frozen` and `load_trainable`. Not done here: data, optimizer
+state, training.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,7 +72,7 @@ def assemble_model(
     adapters.attach(model, spec)
     partition = decide(model, freeze=freeze, dtype=section.dtype, param_dtype=section.param_dtype)
     if adapter.path is not None and spec is not None:
-        adapters.check_params(adapter.path, model, spec, partition.leaves)
+        adapters.check_params(adapter.path, model, spec, partition.leaves, source.read)
     return Assembly(section, source, model, spec, partition, mesh, carried, adapter.path)
 
 

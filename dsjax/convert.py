@@ -107,8 +107,8 @@ def _check_tied(source: Source) -> None:
             same &= bool(np.array_equal(source.read(HEAD, index), source.read(EMBEDDING, index)))
     if not same:
         raise ConfigError(
-            f"{HEAD}: got a tensor that differs from {EMBEDDING}, expected the same values or none, "
-            "since config.json says tie_word_embeddings; set it to false, or remove the tensor"
+            f"{HEAD}: got a tensor that differs from {EMBEDDING}, expected the same values or "
+            "none, since config.json says tie_word_embeddings; set it to false, or remove the tensor"
         )
 
 

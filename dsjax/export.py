@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Out again: a merged Hugging Face checkpoint, or the adapter as PEFT saves it.
 
-In: the source checkpoint, the trained arrays, and where to write. Out: a folder that transformers or
-PEFT loads. A merged export streams the source's files: what training did not touch is copied byte
+In: the source checkpoint, the trained arrays, and where to write. Out: a folder that transformers
+or PEFT loads. A merged export streams the source's files: what training did not touch is copied byte
 for byte, the rest is computed in float32 a few rows at a time and written in the source's dtype.
 What was written is read again and compared before the folder takes its name.
 
@@ -36,7 +36,7 @@ from dsjax.assembly import (
     trained_sums,
 )
 from dsjax.config import AdapterSection, MeshSection, RunConfig, load_config
-from dsjax.convert import Source, row_pieces
+from dsjax.convert import EMBEDDING, HEAD, Source, row_pieces
 from dsjax.errors import ConfigError, run_command
 from dsjax.export_folder import MARKER, check_replaceable, export_marker, read_marker
 from dsjax.flax_checkpoint import is_flax_checkpoint, open_flax, safetensors_name
@@ -65,11 +65,14 @@ def changed_tensors(
         masks: `Partition.layer_masks`.
     """
     if spec is None:
-        return {
+        changes = {
             entry.hf: _trained_rows(trained[entry.path], entry.layer)
             for entry in entries_of(model)
             if entry.path in trained and _trains(entry, masks)
         }
+        if model.lm_head is None and EMBEDDING in changes:
+            changes[HEAD] = changes[EMBEDDING]  # the copy that some tied checkpoints carry
+        return changes
     assert isinstance(spec, lora.LoraSpec), "a prefix has no merged form"
     pieces = lora.tensors(model, spec)
     host = {path: np.asarray(trained[path], np.float32) for path, _ in pieces.values()}

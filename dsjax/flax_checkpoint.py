@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A dsjax checkpoint on disk: a model's weights as Orbax arrays, and what to rebuild its source from.
+"""A dsjax checkpoint on disk: a model's weights as Orbax arrays, and what its source was.
 
     config.json, tokenizer, templates, licences   the source's files, as they were
     arrays/                    Orbax: one array per parameter; stacks are [L, ...]

@@ -38,7 +38,7 @@ from dsjax.sharding import (
 
 FIRST_LOSS_SCALE = 2.0**15
 GROW_AFTER = 2000
-"""float16: steps without overflow after which the loss scale doubles; torch's GradScaler's figure."""
+"""float16: steps without overflow after which the loss scale doubles, as torch's GradScaler."""
 
 
 class LossScale(NamedTuple):

@@ -3,8 +3,8 @@
 
     python -m dsjax.train --config FILE [section.key=value ...]
 
-The run in ten stages: devices, model, data, earlier run, announcement, step, parameters, state, loop,
-results. Nothing is written before every input has been checked; running the same command
+The run in ten stages: devices, model, data, earlier run, announcement, step, parameters, state,
+loop, results. Nothing is written before every input has been checked; running the same command
 again resumes, or finishes what is missing.
 """
 
@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,6 @@ def train(config: RunConfig) -> int:
     with MetricsLog(run, config.logging, start) as log, Progress(total, start) as progress:
         log.log_start(configuration.to_yaml(config), table)
         state, stopped = loop.run(state, start, meter, log, progress)
-        checkpointer.close()
         if stopped is not None:
             print(f"stopped by signal {stopped}; run again to continue", file=sys.stderr)
             return 128 + stopped
@@ -292,7 +291,7 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "mesh": ", ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items() if size > 1)
         or "1 device",
-        "memory": f"{_state_bytes(parts) / 2**20:,.1f} MiB of arrays per device, before activations",
+        "memory": f"{_state_bytes(parts) / 2**20:,.1f} MiB per device, activations apart",
         "rows": f"{loader.rows_in_epoch:,} of {loader.sequence_length:,} tokens per epoch",
         "batch": f"{training.batch_size} rows in {training.gradient_accumulation_steps} portions",
         "steps": f"{total:,} ({loader.epoch(total):.2f} epochs)",
@@ -381,34 +380,45 @@ class Loop:
         self, state: TrainState, start: int, meter: Meter, log: MetricsLog, progress: Progress
     ) -> tuple[TrainState, int | None]:
         """Run the steps from `start`; returns the state and the signal that ended them early."""
-        every = self.config.logging.logging_steps
         with signals_caught() as caught:
-            # A signal may have cut off the evaluation that belongs to the step before.
-            self._evaluate_if_due(state, start, log, progress, caught)
-            if caught:
-                return state, caught[0]
-            for step, batch in enumerate(self.data.train.iterate(start, self.total), start + 1):
-                rows = to_devices(batch, self.parts.mesh)
-                state, told = self.train_step(state, self.frozen, rows)
-                meter.add(told.sums.loss, told.sums.weight, told.sums.correct, told.sums.tokens)
-                progress.advance(step)
-                logs = step % every == 0 or step == self.total
-                saves = step == self.total or self.checkpointer.due(step)
-                if logs or saves or caught:
-                    self._check_finite(step, told)
-                if logs:
-                    values = self._values(step, meter, told)
-                    log.log(step, values)
-                    progress.log(step, values)
-                with meter.paused():
-                    self._evaluate_if_due(state, step, log, progress, caught)
-                if saves or caught:
-                    self._save(step, state, meter)
-                if caught:
-                    break
-            # While it still takes more than a signal to end the process.
-            self.checkpointer.wait()
+            # Inside: a save that still runs is waited for before a signal can end the process, and
+            # also when a step raises.
+            with closing(self.checkpointer):
+                state = self._steps(state, start, meter, log, progress, caught)
             return state, caught[0] if caught else None
+
+    def _steps(
+        self,
+        state: TrainState,
+        start: int,
+        meter: Meter,
+        log: MetricsLog,
+        progress: Progress,
+        caught: list[int],
+    ) -> TrainState:
+        """Run the steps until the last, or until a signal is caught."""
+        every = self.config.logging.logging_steps
+        # A signal may have cut off the evaluation that belongs to the step before.
+        self._evaluate_if_due(state, start, meter, log, progress, caught)
+        if caught:
+            return state
+        for step, batch in enumerate(self.data.train.iterate(start, self.total), start + 1):
+            rows = to_devices(batch, self.parts.mesh)
+            state, told = self.train_step(state, self.frozen, rows)
+            meter.add(told.sums.loss, told.sums.weight, told.sums.correct, told.sums.tokens)
+            progress.advance(step)
+            if step % every == 0 or step == self.total:
+                self._check_finite(step, told)
+                values = self._values(step, meter, told)
+                log.log(step, values)
+                progress.log(step, values)
+            self._evaluate_if_due(state, step, meter, log, progress, caught)
+            if step == self.total or caught or self.checkpointer.due(step):
+                self._check_finite(step, told)
+                self._save(step, state, meter)
+            if caught:
+                break
+        return state
 
     def _values(self, step: int, meter: Meter, told: StepReport) -> dict[str, Any]:
         """The line of a step."""
@@ -443,7 +453,13 @@ class Loop:
         self.checkpointer.save(step, state, meta, force=True)
 
     def _evaluate_if_due(
-        self, state: TrainState, step: int, log: MetricsLog, progress: Progress, caught: list[int]
+        self,
+        state: TrainState,
+        step: int,
+        meter: Meter,
+        log: MetricsLog,
+        progress: Progress,
+        caught: list[int],
     ) -> None:
         """Evaluate where `eval_steps` says; a signal cuts it off, and the next run makes up for it.
 
@@ -452,7 +468,7 @@ class Loop:
         every = self.config.training.eval_steps
         due = every and 0 < step < self.total and step % every == 0
         if due and not log.evaluated(step):
-            with suppress(StoppedError):
+            with meter.paused(), suppress(StoppedError):
                 self.evaluate(state, step, log, progress, lambda: bool(caught))
 
     def evaluate(

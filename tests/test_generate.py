@@ -222,3 +222,12 @@ def test_an_unknown_option(capsys):
         command.main(["--model", "m", "--prompt", "a", "--topp", "1"])
     assert end.value.code == 2
     assert "unrecognized arguments: --topp 1" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_quietly(monkeypatch, capsys):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", interrupted)
+    assert command.main(["--model", "m", "--prompt", "a"]) == 130
+    assert capsys.readouterr().out == ""

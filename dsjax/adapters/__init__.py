@@ -7,7 +7,7 @@ values of the new arrays, and the same arrays as PEFT's tensors. Not done here: 
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -113,13 +113,26 @@ def initial_params(
     return jax.jit(make, out_shardings={path: shardings[path] for path in own})()
 
 
-def check_params(path: str, model: Model, spec: Spec, leaves: Mapping[str, Leaf]) -> None:
+def check_params(
+    path: str,
+    model: Model,
+    spec: Spec,
+    leaves: Mapping[str, Leaf],
+    read_base: Callable[[str], np.ndarray],
+) -> None:
     """Hold a PEFT adapter's tensors against the model.
+
+    Args:
+        path: the adapter's folder.
+        model: the abstract model, adapter attached.
+        spec: the adapter.
+        leaves: the model's leaves by path.
+        read_base: gives a tensor of the model's checkpoint by name.
 
     Raises:
         ConfigError: tensors are missing, left over, or of another shape than the model's.
     """
-    peft_files.check_tensors(path, model, spec, leaves)
+    peft_files.check_tensors(path, model, spec, leaves, read_base)
 
 
 def load_params(

@@ -48,6 +48,13 @@ class LoraSpec:
 
     peft_type = "LORA"
 
+    def __post_init__(self):
+        """Lists name sets: keep each in one order, so that equal adapters have equal specs."""
+        for name in ("target_modules", "layers_to_transform"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, sorted(set(value)) or None)
+
     def rank_of(self, module: str) -> int:
         """Rank of the adapter of one module, by its full name."""
         return _pattern_value(self.rank_pattern, module, self.r)

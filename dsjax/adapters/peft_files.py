@@ -7,7 +7,7 @@ field of the config that changes the numbers and that we do not implement.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def _lora_spec(config: Mapping[str, Any]) -> LoraSpec:
         r=config["r"],
         lora_alpha=config.get("lora_alpha") or 8,
         lora_dropout=float(config.get("lora_dropout") or 0),
-        target_modules=wanted if isinstance(wanted, str) else sorted(wanted),
+        target_modules=wanted if isinstance(wanted, str) else list(wanted),
         layers_to_transform=[layers] if isinstance(layers, int) else layers or None,
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern=config.get("alpha_pattern") or {},
@@ -141,10 +141,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_tensors(
-    path: str, model: Model, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
+    path: str,
+    model: Model,
+    spec: LoraSpec | PrefixSpec,
+    leaves: Mapping[str, Leaf],
+    read_base: Callable[[str], np.ndarray],
 ) -> None:
-    """Hold the file's tensors against what its config declares for this model, by the header."""
-    found = {name: info.shape for name, info in _tensor_infos(Path(path)).items()}
+    """Hold the file's tensors against what its config declares for this model.
+
+    Beside an adapter on `lm_head` PEFT saves that module's own weight; it has to be the model's.
+    """
+    infos = _tensor_infos(Path(path))
+    found = {name: info.shape for name, info in infos.items()}
     wanted = _wanted_shapes(model, spec, leaves)
     file = f"adapter.path {path}/{TENSORS}"
     problems = [
@@ -153,6 +161,14 @@ def check_tensors(
         if key in found and found[key] != shape
     ]
     extra = [key for key in found if key not in wanted]
+    for key in [key for key in extra if _base_name(key, wanted)]:
+        extra.remove(key)
+        name = _base_name(key, wanted)
+        if not _same_weight(read_tensor(Path(path) / TENSORS, infos[key]), read_base(name)):
+            problems.append(
+                f"{file} {key}: got other values than the model's {name}, expected the same; "
+                "give the model that the adapter was trained on as model.path"
+            )
     problems += [
         f"{file} {key}: got no such tensor, expected shape {list(shape)}"
         + (f"; {nearest(key, extra)}" if extra else "")
@@ -167,6 +183,18 @@ def check_tensors(
     raise_all(problems)
 
 
+def _base_name(key: str, wanted: Mapping[str, Any]) -> str:
+    """The model's tensor that a saved `base_layer` is a copy of; empty if it is none."""
+    module = key.removesuffix(".base_layer.weight")
+    if module == key or f"{module}.lora_A.weight" not in wanted:
+        return ""
+    return module.removeprefix("base_model.model.") + ".weight"
+
+
+def _same_weight(copy: np.ndarray, weight: np.ndarray) -> bool:
+    return copy.shape == weight.shape and np.array_equal(copy.astype(weight.dtype), weight)
+
+
 def read_params(
     path: str, model: Model, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
 ) -> dict[str, np.ndarray]:
@@ -175,6 +203,7 @@ def read_params(
     found = {
         name: read_tensor(folder / TENSORS, info).astype(np.float32)
         for name, info in _tensor_infos(folder).items()
+        if not name.endswith(".base_layer.weight")
     }
     if isinstance(spec, PrefixSpec):
         pair = prefix.from_file(found[prefix.TENSOR], model)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotary position embedding: from the words of a config.json to rotated queries and keys.
 
-In: a checkpoint's config dictionary (the hub's dialect `rope_theta` + `rope_scaling`, or transformers
-5's `rope_parameters`), then positions. Out: inverse frequencies with the factor on cos and sin, and
+In: a checkpoint's config dictionary (the hub's dialect `rope_theta` + `rope_scaling`, or
+transformers 5's `rope_parameters`), then positions. Out: inverse frequencies with the factor on cos and sin, and
 the rotation itself. Not done here: scaling of the softmax (MLA models do that in their attention).
 """
 
@@ -108,7 +108,8 @@ def _check(field: str, rope_type: str, settings: Mapping[str, Any], dim: int) ->
     ]
     if settings["partial_rotary_factor"] != 1.0:
         problems.append(
-            f"config.json {field}.partial_rotary_factor: got {settings['partial_rotary_factor']!r}, "
+            f"config.json {field}.partial_rotary_factor: got "
+            f"{settings['partial_rotary_factor']!r}, "
             "expected 1.0 (every dimension of a head is rotated in the supported models)"
         )
     if dim % 2:
