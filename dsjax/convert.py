@@ -108,7 +108,8 @@ def _check_tied(source: Source) -> None:
     if not same:
         raise ConfigError(
             f"{HEAD}: got a tensor that differs from {EMBEDDING}, expected the same values or "
-            "none, since config.json says tie_word_embeddings; set it to false, or remove the tensor"
+            "none, since config.json says tie_word_embeddings; set it to false, or remove the "
+            "tensor"
         )
 
 

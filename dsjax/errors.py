@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens when the user's input is wrong, and only that.
 
-In: problems found anywhere in the package, each a line
-`<field or tensor>: got X, expected Y; <fix>`. Out: one `ConfigError` with every line, which an entry point turns into a message on stderr and exit
-code 2. Failures of our own stay ordinary exceptions: traceback, exit 1.
+In: problems found anywhere in the package, each a line `<field or tensor>: got X, expected Y;
+<fix>`. Out: one `ConfigError` with every line, which an entry point turns into a message on stderr
+and exit code 2. Failures of our own stay ordinary exceptions: traceback, exit 1.
 """
 
 import difflib

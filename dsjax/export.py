@@ -2,9 +2,9 @@
 """Out again: a merged Hugging Face checkpoint, or the adapter as PEFT saves it.
 
 In: the source checkpoint, the trained arrays, and where to write. Out: a folder that transformers
-or PEFT loads. A merged export streams the source's files: what training did not touch is copied byte
-for byte, the rest is computed in float32 a few rows at a time and written in the source's dtype.
-What was written is read again and compared before the folder takes its name.
+or PEFT loads. A merged export streams the source's files: what training did not touch is copied
+byte for byte, the rest is computed in float32 a few rows at a time and written in the source's
+dtype. What was written is read again and compared before the folder takes its name.
 
     python -m dsjax.export --run DIR --out DIR --format merged|peft
 

@@ -90,14 +90,9 @@ class MetricsLog:
         self._file = path.open("a", encoding="utf-8")
         if "tensorboard" in section.report_to:
             # Imported here: it takes seconds, which a run that does not report would pay as well.
-            from tensorboardX import SummaryWriter
+            from dsjax.tensorboard_file import EventFile
 
-            # The suffix: a restart within one second would otherwise overwrite the file before it.
-            self._board = SummaryWriter(
-                str(output_dir / "tensorboard"),
-                purge_step=resume_step + 1,
-                filename_suffix=f".{resume_step:09d}",
-            )
+            self._board = EventFile(output_dir / "tensorboard", resume_step)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -139,9 +134,8 @@ class MetricsLog:
     def log_start(self, config_text: str, trainable_text: str) -> None:
         """Put the resolved config (YAML) and the table of what trains into TensorBoard."""
         if self._board is not None:
-            self._board.add_text("config", f"```yaml\n{config_text}\n```", self._start_step)
-            self._board.add_text("trainable", f"```\n{trainable_text}\n```", self._start_step)
-            self._board.flush()
+            self._board.text(self._start_step, "config", f"```yaml\n{config_text}\n```")
+            self._board.text(self._start_step, "trainable", f"```\n{trainable_text}\n```")
 
     def _write(self, step: int, values: Mapping[str, object], tag: Callable[[str], str]) -> None:
         if self._file is None:
@@ -149,12 +143,9 @@ class MetricsLog:
         row = {key: _json_value(step, key, value) for key, value in values.items()}
         self._file.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
         self._file.flush()
-        if self._board is None:
-            return
-        for key, value in row.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(tag(key), value, step)
-        self._board.flush()
+        if self._board is not None:
+            shown = {tag(k): v for k, v in row.items() if isinstance(v, int | float)}
+            self._board.scalars(step, shown)
 
 
 def _json_value(step: int, key: str, value: Any) -> Any:

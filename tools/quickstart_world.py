@@ -148,7 +148,7 @@ def write_checkpoint(directory: Path, text: Sequence[str], seed: int) -> None:
     with SafetensorsWriter(directory / "model.safetensors", entries) as writer:
         for name, _, shape in entries:
             norm = name.endswith("norm.weight")
-            values = np.ones(shape) if norm else rng.normal(0.0, 0.02, shape)
+            values = np.ones(shape) if norm else rng.normal(0.0, shape[-1] ** -0.5, shape)
             writer.append(name, values.astype(np.float32))
 
 

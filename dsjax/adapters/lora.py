@@ -310,16 +310,28 @@ def tensors(model: Model, spec: LoraSpec) -> dict[str, tuple[str, tuple[Any, ...
     return found
 
 
+def _listed(model: Model, spec: LoraSpec) -> list[str]:
+    """The targets as a list: of the short names if they say the same, else of the whole names.
+
+    PEFT refuses an expression that also matches a module that is not linear, such as a whole MLP.
+    """
+    if not isinstance(spec.target_modules, str):
+        return spec.target_modules
+    modules = linear_modules(model).values()
+    names = [name for module in modules for name in module if _in_layers(spec, name)]
+    found = [name for name in names if _is_target(spec, name)]
+    short = _short_names(found)
+    others = [name for name in names if name not in found]
+    return sorted(found) if set(short) & set(_short_names(others)) else short
+
+
 def config_fields(model: Model, spec: LoraSpec) -> dict[str, Any]:
     """The fields of adapter_config.json that are LoRA's own, all written out."""
-    wanted = spec.target_modules
-    if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        wanted = _short_names([p for p in linear_modules(model) if p != "lm_head"])
     return {
         "r": spec.r,
         "lora_alpha": spec.lora_alpha,
         "lora_dropout": spec.lora_dropout,
-        "target_modules": wanted,
+        "target_modules": _listed(model, spec),
         "layers_to_transform": spec.layers_to_transform,
         "rank_pattern": dict(spec.rank_pattern),
         "alpha_pattern": dict(spec.alpha_pattern),

@@ -2,8 +2,9 @@
 """Rotary position embedding: from the words of a config.json to rotated queries and keys.
 
 In: a checkpoint's config dictionary (the hub's dialect `rope_theta` + `rope_scaling`, or
-transformers 5's `rope_parameters`), then positions. Out: inverse frequencies with the factor on cos and sin, and
-the rotation itself. Not done here: scaling of the softmax (MLA models do that in their attention).
+transformers 5's `rope_parameters`), then positions. Out: inverse frequencies with the factor on
+cos and sin, and the rotation itself. Not done here: scaling of the softmax (MLA models do that in
+their attention).
 """
 
 import math

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 import small_run
 
+from dsjax.config import LoggingSection
+from dsjax.metrics import MetricsLog
+
 SPEEDS = ("train/tokens_per_second", "train/mfu", "train/train_")
 # What is left to do is a step and a save, each well under a second; the rest is for a busy machine.
 SECONDS_TO_STOP = 30
@@ -92,6 +95,14 @@ def test_killed_and_stopped_run_ends_like_an_undisturbed_one(tmp_path: Path):
     small_run.finish(config)
     assert f"resuming after step {done} of 40" in small_run.log_of(config)
     assert_same_end(run, whole)
+
+
+def test_logged_points_are_on_disk_at_once(tmp_path: Path):
+    """Nothing may be lost of a step that a checkpoint has passed."""
+    log = MetricsLog(tmp_path, LoggingSection(), 0)
+    log.log_eval(3, {"eval_loss": 0.5, "eval_perplexity": 2.0, "eval_tokens": 7})
+    assert ("eval/loss", 3, 0.5) in set(small_run.scalars(tmp_path))
+    log.close()
 
 
 @pytest.mark.slow

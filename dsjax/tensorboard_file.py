@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TensorBoard's event file, each event on its way to disk before the next line of code runs.
+
+In: scalars and texts by step. Out: a file in the folder that TensorBoard reads. Not done here:
+deciding what is shown.
+
+tensorboardX's SummaryWriter is not used: it writes in a thread of its own, its `flush` does not wait
+for that thread, and so a kill loses points of steps that a checkpoint has already passed.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+
+class EventFile:
+    """One process's part of a run.
+
+    Args:
+        folder: made if it is not there.
+        resume_step: what earlier files show of later steps is hidden.
+    """
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The name holds the second; the rest tells apart restarts within one.
+        self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}.{resume_step:09d}")
+        self._write(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a point to each of the curves."""
+        for tag, value in values.items():
+            self._write(step, summary=summary.scalar(tag, value))
+
+    def text(self, step: int, tag: str, markdown: str) -> None:
+        """Add a text."""
+        self._write(step, summary=summary.text(tag, markdown))
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._file.write_event(Event(wall_time=time.time(), step=step, **content))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
