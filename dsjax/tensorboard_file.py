@@ -16,7 +16,9 @@ from typing import Any
 
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto import event_pb2
+
+_PROTOS: Any = event_pb2  # generated code: its names exist at run time only
 
 
 class EventFile:
@@ -31,7 +33,8 @@ class EventFile:
         folder.mkdir(parents=True, exist_ok=True)
         # The name holds the second; the rest tells apart restarts within one.
         self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}.{resume_step:09d}")
-        self._write(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
+        start = _PROTOS.SessionLog(status=_PROTOS.SessionLog.START)
+        self._write(resume_step + 1, session_log=start)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to each of the curves."""
@@ -43,7 +46,7 @@ class EventFile:
         self._write(step, summary=summary.text(tag, markdown))
 
     def _write(self, step: int, **content: Any) -> None:
-        self._file.write_event(Event(wall_time=time.time(), step=step, **content))
+        self._file.write_event(_PROTOS.Event(wall_time=time.time(), step=step, **content))
         self._file.flush()
 
     def close(self) -> None:

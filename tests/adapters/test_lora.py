@@ -326,7 +326,7 @@ def test_dropout_differs_from_module_to_module() -> None:
             None,
             ["lm_head", *(f"model.layers.{i}.self_attn.o_proj" for i in (0, 2))],
         ),
-        (["v_proj", "q_proj"], [0, 2], ["v_proj", "q_proj"]),
+        (["v_proj", "q_proj"], [0, 2], ["q_proj", "v_proj"]),
     ],
 )
 def test_the_exported_config_lists_its_modules(
