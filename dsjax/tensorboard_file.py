@@ -4,8 +4,8 @@
 In: scalars and texts by step. Out: a file in the folder that TensorBoard reads. Not done here:
 deciding what is shown.
 
-tensorboardX's SummaryWriter is not used: it writes in a thread of its own, its `flush` does not wait
-for that thread, and so a kill loses points of steps that a checkpoint has already passed.
+tensorboardX's SummaryWriter is not used: it writes in a thread of its own, its `flush` does not
+wait for that thread, and so a kill loses points of steps that a checkpoint has already passed.
 """
 
 import os

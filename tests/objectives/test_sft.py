@@ -50,8 +50,7 @@ def _plain(hidden: jax.Array, weight: jax.Array, batch: Batch) -> tuple[jax.Arra
     return -jnp.sum(picked * batch.loss_weights), jnp.sum(hits * batch.loss_weights)
 
 
-@pytest.mark.parametrize("length", [3, 4, 5, 8, 13])
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize(("length", "shards"), [(3, 1), (8, 1), (13, 1), (5, 2)])
 def test_chunks_give_the_plain_cross_entropy(
     length: int, shards: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
