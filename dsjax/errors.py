@@ -8,6 +8,7 @@ and exit code 2. Failures of our own stay ordinary exceptions: traceback, exit 1
 
 import difflib
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,8 +48,10 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
 def run_command(main: Callable[[Sequence[str]], int]) -> None:
     """Run an entry point on the command line's words and exit with its code.
 
-    Or with 2 on a ConfigError, with 130 on an interrupt from the keyboard.
+    Or with 2 on a ConfigError, with 130 on an interrupt from the keyboard, with 143 on SIGTERM
+    (which the training loop takes over to save first).
     """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         code = main(sys.argv[1:])
     except ConfigError as error:

@@ -21,7 +21,6 @@ from typing import Any, get_args
 
 import jax
 from absl import flags
-from transformers import PreTrainedTokenizerFast
 
 from dsjax.assembly import (
     CHECKPOINTS,
@@ -41,7 +40,7 @@ from dsjax.config import (
     differing_keys,
     load_config,
 )
-from dsjax.data import Examples, Loader, load_examples, load_tokenizer
+from dsjax.data import Examples, Loader, find_tokenizer, load_examples
 from dsjax.errors import ConfigError, raise_all, renamed, run_command
 from dsjax.evaluation import evaluate_loss
 from dsjax.partition import Params
@@ -138,20 +137,12 @@ def read_examples(config: RunConfig, parts: Assembly) -> Examples:
     """Tokenise the rows, once the batch is known to fit the devices; tell what became of them."""
     assert config.data.eval is not None
     check_batch(config.training.batch_size, 1, parts.mesh)
-    tokenizer = _tokenizer(config.data, parts.source.directory)
+    tokenizer = find_tokenizer(parts.source.directory, config.data.format)
     vocabulary = parts.model.config.vocab_size
     examples = load_examples(config.data.eval, config.data, tokenizer, vocabulary, "data.eval")
     for line in examples.report.lines():
         print(line, file=sys.stderr)
     return examples
-
-
-def _tokenizer(section: DataSection, directory: Path) -> PreTrainedTokenizerFast | None:
-    """The checkpoint's tokenizer; None where rows are, or may be, tokens already."""
-    missing = not (directory / "tokenizer.json").is_file()
-    if section.format == "tokens" or (section.format == "auto" and missing):
-        return None
-    return load_tokenizer(directory)
 
 
 def measure(

@@ -10,31 +10,25 @@ again resumes, or finishes what is missing.
 
 import json
 import math
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
-from transformers import PreTrainedTokenizerFast
 
 from dsjax import config as configuration
 from dsjax.adapters import unused_keys
-from dsjax.assembly import CHECKPOINTS, Assembly, assemble, load_frozen, load_trainable
-from dsjax.checkpoint import Checkpointer
-from dsjax.config import DataSection, RunConfig, load_config, split_arguments
-from dsjax.data import Loader, decode_sample, load_examples, load_tokenizer
-from dsjax.errors import ConfigError, run_command
-from dsjax.evaluation import StoppedError, evaluate_loss, to_devices
+from dsjax.assembly import Assembly, assemble, load_frozen, load_trainable
+from dsjax.config import RunConfig, load_config, split_arguments
+from dsjax.data import Loader, decode_sample, find_tokenizer, load_examples
+from dsjax.errors import run_command
 from dsjax.export import card_facts, export_trained
-from dsjax.export_folder import check_replaceable, export_marker, read_marker
-from dsjax.folders import check_possible
+from dsjax.export_folder import export_marker
+from dsjax.loop import Loop, finish_evaluation
 from dsjax.metrics import (
     METRICS_FILE,
     PICTURE,
@@ -45,12 +39,18 @@ from dsjax.metrics import (
     read_metrics,
     train_flops_per_token,
 )
-from dsjax.partition import Params, report
+from dsjax.partition import report
+from dsjax.run_folder import (
+    CONFIG_FILE,
+    earlier_run,
+    export_path,
+    is_complete,
+    open_run,
+    write_whole,
+)
 from dsjax.sharding import check_batch, rows_sharding, undivided
 from dsjax.step import (
     StepConfig,
-    StepReport,
-    TrainState,
     abstract_state,
     init_state,
     make_eval_step,
@@ -58,8 +58,6 @@ from dsjax.step import (
     step_config,
 )
 from dsjax.terminal import Loading, Progress, banner, trainable_table
-
-CONFIG_FILE, EVAL_RESULTS = "config.yaml", "eval_results.json"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -97,12 +95,12 @@ def train(config: RunConfig) -> int:
 
     # ---- 4. An earlier run in the same place: the same, or refused
     run = Path(config.output_dir)
-    earlier = earlier_run(run, config, form, total)
+    earlier = earlier_run(run, config, form, total, data.fingerprint)
     start = earlier.step
 
     # ---- 5. Announcement: what will happen, before it takes long
     table = announce(config, parts, data, total)
-    if is_complete(config, data, form, earlier, total):
+    if is_complete(config, data.eval is not None, form, earlier, total):
         if not (run / PICTURE).is_file():
             plot_loss(run)
         print(f"nothing to do: {total} steps and all results are there", file=sys.stderr)
@@ -130,7 +128,18 @@ def train(config: RunConfig) -> int:
     write_whole(run / CONFIG_FILE, configuration.to_yaml(config))
 
     # ---- 9. The loop
-    loop = Loop(config, parts, data, total, frozen, train_step, eval_step, checkpointer)
+    loop = Loop(
+        config,
+        parts,
+        data.train,
+        data.eval,
+        data.fingerprint,
+        total,
+        frozen,
+        train_step,
+        eval_step,
+        checkpointer,
+    )
     with MetricsLog(run, config.logging, start) as log, Progress(total, start) as progress:
         log.log_start(configuration.to_yaml(config), table)
         state, stopped = loop.run(state, start, meter, log, progress)
@@ -158,6 +167,7 @@ class Data:
     eval: Loader | None
     lines: list[str]
     sample: str
+    fingerprint: str
 
 
 def read_data(config: RunConfig, parts: Assembly) -> Data:
@@ -168,7 +178,7 @@ def read_data(config: RunConfig, parts: Assembly) -> Data:
     """
     training, section = config.training, config.data
     check_batch(training.batch_size, training.gradient_accumulation_steps, parts.mesh)
-    tokenizer = read_tokenizer(section, parts.source.directory)
+    tokenizer = find_tokenizer(parts.source.directory, section.format)
     vocabulary = parts.model.config.vocab_size
     processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     examples = load_examples(section.train, section, tokenizer, vocabulary, "data.train")
@@ -179,105 +189,8 @@ def read_data(config: RunConfig, parts: Assembly) -> Data:
         ordered = section.model_copy(update={"shuffle": False})
         evaluation = Loader(held_out, ordered, training.batch_size, training.seed, **processes)
         lines += held_out.report.lines()
-    return Data(loader, evaluation, lines, decode_sample(examples[0], tokenizer))
-
-
-def read_tokenizer(section: DataSection, directory: Path) -> PreTrainedTokenizerFast | None:
-    """The checkpoint's tokenizer; None for rows that are tokens already."""
-    missing = not (directory / "tokenizer.json").is_file()
-    if section.format == "tokens" or (section.format == "auto" and missing):
-        return None
-    return load_tokenizer(directory)
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """What an earlier run has done: its steps, and what loss and tokens summed up to."""
-
-    step: int = 0
-    sums: Mapping[str, float] = field(default_factory=dict)
-
-
-def earlier_run(run: Path, config: RunConfig, form: str | None, total: int) -> Earlier:
-    """Look at what lies in the output directory; nothing is written yet.
-
-    Raises:
-        ConfigError: another configuration's run, more steps than wanted, a checkpoint that cannot
-            be read, or a foreign folder where the export goes.
-    """
-    check_possible(run, "output_dir")
-    file = run / CONFIG_FILE
-    if file.is_file():
-        changed = configuration.differing_keys(earlier_config(file), config)
-        if changed:
-            raise ConfigError(
-                f"output_dir: got {str(run)!r}, which holds a run with other {', '.join(changed)}, "
-                "expected the same configuration; choose another output_dir, or remove that one"
-            )
-    if form is not None:
-        check_replaceable(export_path(config), config)
-    if not (run / CHECKPOINTS).is_dir():
-        return Earlier()
-    reader = Checkpointer(run / CHECKPOINTS, config.checkpoint, read_only=True)
-    done = reader.latest()
-    sums = reader.meta(done)["meter"]["run"] if done is not None else {}
-    reader.close()
-    if done is None:
-        return Earlier()
-    if not file.is_file():  # of what configuration, nobody knows
-        raise ConfigError(
-            f"output_dir: got {str(run)!r}, which holds checkpoints without {CONFIG_FILE}, "
-            "expected a run's or a new directory; choose another output_dir"
-        )
-    if done > total:
-        raise ConfigError(
-            f"training.max_steps: got {total} steps, expected at least the {done} that the run in "
-            f"{str(run)!r} has done; choose another output_dir"
-        )
-    return Earlier(done, sums)
-
-
-def earlier_config(file: Path) -> RunConfig:
-    """The configuration that a run left in its output directory."""
-    try:
-        return load_config(file)
-    except ConfigError as error:
-        raise ConfigError(
-            f"output_dir: got {str(file.parent)!r}, whose {file.name} is not one that a run wrote, "
-            f"expected a run's or a new directory; choose another output_dir\n{error}"
-        ) from error
-
-
-def open_run(run: Path, config: RunConfig) -> Checkpointer:
-    """Make the output directory, after `earlier_run` found nothing against it."""
-    run.mkdir(parents=True, exist_ok=True)
-    return Checkpointer(run / CHECKPOINTS, config.checkpoint)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that it is there complete or not at all."""
-    beside = file.with_name(f".{file.name}.partial")
-    beside.write_text(text, "utf-8")
-    os.replace(beside, file)
-
-
-def is_complete(
-    config: RunConfig, data: Data, form: str | None, earlier: Earlier, total: int
-) -> bool:
-    """Whether an earlier run has finished all that takes a model: steps, evaluation, export."""
-    run = Path(config.output_dir)
-    if earlier.step < total or not (data.eval is None or _evaluated(run / EVAL_RESULTS, total)):
-        return False
-    if form is not None:
-        marker = export_marker(config, form, total, earlier.sums)
-        return read_marker(export_path(config)) == marker
-    rows = read_metrics(run / METRICS_FILE)
-    return any("train_loss" in row and row["step"] == total for row in rows)
-
-
-def export_path(config: RunConfig) -> Path:
-    """Where the export goes."""
-    return Path(config.export.path or Path(config.output_dir) / "export")
+    sample = decode_sample(examples[0], tokenizer)
+    return Data(loader, evaluation, lines, sample, examples.fingerprint)
 
 
 def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
@@ -361,166 +274,6 @@ def compile_step(step: StepConfig, parts: Assembly, loader: Loader) -> Any:
         file=sys.stderr,
     )
     return compiled
-
-
-@dataclass(frozen=True)
-class Loop:
-    """The steps of a run, with what happens between them."""
-
-    config: RunConfig
-    parts: Assembly
-    data: Data
-    total: int
-    frozen: Params
-    train_step: Any
-    eval_step: Any
-    checkpointer: Checkpointer
-
-    def run(
-        self, state: TrainState, start: int, meter: Meter, log: MetricsLog, progress: Progress
-    ) -> tuple[TrainState, int | None]:
-        """Run the steps from `start`; returns the state and the signal that ended them early."""
-        with signals_caught() as caught:
-            # Inside: a save that still runs is waited for before a signal can end the process, and
-            # also when a step raises.
-            with closing(self.checkpointer):
-                state = self._steps(state, start, meter, log, progress, caught)
-            return state, caught[0] if caught else None
-
-    def _steps(
-        self,
-        state: TrainState,
-        start: int,
-        meter: Meter,
-        log: MetricsLog,
-        progress: Progress,
-        caught: list[int],
-    ) -> TrainState:
-        """Run the steps until the last, or until a signal is caught."""
-        every = self.config.logging.logging_steps
-        # A signal may have cut off the evaluation that belongs to the step before.
-        self._evaluate_if_due(state, start, meter, log, progress, caught)
-        if caught:
-            return state
-        for step, batch in enumerate(self.data.train.iterate(start, self.total), start + 1):
-            rows = to_devices(batch, self.parts.mesh)
-            state, told = self.train_step(state, self.frozen, rows)
-            meter.add(told.sums.loss, told.sums.weight, told.sums.correct, told.sums.tokens)
-            progress.advance(step)
-            if step % every == 0 or step == self.total:
-                self._check_finite(step, told)
-                values = self._values(step, meter, told)
-                log.log(step, values)
-                progress.log(step, values)
-            self._evaluate_if_due(state, step, meter, log, progress, caught)
-            if step == self.total or caught or self.checkpointer.due(step):
-                self._check_finite(step, told)
-                self._save(step, state, meter)
-            if caught:
-                break
-        return state
-
-    def _values(self, step: int, meter: Meter, told: StepReport) -> dict[str, Any]:
-        """The line of a step."""
-        values = meter.values() | {
-            "epoch": self.data.train.epoch(step),
-            "learning_rate": float(told.learning_rate),
-            "grad_norm": float(told.grad_norm),
-        }
-        if self.config.model.dtype == "float16":
-            values |= {"loss_scale": float(told.loss_scale), "skipped_steps": int(told.skipped)}
-        return values
-
-    def _check_finite(self, step: int, told: StepReport) -> None:
-        """Look at a step before it is logged or saved.
-
-        Raises:
-            ConfigError: the run has diverged. A float16 step may overflow as long as the scale of
-                the loss can still be lowered.
-        """
-        norm, sums = float(told.grad_norm), told.sums
-        scalable = self.config.model.dtype == "float16" and float(told.loss_scale) > 1
-        if not math.isfinite(norm) and not scalable:
-            loss = float(sums.loss) / (float(sums.weight) or 1.0)
-            raise ConfigError(
-                f"loss: got {loss} with gradient norm {norm} at step {step}, expected finite "
-                "numbers; lower optimizer.learning_rate, or look at the data of that step. "
-                "Checkpoints of earlier steps are kept"
-            )
-
-    def _save(self, step: int, state: TrainState, meter: Meter) -> None:
-        meta = {"position": self.data.train.position(step), "meter": meter.state()}
-        self.checkpointer.save(step, state, meta, force=True)
-
-    def _evaluate_if_due(
-        self,
-        state: TrainState,
-        step: int,
-        meter: Meter,
-        log: MetricsLog,
-        progress: Progress,
-        caught: list[int],
-    ) -> None:
-        """Evaluate where `eval_steps` says; a signal cuts it off, and the next run makes up for it.
-
-        An evaluation can last far longer than whoever sends SIGTERM waits before SIGKILL.
-        """
-        every = self.config.training.eval_steps
-        due = every and 0 < step < self.total and step % every == 0
-        if due and not log.evaluated(step):
-            with meter.paused(), suppress(StoppedError):
-                self.evaluate(state, step, log, progress, lambda: bool(caught))
-
-    def evaluate(
-        self,
-        state: TrainState,
-        step: int,
-        log: MetricsLog,
-        progress: Progress,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> dict[str, Any]:
-        """Evaluate and log.
-
-        Raises:
-            StoppedError: `stop()` became true first.
-        """
-        assert self.data.eval is not None
-        values = evaluate_loss(
-            self.eval_step, state.trainable, self.frozen, self.data.eval, self.parts.mesh, stop
-        )
-        log.log_eval(step, values)
-        progress.log_eval(step, values)
-        return values
-
-
-@contextmanager
-def signals_caught() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying of them; the loop looks after each step."""
-    caught: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, frame: caught.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def finish_evaluation(
-    run: Path, loop: Loop, state: TrainState, log: MetricsLog, progress: Progress
-) -> None:
-    """Evaluate the final weights, unless a finished run did."""
-    file = run / EVAL_RESULTS
-    if loop.data.eval is None or _evaluated(file, loop.total):
-        return
-    results = {"step": loop.total, **loop.evaluate(state, loop.total, log, progress)}
-    write_whole(file, json.dumps(results, indent=2) + "\n")
-
-
-def _evaluated(file: Path, total: int) -> bool:
-    return file.is_file() and json.loads(file.read_text("utf-8"))["step"] == total
 
 
 if __name__ == "__main__":

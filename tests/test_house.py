@@ -30,8 +30,8 @@ LAYERS = (
     {"convert", "checkpoint", "step", "evaluation"},
     {"assembly"},
     {"export_folder"},
-    {"export"},
-    {"pretrained"},
+    {"export", "run_folder"},
+    {"pretrained", "loop"},
     {"train", "evaluate", "generate"},
 )
 ENTRY_POINTS = LAYERS[-1] | {"export"}

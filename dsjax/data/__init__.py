@@ -15,7 +15,7 @@ from dsjax.data.chat import encode_chat
 from dsjax.data.examples import DataReport, Examples, decode_sample, load_examples
 from dsjax.data.loader import Batch, Loader
 from dsjax.data.store import Example
-from dsjax.data.tokenizer import encode_text, load_tokenizer
+from dsjax.data.tokenizer import encode_text, find_tokenizer, load_tokenizer
 
 __all__ = [
     "Batch",
@@ -26,6 +26,7 @@ __all__ = [
     "decode_sample",
     "encode_chat",
     "encode_text",
+    "find_tokenizer",
     "load_examples",
     "load_tokenizer",
 ]

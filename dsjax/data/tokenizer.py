@@ -56,6 +56,14 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def find_tokenizer(directory: str | Path, form: str) -> PreTrainedTokenizerFast | None:
+    """Load the tokenizer; None where rows are (`form` tokens), or may be, tokens already."""
+    missing = not (Path(directory) / "tokenizer.json").is_file()
+    if form == "tokens" or (form == "auto" and missing):
+        return None
+    return load_tokenizer(directory)
+
+
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str, add_bos: bool = True) -> list[int]:
     """Tokenise text as the model reads it: BOS exactly once if the tokenizer adds one, no EOS.
 

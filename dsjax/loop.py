@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop over a run's steps, and what happens between them: logging, evaluation, saving.
+
+In: the compiled step, the state, the loader. Out: the state after the last step, or after the step
+at which a signal came. Lines are logged before the checkpoint of their step is saved, so that a
+resumed run repeats none and lacks none. Not done here: making any of these.
+"""
+
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsjax.assembly import Assembly
+from dsjax.checkpoint import Checkpointer
+from dsjax.config import RunConfig
+from dsjax.data import Loader
+from dsjax.errors import ConfigError
+from dsjax.evaluation import StoppedError, evaluate_loss, to_devices
+from dsjax.metrics import Meter, MetricsLog
+from dsjax.partition import Params
+from dsjax.run_folder import EVAL_RESULTS, is_evaluated, write_whole
+from dsjax.step import StepReport, TrainState
+from dsjax.terminal import Progress
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The steps of a run, with what happens between them."""
+
+    config: RunConfig
+    parts: Assembly
+    train: Loader
+    eval: Loader | None
+    fingerprint: str
+    total: int
+    frozen: Params
+    train_step: Any
+    eval_step: Any
+    checkpointer: Checkpointer
+
+    def run(
+        self, state: TrainState, start: int, meter: Meter, log: MetricsLog, progress: Progress
+    ) -> tuple[TrainState, int | None]:
+        """Run the steps from `start`; returns the state and the signal that ended them early."""
+        with signals_caught() as caught:
+            # Inside: a save that still runs is waited for before a signal can end the process, and
+            # also when a step raises.
+            with closing(self.checkpointer):
+                state = self._steps(state, start, meter, log, progress, caught)
+            return state, caught[0] if caught else None
+
+    def _steps(
+        self,
+        state: TrainState,
+        start: int,
+        meter: Meter,
+        log: MetricsLog,
+        progress: Progress,
+        caught: list[int],
+    ) -> TrainState:
+        """Run the steps until the last, or until a signal is caught."""
+        every = self.config.logging.logging_steps
+        # A signal may have cut off the evaluation that belongs to the step before.
+        self._evaluate_if_due(state, start, meter, log, progress, caught)
+        if caught:
+            return state
+        for step, batch in enumerate(self.train.iterate(start, self.total), start + 1):
+            rows = to_devices(batch, self.parts.mesh)
+            state, told = self.train_step(state, self.frozen, rows)
+            meter.add(told.sums.loss, told.sums.weight, told.sums.correct, told.sums.tokens)
+            progress.advance(step)
+            if step % every == 0 or step == self.total:
+                self._check_finite(step, told)
+                values = self._values(step, meter, told)
+                log.log(step, values)
+                progress.log(step, values)
+            self._evaluate_if_due(state, step, meter, log, progress, caught)
+            if step == self.total or caught or self.checkpointer.due(step):
+                self._check_finite(step, told)
+                self._save(step, state, meter)
+            if caught:
+                break
+        return state
+
+    def _values(self, step: int, meter: Meter, told: StepReport) -> dict[str, Any]:
+        """The line of a step."""
+        values = meter.values() | {
+            "epoch": self.train.epoch(step),
+            "learning_rate": float(told.learning_rate),
+            "grad_norm": float(told.grad_norm),
+        }
+        if self.config.model.dtype == "float16":
+            values |= {"loss_scale": float(told.loss_scale), "skipped_steps": int(told.skipped)}
+        return values
+
+    def _check_finite(self, step: int, told: StepReport) -> None:
+        """Look at a step before it is logged or saved.
+
+        Raises:
+            ConfigError: the run has diverged. A float16 step may overflow as long as the scale of
+                the loss can still be lowered.
+        """
+        norm, sums = float(told.grad_norm), told.sums
+        scalable = self.config.model.dtype == "float16" and float(told.loss_scale) > 1
+        if not math.isfinite(norm) and not scalable:
+            loss = float(sums.loss) / (float(sums.weight) or 1.0)
+            raise ConfigError(
+                f"loss: got {loss} with gradient norm {norm} at step {step}, expected finite "
+                "numbers; lower optimizer.learning_rate, or look at the data of that step. "
+                "Checkpoints of earlier steps are kept"
+            )
+
+    def _save(self, step: int, state: TrainState, meter: Meter) -> None:
+        meta = {
+            "position": self.train.position(step),
+            "data": self.fingerprint,
+            "meter": meter.state(),
+        }
+        self.checkpointer.save(step, state, meta, force=True)
+
+    def _evaluate_if_due(
+        self,
+        state: TrainState,
+        step: int,
+        meter: Meter,
+        log: MetricsLog,
+        progress: Progress,
+        caught: list[int],
+    ) -> None:
+        """Evaluate where `eval_steps` says; a signal cuts it off, and the next run makes up for it.
+
+        An evaluation can last far longer than whoever sends SIGTERM waits before SIGKILL.
+        """
+        every = self.config.training.eval_steps
+        due = every and 0 < step < self.total and step % every == 0
+        if due and not log.evaluated(step):
+            with meter.paused(), suppress(StoppedError):
+                self.evaluate(state, step, log, progress, lambda: bool(caught))
+
+    def evaluate(
+        self,
+        state: TrainState,
+        step: int,
+        log: MetricsLog,
+        progress: Progress,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any]:
+        """Evaluate and log.
+
+        Raises:
+            StoppedError: `stop()` became true first.
+        """
+        assert self.eval is not None
+        values = evaluate_loss(
+            self.eval_step, state.trainable, self.frozen, self.eval, self.parts.mesh, stop
+        )
+        log.log_eval(step, values)
+        progress.log_eval(step, values)
+        return values
+
+
+@contextmanager
+def signals_caught() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying of them; the loop looks after each step."""
+    caught: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: caught.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def finish_evaluation(
+    run: Path, loop: Loop, state: TrainState, log: MetricsLog, progress: Progress
+) -> None:
+    """Evaluate the final weights, unless a finished run did."""
+    file = run / EVAL_RESULTS
+    if loop.eval is None or is_evaluated(file, loop.total):
+        return
+    results = {"step": loop.total, **loop.evaluate(state, loop.total, log, progress)}
+    write_whole(file, json.dumps(results, indent=2) + "\n")

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's output directory: what an earlier run left there, and what may follow it.
+
+In: the configuration and what the data are. Out: how far an earlier run came, or a refusal. Not
+done here: the files' contents (`checkpoint`, `metrics`, `export`).
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dsjax import config as configuration
+from dsjax.assembly import CHECKPOINTS
+from dsjax.checkpoint import Checkpointer
+from dsjax.config import RunConfig, load_config
+from dsjax.errors import ConfigError
+from dsjax.export_folder import check_replaceable, export_marker, read_marker
+from dsjax.folders import check_possible
+from dsjax.metrics import METRICS_FILE, read_metrics
+
+CONFIG_FILE, EVAL_RESULTS = "config.yaml", "eval_results.json"
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier run has done: its steps, and what loss and tokens summed up to."""
+
+    step: int = 0
+    sums: Mapping[str, float] = field(default_factory=dict)
+
+
+def earlier_run(
+    run: Path, config: RunConfig, form: str | None, total: int, fingerprint: str
+) -> Earlier:
+    """Look at what lies in the output directory; nothing is written yet.
+
+    Raises:
+        ConfigError: another configuration's run, more steps than wanted, a checkpoint that cannot
+            be read, or a foreign folder where the export goes.
+    """
+    check_possible(run, "output_dir")
+    file = run / CONFIG_FILE
+    if file.is_file():
+        changed = configuration.differing_keys(earlier_config(file), config)
+        if changed:
+            raise ConfigError(
+                f"output_dir: got {str(run)!r}, which holds a run with other {', '.join(changed)}, "
+                "expected the same configuration; choose another output_dir, or remove that one"
+            )
+    if form is not None:
+        check_replaceable(export_path(config), config)
+    if not (run / CHECKPOINTS).is_dir():
+        return Earlier()
+    reader = Checkpointer(run / CHECKPOINTS, config.checkpoint, read_only=True)
+    done = reader.latest()
+    meta = reader.meta(done) if done is not None else {}
+    reader.close()
+    if done is None:
+        return Earlier()
+    if not file.is_file():  # of what configuration, nobody knows
+        raise ConfigError(
+            f"output_dir: got {str(run)!r}, which holds checkpoints without {CONFIG_FILE}, "
+            "expected a run's or a new directory; choose another output_dir"
+        )
+    if done > total:
+        raise ConfigError(
+            f"training.max_steps: got {total} steps, expected at least the {done} that the run in "
+            f"{str(run)!r} has done; choose another output_dir"
+        )
+    if meta["data"] != fingerprint:
+        raise ConfigError(
+            f"data.train: got {fingerprint}, expected {meta['data']}, the rows that the run in "
+            f"{str(run)!r} has been trained on; restore the files, or choose another output_dir"
+        )
+    return Earlier(done, meta["meter"]["run"])
+
+
+def earlier_config(file: Path) -> RunConfig:
+    """The configuration that a run left in its output directory."""
+    try:
+        return load_config(file)
+    except ConfigError as error:
+        raise ConfigError(
+            f"output_dir: got {str(file.parent)!r}, whose {file.name} is not one that a run wrote, "
+            f"expected a run's or a new directory; choose another output_dir\n{error}"
+        ) from error
+
+
+def open_run(run: Path, config: RunConfig) -> Checkpointer:
+    """Make the output directory, after `earlier_run` found nothing against it."""
+    run.mkdir(parents=True, exist_ok=True)
+    return Checkpointer(run / CHECKPOINTS, config.checkpoint)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that it is there complete or not at all."""
+    beside = file.with_name(f".{file.name}.partial")
+    beside.write_text(text, "utf-8")
+    os.replace(beside, file)
+
+
+def is_complete(
+    config: RunConfig, evaluates: bool, form: str | None, earlier: Earlier, total: int
+) -> bool:
+    """Whether an earlier run has finished all that takes a model: steps, evaluation, export."""
+    run = Path(config.output_dir)
+    if earlier.step < total or (evaluates and not is_evaluated(run / EVAL_RESULTS, total)):
+        return False
+    if form is not None:
+        marker = export_marker(config, form, total, earlier.sums)
+        return read_marker(export_path(config)) == marker
+    rows = read_metrics(run / METRICS_FILE)
+    return any("train_loss" in row and row["step"] == total for row in rows)
+
+
+def export_path(config: RunConfig) -> Path:
+    """Where the export goes."""
+    return Path(config.export.path or Path(config.output_dir) / "export")
+
+
+def is_evaluated(file: Path, total: int) -> bool:
+    """Whether a file holds the evaluation of a finished run."""
+    return file.is_file() and json.loads(file.read_text("utf-8"))["step"] == total
