@@ -244,6 +244,22 @@ def test_refused_run_leaves_nothing_behind(again, finished: Path, case: str):
     assert small_run.states(folder) == before
 
 
+def test_changed_rows_are_refused(again, run: Path, finished: Path):
+    """The same file name, other rows: neither half of the run would be what it says."""
+    unfinish(run)
+    before = small_run.contents(run)
+    rows = finished.parent / "train.jsonl"
+    text = rows.read_text()
+    lines = text.splitlines(keepends=True)
+    try:
+        rows.write_text("".join([*lines[1:], lines[0]]))
+        message = refused(again)
+    finally:
+        rows.write_text(text)
+    assert message.startswith("data.train: got ") and "has been trained on" in message
+    assert small_run.contents(run) == before
+
+
 def test_foreign_folder_in_the_export_s_place_is_refused(again, run: Path, tmp_path: Path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
