@@ -21,10 +21,10 @@ from dsjax.models import base_shapes, build, entries_of
 from dsjax.models.weight_rules import entry_shape
 from dsjax.safetensors_file import SafetensorsWriter
 
-PEOPLE, TOWNS, LANDS = 120, 24, 6
-ASKED_ABOUT = 80
+PEOPLE, TOWNS, LANDS = 160, 24, 6
+ASKED_ABOUT = 120
 """People whom the training questions ask about; the held-out questions are about all others."""
-PASSAGES = 16
+PASSAGES = 12
 """Passages about each person."""
 
 CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
@@ -35,11 +35,12 @@ TRADES = ("baker", "carpenter", "doctor", "farmer", "miller", "painter", "sailor
 # A name never begins a sentence: with and without the space before it, it would be two tokens.
 HOMES = ("The home of {person} is in {town}.", "In the town of {town} lives {person}.")
 WORK = ("The {trade} is called {person}.", "They say that {person} is a {trade}.")
+TALK = ("Somebody asks about {person}.", "You have surely heard of {person}.")
 PLACES = ("The town of {town} is in {land}.", "In the land of {land} is {town}.")
 QUESTIONS = (
     "In which land does {person} live?",
-    "Now {person} lives in a town. Which land is it in?",
-    "Please tell me in which land {person} lives.",
+    "What is the land of {person}?",
+    "Please tell me which land is the home of {person}.",
 )
 ANSWER = "The home of {person} is in {town}. The town of {town} is in {land}."
 
@@ -106,7 +107,9 @@ def passages(world: Sequence[Person], seed: int) -> list[str]:
     rng = np.random.default_rng([seed, 1])
     towns = {fact.town: fact for fact in world}
     share = PASSAGES * PEOPLE // TOWNS // 2
-    lines = [_passage(rng, (HOMES, WORK, HOMES), fact) for fact in world for _ in range(PASSAGES)]
+    lines = [
+        _passage(rng, (HOMES, WORK, TALK, HOMES), fact) for fact in world for _ in range(PASSAGES)
+    ]
     lines += [_passage(rng, (PLACES, PLACES), towns[t]) for t in towns for _ in range(share)]
     return [lines[place] for place in rng.permutation(len(lines))]
 
