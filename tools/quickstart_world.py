@@ -111,7 +111,9 @@ def passages(world: Sequence[Person], seed: int) -> list[str]:
         _passage(rng, (HOMES, WORK, TALK, HOMES), fact) for fact in world for _ in range(PASSAGES)
     ]
     lines += [_passage(rng, (PLACES, PLACES), towns[t]) for t in towns for _ in range(share)]
-    return [lines[place] for place in rng.permutation(len(lines))]
+    # Two subjects in a passage: what is known must not depend on what stands before it.
+    pairs = rng.permutation(len(lines)).reshape(-1, 2)
+    return [f"{lines[first]} {lines[second]}" for first, second in pairs]
 
 
 def _passage(rng: np.random.Generator, kinds: Iterable[Sequence[str]], fact: Person) -> str:
