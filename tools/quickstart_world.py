@@ -111,9 +111,11 @@ def passages(world: Sequence[Person], seed: int) -> list[str]:
         _passage(rng, (HOMES, WORK, TALK, HOMES), fact) for fact in world for _ in range(PASSAGES)
     ]
     lines += [_passage(rng, (PLACES, PLACES), towns[t]) for t in towns for _ in range(share)]
-    # Two subjects in a passage: what is known must not depend on what stands before it.
-    pairs = rng.permutation(len(lines)).reshape(-1, 2)
-    return [f"{lines[first]} {lines[second]}" for first, second in pairs]
+    lines = [lines[place] for place in rng.permutation(len(lines))]
+    # Half of them in twos: what is known must not depend on what stands before it.
+    alone, rest = lines[: len(lines) // 2], lines[len(lines) // 2 :]
+    together = [" ".join(pair) for pair in zip(rest[::2], rest[1::2], strict=True)]
+    return alone + together
 
 
 def _passage(rng: np.random.Generator, kinds: Iterable[Sequence[str]], fact: Person) -> str:
