@@ -217,6 +217,13 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
         shown = ", ".join(parts.carried[:8]) + (", ..." if len(parts.carried) > 8 else "")
         kept = f"{len(parts.carried)} tensors are kept but not computed with: {shown}"
         print(kept, file=sys.stderr)
+    longest = parts.model.config.max_position_embeddings
+    if loader.sequence_length > longest:
+        print(
+            f"rows of {loader.sequence_length} tokens are longer than the model's "
+            f"max_position_embeddings ({longest})",
+            file=sys.stderr,
+        )
     unused = unused_keys(config.adapter, parts.spec)
     if unused:
         print(f"not used by this kind of training: {', '.join(unused)}", file=sys.stderr)

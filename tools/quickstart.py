@@ -20,12 +20,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from flax import nnx
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from quickstart_world import (
     ASKED_ABOUT,
+    CONFIG,
     Person,
     make_world,
     passages,
@@ -38,6 +37,7 @@ from dsjax import export, load_pretrained, train
 from dsjax.data import encode_chat, encode_text, load_tokenizer
 from dsjax.decoding import generate
 from dsjax.errors import run_command
+from dsjax.models import Model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RUN = Path("runs/quickstart")
@@ -126,7 +126,7 @@ def run_training(config: Path, seed: int) -> int:
     return train.main(words)
 
 
-def know(model: nnx.Module, world: Sequence[Person]) -> float:
+def know(model: Model, world: Sequence[Person]) -> float:
     """Per cent of the text's facts that the model completes."""
     homes = {f"The home of {fact.person} is in": f" {fact.town}." for fact in world}
     towns = {f"The town of {fact.town} is in": f" {fact.land}." for fact in world}
@@ -137,16 +137,16 @@ def know(model: nnx.Module, world: Sequence[Person]) -> float:
     return 100 * sum(right) / len(right)
 
 
-def ask(model: nnx.Module, rows: Sequence[dict]) -> list[str]:
+def ask(model: Model, rows: Sequence[dict]) -> list[str]:
     """Put the question of every row through the chat template; returns the answers."""
     tokenizer = load_tokenizer(BASE)
     return answer(model, [encode_chat(tokenizer, row["messages"][:1]) for row in rows], limit=32)
 
 
-def answer(model: nnx.Module, prompts: list[list[int]], limit: int) -> list[str]:
+def answer(model: Model, prompts: list[list[int]], limit: int) -> list[str]:
     """Continue prompts greedily, up to EOS."""
     tokenizer = load_tokenizer(BASE)
-    rows = generate(model, prompts, max_new_tokens=limit, stop_ids={tokenizer.eos_token_id})
+    rows = generate(model, prompts, max_new_tokens=limit, stop_ids={CONFIG["eos_token_id"]})
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
 
 
