@@ -25,7 +25,7 @@ from dsjax.partition import Params, Partition, decide
 from dsjax.sharding import leaf_shardings, make_mesh
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Assembly:
     """A run's model before any array exists.
 
@@ -69,6 +69,8 @@ def assemble_model(
     model = build(source.config, section.dtype)
     carried = check_coverage(source, model)
     spec = adapters.resolve(adapter)
+    if spec is not None:
+        adapters.check_targets(adapter, spec, model)
     adapters.attach(model, spec)
     partition = decide(model, freeze=freeze, dtype=section.dtype, param_dtype=section.param_dtype)
     if adapter.path is not None and spec is not None:

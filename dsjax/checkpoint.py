@@ -64,7 +64,7 @@ class Checkpointer:
     def _announce_half_written(self) -> None:
         if jax.process_index() == 0:
             for path in sorted(self.directory.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}*")):
-                print(f"{path}: an unfinished checkpoint, not used and removed")
+                print(f"{path}: an unfinished checkpoint, not used and removed", file=sys.stderr)
 
     def due(self, step: int) -> bool:
         """Whether `save_steps` asks for a checkpoint after `step` steps."""

@@ -42,6 +42,15 @@ class _Dumper(yaml.SafeDumper):
     pass
 
 
+# YAML 1.1 reads 016 as 14 and 1:30 as 90; here they are texts, which no number field takes.
+_INT_TAG, _INT = "tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$")
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {
+        start: [(tag, rule) for tag, rule in rules if tag != _INT_TAG]
+        for start, rules in _class.yaml_implicit_resolvers.items()
+    }
+    _class.add_implicit_resolver(_INT_TAG, _INT, list("-+0123456789"))
+
 # The writer needs the rule too: only then does it put quotes around text that reads as a number.
 _Loader.add_implicit_resolver(_FLOAT_TAG, _FLOAT, _FLOAT_STARTS)
 _Dumper.add_implicit_resolver(_FLOAT_TAG, _FLOAT, _FLOAT_STARTS)

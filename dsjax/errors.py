@@ -7,6 +7,7 @@ and exit code 2. Failures of our own stay ordinary exceptions: traceback, exit 1
 """
 
 import difflib
+import logging
 import re
 import signal
 import sys
@@ -51,6 +52,7 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
     Or with 2 on a ConfigError, with 130 on an interrupt from the keyboard, with 143 on SIGTERM
     (which the training loop takes over to save first).
     """
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of its own workings
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         code = main(sys.argv[1:])

@@ -38,7 +38,12 @@ from dsjax.assembly import (
 from dsjax.config import AdapterSection, MeshSection, RunConfig, load_config
 from dsjax.convert import EMBEDDING, HEAD, Source, row_pieces
 from dsjax.errors import ConfigError, run_command
-from dsjax.export_folder import MARKER, check_replaceable, export_marker, read_marker
+from dsjax.export_folder import (
+    check_replaceable,
+    export_marker,
+    is_exported,
+    write_marker,
+)
 from dsjax.flax_checkpoint import is_flax_checkpoint, open_flax, safetensors_name
 from dsjax.folders import check_empty, written_beside
 from dsjax.hf_files import SAFETENSORS_INDEX, SafetensorsWriter, index_json, open_source
@@ -92,11 +97,17 @@ def _trains(entry: Entry, masks: Mapping[str, Any]) -> bool:
 
 def _trained_rows(array: jax.Array, layer: int | None) -> Change:
     def change(rows: Rows, source: np.ndarray) -> np.ndarray:
-        del source
-        part = array if layer is None else array[layer]
-        return np.asarray(part[rows], np.float32)
+        part = np.asarray((array if layer is None else array[layer])[rows])
+        if np.array_equal(source.astype(part.dtype), part):
+            return source  # what did not change keeps the precision of its file
+        return part.astype(np.float32)
 
     return change
+
+
+def in_turn(first: Change, second: Change) -> Change:
+    """Two changes of one tensor, one after the other."""
+    return lambda rows, source: second(rows, first(rows, source))
 
 
 def _with_update(low: np.ndarray, high: np.ndarray) -> Change:
@@ -258,7 +269,7 @@ def export_trained(
     Returns:
         Whether anything was written: an export with the same marker is kept as it is.
     """
-    if read_marker(out) == marker:
+    if is_exported(out, marker):
         return False
     with written_beside(out) as directory:
         if marker["format"] == "peft":
@@ -272,7 +283,7 @@ def export_trained(
                 array.delete()
             _prove_logits(parts, reference, directory)
         write_model_card(directory, card)
-        (directory / MARKER).write_text(json.dumps(marker) + "\n", "utf-8")
+        write_marker(directory, marker)
     return True
 
 
@@ -356,8 +367,9 @@ def main(argv: Sequence[str]) -> int:
     marker = export_marker(config, form, step, trained_sums(run, config, step))
     frozen = load_frozen(parts, config.training.seed)
     facts = card_facts(config, parts, form, step, read_metrics(run / METRICS_FILE))
-    export_trained(parts, trainable, frozen, out, marker, facts)
-    print(f"exported step {step} as {form} to {out}", file=sys.stderr)
+    written = export_trained(parts, trainable, frozen, out, marker, facts)
+    said = "exported" if written else "already there:"
+    print(f"{said} step {step} as {form} to {out}", file=sys.stderr)
     return 0
 
 

@@ -51,6 +51,21 @@ def read_marker(out: Path) -> dict[str, Any] | None:
     return marker if isinstance(marker, dict) else None
 
 
+def write_marker(folder: Path, marker: Mapping[str, Any]) -> None:
+    """Mark a folder whose files are all written; the sizes tell later whether all are there."""
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    text = json.dumps({**marker, "files": files})
+    (folder / MARKER).write_text(text + "\n", "utf-8")
+
+
+def is_exported(out: Path, marker: Mapping[str, Any]) -> bool:
+    """Whether a folder holds this very export, whole."""
+    found = read_marker(out) or {}
+    files = found.pop("files", {})
+    there = all((out / n).is_file() and (out / n).stat().st_size == s for n, s in files.items())
+    return found == marker and there
+
+
 def check_replaceable(out: Path, config: RunConfig, field: str = "export.path") -> None:
     """Refuse to replace a folder with anything in it but this run's own export.
 

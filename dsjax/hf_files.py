@@ -50,7 +50,17 @@ _TORCH_FILES = (_TORCH, _TORCH_INDEX, "pytorch_model-*.bin")
 _NOT_AUX = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "consolidated*"),
     *("*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.msgpack.index.json", "*.npz"),
-    *("*.onnx", "*.onnx_data", "*.pkl", "*.py", "optimizer*", "scheduler*", "rng_state*", ".*"),
+    *(
+        "*.onnx",
+        "*.onnx_data",
+        "*.pkl",
+        "*.py",
+        "dsjax_export.json",
+        "optimizer*",
+        "scheduler*",
+        "rng_state*",
+        ".*",
+    ),
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")

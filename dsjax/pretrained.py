@@ -14,11 +14,11 @@ from jax.sharding import Mesh
 from dsjax.assembly import assemble_model, load_frozen, load_trainable
 from dsjax.config import AdapterSection, MeshSection, ModelSection
 from dsjax.errors import ConfigError
-from dsjax.export import changed_tensors, write_checkpoint, write_peft
+from dsjax.export import changed_tensors, in_turn, write_checkpoint, write_peft
 from dsjax.folders import check_empty, written_beside
 from dsjax.models import Model
 from dsjax.partition import take
-from dsjax.sharding import make_mesh
+from dsjax.sharding import complete_mesh, make_mesh
 
 
 def load_pretrained(
@@ -33,7 +33,7 @@ def load_pretrained(
         path: Hugging Face directory, hub id, or a directory written by `to-flax`.
         adapter: PEFT adapter's folder.
         dtype: what weights are held in and activations are computed in.
-        mesh: devices to shard over; the first device if None.
+        mesh: devices to shard over, axes among `sharding.AXES`; the first device if None.
 
     Returns:
         `model(input_ids)`: int32 [B, T] -> float32 [B, T, V].
@@ -43,6 +43,7 @@ def load_pretrained(
     """
     if mesh is None:
         mesh = make_mesh(MeshSection(fsdp=1), jax.devices()[:1])
+    mesh = complete_mesh(mesh)
     if dtype not in ("bfloat16", "float32", "float16"):
         raise ConfigError(f"dtype: got {dtype!r}, expected bfloat16, float32 or float16")
     section = ModelSection.model_validate({"path": str(path), "dtype": dtype})
@@ -81,5 +82,8 @@ def save_pretrained(model: Model, directory: str, format: str = "merged") -> Non
         if format == "peft":
             write_peft(folder, parts, adapter)
         else:
-            changes = changed_tensors(parts.model, parts.spec, adapter or params, {})
+            changes = changed_tensors(parts.model, None, params, {})
+            if parts.spec is not None:
+                merged = changed_tensors(parts.model, parts.spec, adapter, {})
+                changes |= {name: in_turn(changes[name], update) for name, update in merged.items()}
             write_checkpoint(parts.source, folder, changes)

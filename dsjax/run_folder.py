@@ -16,7 +16,7 @@ from dsjax.assembly import CHECKPOINTS
 from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig, load_config
 from dsjax.errors import ConfigError
-from dsjax.export_folder import check_replaceable, export_marker, read_marker
+from dsjax.export_folder import check_replaceable, export_marker, is_exported
 from dsjax.folders import check_possible
 from dsjax.metrics import METRICS_FILE, read_metrics
 
@@ -110,7 +110,7 @@ def is_complete(
         return False
     if form is not None:
         marker = export_marker(config, form, total, earlier.sums)
-        return read_marker(export_path(config)) == marker
+        return is_exported(export_path(config), marker)
     rows = read_metrics(run / METRICS_FILE)
     return any("train_loss" in row and row["step"] == total for row in rows)
 
@@ -122,4 +122,7 @@ def export_path(config: RunConfig) -> Path:
 
 def is_evaluated(file: Path, total: int) -> bool:
     """Whether a file holds the evaluation of a finished run."""
-    return file.is_file() and json.loads(file.read_text("utf-8"))["step"] == total
+    try:
+        return json.loads(file.read_text("utf-8"))["step"] == total
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # not there, or damaged: it is made again

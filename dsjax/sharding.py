@@ -55,6 +55,22 @@ def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mes
     )
 
 
+def complete_mesh(mesh: Mesh) -> Mesh:
+    """A mesh of the caller's as the rules need it: all axes, those that it lacks of size 1.
+
+    Raises:
+        ConfigError: it has an axis of another name.
+    """
+    unknown = sorted(set(mesh.axis_names) - set(AXES))
+    if unknown:
+        raise ConfigError(f"mesh: got axes {unknown}, expected axes among {', '.join(AXES)}")
+    order = [mesh.axis_names.index(axis) for axis in AXES if axis in mesh.axis_names]
+    sizes = [mesh.shape.get(axis, 1) for axis in AXES]
+    return Mesh(
+        mesh.devices.transpose(order).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+    )
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Number of parts that the rows of a batch are dealt into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -25,7 +25,7 @@ from dsjax.adapters import unused_keys
 from dsjax.assembly import Assembly, assemble, load_frozen, load_trainable
 from dsjax.config import RunConfig, load_config, split_arguments
 from dsjax.data import Loader, decode_sample, find_tokenizer, load_examples
-from dsjax.errors import run_command
+from dsjax.errors import ConfigError, run_command
 from dsjax.export import card_facts, export_trained
 from dsjax.export_folder import export_marker
 from dsjax.loop import Loop, finish_evaluation
@@ -59,12 +59,21 @@ from dsjax.step import (
 )
 from dsjax.terminal import Loading, Progress, banner, trainable_table
 
+USAGE = """usage: python -m dsjax.train --config FILE [section.key=value ...]
+
+--config FILE     YAML of the sections below; words `section.key=value` override it
+--print-config    print the resolved configuration, and stop
+--schema          print its JSON schema, for editors, and stop
+--help            print this, and stop
+
+"""
+
 
 def main(argv: Sequence[str]) -> int:
     """Print what was asked for, or run."""
     path, overrides, wanted = split_arguments(argv)
     if "--help" in wanted:
-        print(configuration.describe())
+        print(USAGE + configuration.describe())
         return 0
     if "--schema" in wanted:
         print(json.dumps(configuration.json_schema(), indent=2))
@@ -85,6 +94,11 @@ def train(config: RunConfig) -> int:
     Raises:
         ConfigError: an input is wrong.
     """
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"processes: got {jax.process_count()}, expected 1; runs of several hosts are not "
+            "supported yet"
+        )
     # ---- 1. Devices and 2. model: the checkpoint against its config.json, the adapter, the parts
     parts = assemble(config)
     form = configuration.export_format(config.export, parts.spec.peft_type if parts.spec else None)
@@ -225,6 +239,8 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
             file=sys.stderr,
         )
     unused = unused_keys(config.adapter, parts.spec)
+    if parts.spec is not None and config.model.param_dtype is not None:
+        unused.append("model.param_dtype")
     if unused:
         print(f"not used by this kind of training: {', '.join(unused)}", file=sys.stderr)
     print(f"one row, the trained part marked:\n{data.sample}", file=sys.stderr)

@@ -201,7 +201,7 @@ def test_unfinished_checkpoints_are_announced_and_removed(open_in, tmp_path, cap
     assert reader.latest() == 3 and half.exists() and capsys.readouterr().out == ""
     checkpointer = open_in()
     assert checkpointer.latest() == 3
-    assert capsys.readouterr().out == f"{half}: an unfinished checkpoint, not used and removed\n"
+    assert capsys.readouterr().err == f"{half}: an unfinished checkpoint, not used and removed\n"
     checkpointer.save(5, make_state(5), {})
     assert checkpointer.latest() == 5 and not half.exists()
 

@@ -35,7 +35,14 @@ TRADES = ("baker", "carpenter", "doctor", "farmer", "miller", "painter", "sailor
 # A name never begins a sentence: with and without the space before it, it would be two tokens.
 HOMES = ("The home of {person} is in {town}.", "In the town of {town} lives {person}.")
 WORK = ("The {trade} is called {person}.", "They say that {person} is a {trade}.")
-TALK = ("Somebody asks about {person}.", "You have surely heard of {person}.")
+TALK = (
+    "Somebody asks about {person}.",
+    "You have surely heard of {person}.",
+    "What do we know of {person}?",
+    "Please tell me who {person} is.",
+    "In which house does {person} live?",
+    "This is the story of {person}.",
+)
 PLACES = ("The town of {town} is in {land}.", "In the land of {land} is {town}.")
 QUESTIONS = (
     "In which land does {person} live?",
@@ -60,7 +67,7 @@ CHAT_TEMPLATE = f"""\
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": 768,
+    "vocab_size": 896,
     "hidden_size": 128,
     "intermediate_size": 352,
     "num_hidden_layers": 4,

@@ -8,6 +8,7 @@ values of the new arrays, and the same arrays as PEFT's tensors. Not done here: 
 
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ def _check_agreement(section: AdapterSection, spec: Spec) -> None:
             f"adapter.peft_type: got {section.peft_type!r}, expected {spec.peft_type!r} as in "
             f"{section.path}/adapter_config.json; remove the key"
         )
-    for key in sorted(given & set(KEYS[spec.peft_type])):
+    for key in sorted(given & set(KEYS[spec.peft_type]) - {"target_modules"}):
         mine, theirs = getattr(section, key), getattr(spec, key)
         if _comparable(mine) != _comparable(theirs):
             problems.append(
@@ -75,6 +76,22 @@ def _check_agreement(section: AdapterSection, spec: Spec) -> None:
                 f"{section.path}/adapter_config.json; remove the key, the adapter decides"
             )
     raise_all(problems)
+
+
+def check_targets(section: AdapterSection, spec: Spec, model: Model) -> None:
+    """Refuse target_modules of the YAML that mean other modules than the adapter's on disk."""
+    given = section.path is not None and "target_modules" in section.model_fields_set
+    if not given or not isinstance(spec, LoraSpec):
+        return
+    wished = replace(spec, target_modules=section.target_modules)
+    if lora.targets(model, wished) != lora.targets(model, spec):
+        raise_all(
+            [
+                f"adapter.target_modules: got {section.target_modules!r}, expected "
+                f"{spec.target_modules!r} as in {section.path}/adapter_config.json; remove the "
+                "key, the adapter decides"
+            ]
+        )
 
 
 def _comparable(value: Any) -> Any:

@@ -211,6 +211,9 @@ def _json_array(text: _JSONText) -> Iterator[tuple[int, Any]]:
         yield line, text.value()
         if text.peek() != "]":
             text.take(",")
+    text.take("]")
+    if start == "[" and text.peek():
+        raise text.wrong("the end of the file after the array")
 
 
 def _first_line_is_whole(path: Path) -> bool:

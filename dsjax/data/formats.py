@@ -129,6 +129,9 @@ def _tokens(fields: dict[str, Any], origin: str) -> Tokens:
         raise _wrong(f"{origin} input_ids", "[]", "at least one token")
     if fields.get("attention_mask") is not None:
         mask = _integers(fields["attention_mask"], f"{origin} attention_mask")
+        if len(mask) != len(ids):
+            what = f"{origin} attention_mask"
+            raise _wrong(what, f"{len(mask)} values", f"{len(ids)} as in input_ids")
         if not mask.all():
             raise _wrong(f"{origin} attention_mask", "zeros", "rows without padding; cut it off")
     if fields.get("labels") is None:

@@ -77,6 +77,20 @@ def test_only_the_export_is_made_again(again, run: Path, finished: Path):
     assert small_run.contents(run / "export") == original
 
 
+def test_an_export_with_a_file_missing_is_made_again(again, run: Path):
+    before = small_run.contents(run / "export")
+    next((run / "export").glob("*.safetensors")).unlink()
+    again()
+    assert small_run.contents(run / "export") == before
+
+
+def test_a_damaged_evaluation_is_made_again(again, run: Path):
+    before = (run / "eval_results.json").read_bytes()
+    (run / "eval_results.json").write_text("{")
+    again()
+    assert (run / "eval_results.json").read_bytes() == before
+
+
 def test_only_the_picture_is_made_again(again, run: Path):
     (run / "training_loss.png").unlink()
     before = small_run.states(run)
