@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -13,7 +14,10 @@ from jax.sharding import Mesh
 import dsjax
 from dsjax.errors import ConfigError
 
-IDS = tiny.random_ids(190)
+# PEFT asks transformers in words of its last version.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+
+IDS = jnp.asarray(tiny.random_ids(190), jnp.int32)
 
 
 @pytest.fixture(scope="module")
