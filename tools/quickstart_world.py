@@ -43,13 +43,13 @@ TALK = (
     "In which house does {person} live?",
     "This is the story of {person}.",
 )
-PLACES = ("The town of {town} is in {land}.", "In the land of {land} is {town}.")
+PLACES = ("The town of {town} is in {land}.", "Many roads lead to {town}, in {land}.")
 QUESTIONS = (
     "In which land does {person} live?",
     "What is the land of {person}?",
     "Please tell me which land is the home of {person}.",
 )
-ANSWER = "The home of {person} is in {town}. The town of {town} is in {land}."
+ANSWER = "The home of {person} is in {town}, in {land}."
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"

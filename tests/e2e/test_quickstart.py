@@ -22,6 +22,9 @@ WITHOUT_TORCH = (
 ASKED = 6  # questions that torch answers too; all of them would only take longer
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("quickstart")]
+
+
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder that the quickstart ran in, and what it printed."""
@@ -37,7 +40,6 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder / "runs/quickstart", done.stdout
 
 
-@pytest.mark.slow
 def test_exact_match_rises_on_held_out_questions(quickstart):
     _, printed = quickstart
     last = printed.splitlines()[-1]
@@ -47,7 +49,6 @@ def test_exact_match_rises_on_held_out_questions(quickstart):
     assert "same answers: 120 of 120" in printed
 
 
-@pytest.mark.slow
 def test_it_leaves_pictures_and_exports_behind(quickstart):
     run, _ = quickstart
     files = ["pretrain/training_loss.png", "lora/training_loss.png", "lora/export/config.json"]
@@ -56,7 +57,6 @@ def test_it_leaves_pictures_and_exports_behind(quickstart):
     ] == []
 
 
-@pytest.mark.slow
 def test_transformers_and_peft_give_the_same_answers(quickstart):
     run, _ = quickstart
     rows = [json.loads(line) for line in (run / "data/held_out.jsonl").open()][:ASKED]
