@@ -28,6 +28,9 @@ MOST_LINES = 8
 UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 """What Orbax and TensorStore raise on damaged files; running out of memory is none of them."""
 
+STRAGGLERS = ("Event loop is closed", "Encountered error while reading array index")
+"""How reads that a failed one leaves behind report themselves."""
+
 
 class Checkpointer:
     """The checkpoints of one run. Every process of the run makes one and calls the same methods.
@@ -175,14 +178,14 @@ class Checkpointer:
 def _silent_stragglers() -> Iterator[None]:
     """Keep reads that a failed one leaves behind from printing tracebacks.
 
-    When one read fails, Orbax closes its event loop under the others; each of them, once done,
-    reports "Event loop is closed" to `sys.unraisablehook`, also long after. So after a failure,
-    with which the run ends, that one report stays muted.
+    When one read fails, Orbax closes its event loop under the others; each of them, once done or
+    given up, reports it to `sys.unraisablehook`, also long after. So after a failure, with which
+    the run ends, these reports stay muted.
     """
     report = sys.unraisablehook
 
     def report_others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if not str(unraisable.exc_value).startswith(STRAGGLERS):
             report(unraisable)
 
     sys.unraisablehook = report_others

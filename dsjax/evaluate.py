@@ -31,6 +31,7 @@ from dsjax.assembly import (
     restore_trained,
 )
 from dsjax.checkpoint import Checkpointer
+from dsjax.command_line import CommandParser
 from dsjax.config import (
     AdapterSection,
     DataSection,
@@ -244,13 +245,8 @@ def _problems(words: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dsjax.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser() -> CommandParser:
+    parser = CommandParser("python -m dsjax.evaluate", __doc__)
     formats = get_args(DataSection.model_fields["format"].annotation)
     add = parser.add_argument
     add("--config", help="configuration of a run (YAML)")

@@ -11,7 +11,6 @@ dtype. What was written is read again and compared before the folder takes its n
 Not done here: training; deciding what to write by default (`config.export_format`).
 """
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -35,6 +34,7 @@ from dsjax.assembly import (
     restore_trained,
     trained_sums,
 )
+from dsjax.command_line import CommandParser
 from dsjax.config import AdapterSection, MeshSection, RunConfig, load_config
 from dsjax.convert import EMBEDDING, HEAD, Source, row_pieces
 from dsjax.errors import ConfigError, run_command
@@ -351,7 +351,7 @@ def card_facts(config: RunConfig, parts: Assembly, form: str, step: int, rows: l
 
 def main(argv: Sequence[str]) -> int:
     """Export the newest checkpoint of a run, finished or not."""
-    parser = argparse.ArgumentParser(prog="python -m dsjax.export", description=main.__doc__)
+    parser = CommandParser("python -m dsjax.export", main.__doc__)
     parser.add_argument("--run", required=True, help="output_dir of a run")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--format", required=True, choices=("merged", "peft"))

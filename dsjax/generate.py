@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from dsjax.command_line import CommandParser
 from dsjax.config import MeshSection
 from dsjax.convert import Source, open_checkpoint
 from dsjax.data import encode_chat, encode_text, load_tokenizer
@@ -245,13 +246,8 @@ def _text_problems(words: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m dsjax.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _parser() -> CommandParser:
+    parser = CommandParser("python -m dsjax.generate", __doc__)
     add = parser.add_argument
     add("--model", required=True, help="checkpoint: a directory or a hub id")
     add("--adapter", help="PEFT adapter: a directory")

@@ -57,6 +57,19 @@ def make_schedule(section: OptimizerSection, total_steps: int) -> Schedule:
     return schedule
 
 
+def unused_keys(section: OptimizerSection) -> list[str]:
+    """Keys that the user gave and that this schedule or update rule does not have."""
+    kind = section.lr_scheduler_type
+    unused = {
+        "num_cycles": kind != "cosine_with_restarts",
+        "min_lr_ratio": kind == "constant",
+        "warmup_ratio": section.warmup_steps is not None,
+        "adam_epsilon": section.optim == "lion",
+    }
+    given = section.model_fields_set
+    return [f"optimizer.{key}" for key, idle in unused.items() if idle and key in given]
+
+
 def warmup_length(section: OptimizerSection, total_steps: int) -> int:
     """Give the number of warm-up steps."""
     if section.warmup_steps is not None:

@@ -5,9 +5,12 @@ In: the configuration and what the data are. Out: how far an earlier run came, o
 done here: the files' contents (`checkpoint`, `metrics`, `export`).
 """
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,10 +91,34 @@ def earlier_config(file: Path) -> RunConfig:
         ) from error
 
 
-def open_run(run: Path, config: RunConfig) -> Checkpointer:
-    """Make the output directory, after `earlier_run` found nothing against it."""
+@contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """Make the output directory, after `earlier_run` found nothing against it, and lock it.
+
+    The lock goes with the process, however that ends.
+
+    Raises:
+        ConfigError: another process is training there.
+    """
     run.mkdir(parents=True, exist_ok=True)
-    return Checkpointer(run / CHECKPOINTS, config.checkpoint)
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        _lock(folder, run)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _lock(folder: int, run: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"output_dir: got {str(run)!r}, in which another process is training, expected none; "
+            "wait for it, or choose another output_dir"
+        ) from error
+    except OSError as error:  # a mounted bucket may have no locks
+        print(f"{run}: cannot be locked ({error.strerror}); start no second run", file=sys.stderr)
 
 
 def write_whole(file: Path, text: str) -> None:

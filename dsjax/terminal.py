@@ -98,7 +98,8 @@ class Loading:
             return
         self._said = now
         rate = done / max(now - self._began, 1e-9) / 2**20
-        text = f"{self._verb}: {done / 2**30:.2f} of {total / 2**30:.2f} GiB, {rate:,.0f} MiB/s"
+        unit, name = (2**30, "GiB") if total >= 2**30 else (2**20, "MiB")
+        text = f"{self._verb}: {done / unit:.2f} of {total / unit:.2f} {name}, {rate:,.0f} MiB/s"
         end = "\r" if terminal and done < total else "\n"
         print(text, end=end, file=sys.stderr, flush=True)
 

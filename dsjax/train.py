@@ -20,9 +20,10 @@ from typing import Any
 import jax
 from absl import flags
 
+from dsjax import adapters, optimizer
 from dsjax import config as configuration
-from dsjax.adapters import unused_keys
-from dsjax.assembly import Assembly, assemble, load_frozen, load_trainable
+from dsjax.assembly import CHECKPOINTS, Assembly, assemble, load_frozen, load_trainable
+from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig, load_config, split_arguments
 from dsjax.data import Loader, decode_sample, find_tokenizer, load_examples
 from dsjax.errors import ConfigError, run_command
@@ -42,10 +43,10 @@ from dsjax.metrics import (
 from dsjax.partition import report
 from dsjax.run_folder import (
     CONFIG_FILE,
+    claimed,
     earlier_run,
     export_path,
     is_complete,
-    open_run,
     write_whole,
 )
 from dsjax.sharding import check_batch, rows_sharding, undivided
@@ -129,47 +130,48 @@ def train(config: RunConfig) -> int:
     frozen = load_frozen(parts, config.training.seed, Loading())
     trainable = {} if start else load_trainable(parts, config.training.seed, Loading())
 
-    # ---- 8. State: the newest complete checkpoint's, or the first
-    checkpointer = open_run(run, config)
-    meter = Meter(*flops(parts, config, data.train))
-    if start:
-        state = checkpointer.restore(start, abstract_state(step))
-        meter.restore(checkpointer.meta(start)["meter"])
-        print(f"resuming after step {start} of {total}", file=sys.stderr)
-    else:
-        state = init_state(trainable, step, config.training.seed)
-    del trainable
-    write_whole(run / CONFIG_FILE, configuration.to_yaml(config))
+    with claimed(run):
+        # ---- 8. State: the newest complete checkpoint's, or the first
+        checkpointer = Checkpointer(run / CHECKPOINTS, config.checkpoint)
+        meter = Meter(*flops(parts, config, data.train))
+        if start:
+            state = checkpointer.restore(start, abstract_state(step))
+            meter.restore(checkpointer.meta(start)["meter"])
+            print(f"resuming after step {start} of {total}", file=sys.stderr)
+        else:
+            state = init_state(trainable, step, config.training.seed)
+        del trainable
+        write_whole(run / CONFIG_FILE, configuration.to_yaml(config))
 
-    # ---- 9. The loop
-    loop = Loop(
-        config,
-        parts,
-        data.train,
-        data.eval,
-        data.fingerprint,
-        total,
-        frozen,
-        train_step,
-        eval_step,
-        checkpointer,
-    )
-    with MetricsLog(run, config.logging, start) as log, Progress(total, start) as progress:
-        log.log_start(configuration.to_yaml(config), table)
-        state, stopped = loop.run(state, start, meter, log, progress)
-        if stopped is not None:
-            print(f"stopped by signal {stopped}; run again to continue", file=sys.stderr)
-            return 128 + stopped
-        finish_evaluation(run, loop, state, log, progress)
-        log.log_summary(total, meter.summary())
+        # ---- 9. The loop
+        loop = Loop(
+            config,
+            parts,
+            data.train,
+            data.eval,
+            data.fingerprint,
+            total,
+            frozen,
+            train_step,
+            eval_step,
+            checkpointer,
+        )
+        with MetricsLog(run, config.logging, start) as log, Progress(total, start) as progress:
+            log.log_start(configuration.to_yaml(config), table)
+            state, stopped = loop.run(state, start, meter, log, progress)
+            if stopped is not None:
+                print(f"stopped by signal {stopped}; run again to continue", file=sys.stderr)
+                return 128 + stopped
+            finish_evaluation(run, loop, state, log, progress)
+            log.log_summary(total, meter.summary())
 
-    # ---- 10. Results: the picture and the export
-    plot_loss(run)
-    if form is not None:
-        facts = card_facts(config, parts, form, total, read_metrics(run / METRICS_FILE))
-        out, marker = export_path(config), export_marker(config, form, total, meter.run_sums())
-        export_trained(parts, state.trainable, frozen, out, marker, facts, Loading("writing"))
-        print(f"exported {form} to {out}", file=sys.stderr)
+        # ---- 10. Results: the picture and the export
+        plot_loss(run)
+        if form is not None:
+            facts = card_facts(config, parts, form, total, read_metrics(run / METRICS_FILE))
+            out, marker = export_path(config), export_marker(config, form, total, meter.run_sums())
+            export_trained(parts, state.trainable, frozen, out, marker, facts, Loading("writing"))
+            print(f"exported {form} to {out}", file=sys.stderr)
     return 0
 
 
@@ -238,7 +240,8 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
             f"max_position_embeddings ({longest})",
             file=sys.stderr,
         )
-    unused = unused_keys(config.adapter, parts.spec)
+    unused = adapters.unused_keys(config.adapter, parts.spec)
+    unused += optimizer.unused_keys(config.optimizer)
     if parts.spec is not None and config.model.param_dtype is not None:
         unused.append("model.param_dtype")
     if unused:

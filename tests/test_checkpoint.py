@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -18,6 +20,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from dsjax import checkpoint
 from dsjax.checkpoint import Checkpointer, named_leaves
 from dsjax.config import CheckpointSection
 from dsjax.errors import ConfigError
@@ -302,3 +305,21 @@ def test_sigkill_leaves_a_whole_checkpoint(tmp_path):
     last.save(newest + 1, {"w": jnp.zeros(1)}, {})
     last.close()
     assert [path.name for path in tmp_path.iterdir()] == [str(newest + 1)]
+
+
+@pytest.mark.parametrize(
+    ("said", "reported"),
+    [
+        ("Event loop is closed", False),
+        ("Encountered error while reading array index: (slice(0, 3, 1),)", False),
+        ("something else", True),
+    ],
+)
+def test_reads_that_a_failed_one_leaves_behind_are_not_reported(monkeypatch, said, reported):
+    reports = []
+    monkeypatch.setattr(sys, "unraisablehook", reports.append)
+    with suppress(ValueError), checkpoint._silent_stragglers():
+        raise ValueError
+    late = SimpleNamespace(exc_value=RuntimeError(said))
+    sys.unraisablehook(late)
+    assert reports == ([late] if reported else [])

@@ -217,11 +217,9 @@ def test_checkpoints_that_cannot_answer(tmp_path: Path):
         command.main(["--model", str(tmp_path), "--chat"])
 
 
-def test_an_unknown_option(capsys):
-    with pytest.raises(SystemExit) as end:
+def test_an_unknown_option():
+    with pytest.raises(ConfigError, match=r"--topp: got an option .* --top-p"):
         command.main(["--model", "m", "--prompt", "a", "--topp", "1"])
-    assert end.value.code == 2
-    assert "unrecognized arguments: --topp 1" in capsys.readouterr().err
 
 
 def test_an_interrupt_ends_quietly(monkeypatch, capsys):

@@ -16,6 +16,7 @@ from dsjax.optimizer import (
     decay_mask,
     make_optimizer,
     make_schedule,
+    unused_keys,
     warmup_length,
 )
 
@@ -77,6 +78,28 @@ def test_warm_up_steps_win_over_the_ratio():
     assert [warmup_length(section, total) for total in (1, 100, 101)] == [1, 3, 4]
     assert warmup_length(section.model_copy(update={"warmup_steps": 0}), 100) == 0
     assert float(make_schedule(section, 100)(0)) == 0.0
+
+
+def test_keys_that_nothing_reads_are_named():
+    section = OptimizerSection(
+        optim="lion",
+        lr_scheduler_type="constant",
+        num_cycles=2,
+        min_lr_ratio=0.1,
+        warmup_ratio=0.1,
+        warmup_steps=3,
+        adam_epsilon=1e-6,
+    )
+    assert unused_keys(section) == [
+        "optimizer.num_cycles",
+        "optimizer.min_lr_ratio",
+        "optimizer.warmup_ratio",
+        "optimizer.adam_epsilon",
+    ]
+    used = OptimizerSection(
+        lr_scheduler_type="cosine_with_restarts", num_cycles=2, min_lr_ratio=0.1, warmup_ratio=0.1
+    )
+    assert unused_keys(used) == []
 
 
 def test_decay_mask_is_the_trainers():

@@ -6,7 +6,7 @@ import pty
 import subprocess
 import sys
 
-from dsjax.terminal import Progress, banner, trainable_line, trainable_table
+from dsjax.terminal import Loading, Progress, banner, trainable_line, trainable_table
 
 VALUES = {
     "epoch": 0.5,
@@ -19,6 +19,14 @@ VALUES = {
 
 def control_characters(text):
     return [char for char in text if not char.isprintable() and char != "\n"]
+
+
+def test_loading_tells_small_and_large_files_in_units_that_show_them(capsys):
+    Loading()(2**18, 2**18)
+    Loading("writing")(3 * 2**30, 3 * 2**30)
+    small, large = capsys.readouterr().err.splitlines()
+    assert small.startswith("reading weights: 0.25 of 0.25 MiB, ")
+    assert large.startswith("writing: 3.00 of 3.00 GiB, ")
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):

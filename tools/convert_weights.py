@@ -7,13 +7,13 @@
 In: SRC. Out: DST, a new folder, complete or not at all. Training takes either form as `model.path`.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dsjax.command_line import CommandParser
 from dsjax.convert import to_flax
 from dsjax.errors import run_command
 from dsjax.export import to_hf
@@ -24,9 +24,7 @@ COMMANDS = {"to-flax": (to_flax, "reading weights"), "to-hf": (to_hf, "writing w
 
 def main(argv: Sequence[str]) -> int:
     """Run one conversion."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("python tools/convert_weights.py", __doc__)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("src", help="what to convert")
     parser.add_argument("dst", help="folder to write; it must not exist, or be empty")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dsjax.models.layers import precision
 
@@ -65,17 +65,19 @@ def attend(
         mask = visible(Tokens(position, segment), key, window)
         return _attend_block(q, k_BSKH, v_BSKH, mask, scale)
 
-    pieces = jax.tree.map(_blocks, (q_BTNH, query.position, query.segment))
+    pieces = jax.tree.map(
+        lambda x: in_blocks(x, QUERY_BLOCK), (q_BTNH, query.position, query.segment)
+    )
     out = jax.lax.map(block, pieces)
     out_BTNH = jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape[0], -1, *q_BTNH.shape[2:])
     return out_BTNH[:, : q_BTNH.shape[1]]
 
 
-def _blocks(x: jax.Array) -> jax.Array:
-    """[B, T, ...] -> [T / QUERY_BLOCK, B, QUERY_BLOCK, ...], padded with zeros at the end."""
-    pad = -x.shape[1] % QUERY_BLOCK
+def in_blocks(x: Shaped[Array, "B T *rest"], size: int) -> Shaped[Array, "blocks B size *rest"]:
+    """Cut the tokens of every row into blocks, the last one filled up with zeros."""
+    pad = -x.shape[1] % size
     x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
 def _attend_block(

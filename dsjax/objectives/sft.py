@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.data import Batch
 from dsjax.models import Model
+from dsjax.models.attention import in_blocks
 
 TOKENS_PER_CHUNK = 2048
 """Tokens per device whose logits exist at the same time."""
@@ -56,8 +57,9 @@ def sft(model: Model, batch: Batch, forward: Forward) -> Sums:
     )
     rows = max(1, batch.input_ids.shape[0] // forward.row_shards)
     length = max(1, min(batch.input_ids.shape[1], TOKENS_PER_CHUNK // rows))
+    # Tokens that fill the last chunk up have weight 0.
     chunks = jax.tree.map(
-        lambda x: _chunked(x, length), (hidden_BTD, batch.targets, batch.loss_weights)
+        lambda x: in_blocks(x, length), (hidden_BTD, batch.targets, batch.loss_weights)
     )
 
     @jax.checkpoint
@@ -76,13 +78,6 @@ def sft(model: Model, batch: Batch, forward: Forward) -> Sums:
     (loss, correct), _ = jax.lax.scan(add, (zero, zero), (numbers, chunks))
     tokens = jnp.sum(batch.segment_ids > 0, dtype=jnp.int32)
     return Sums(loss, jnp.sum(batch.loss_weights), correct, tokens)
-
-
-def _chunked(x: jax.Array, length: int) -> jax.Array:
-    """[B, T, ...] -> [T / length, B, length, ...], padded with zeros, whose weight is zero."""
-    pad = -x.shape[1] % length
-    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)
 
 
 def _cross_entropy(

@@ -16,6 +16,7 @@ import yaml
 
 from dsjax import train
 from dsjax.errors import ConfigError
+from dsjax.run_folder import claimed
 
 TOTAL = 12
 LOSS_BOUND = 1e-5  # relative; float32 sums in another order on another mesh
@@ -137,6 +138,15 @@ def test_more_steps_continue_a_finished_run(again, run: Path):
     assert steps == [2, 4, 6, 8, 10, 12, 13, 14]
     assert json.loads((run / "eval_results.json").read_text())["step"] == 14
     assert yaml.safe_load((run / "config.yaml").read_text())["training"]["max_steps"] == 14
+
+
+def test_a_directory_in_which_a_run_is_going_on_is_refused(again, run: Path):
+    shutil.rmtree(run / "export")
+    with claimed(run):
+        assert f"output_dir: got {str(run)!r}, in which another process" in refused(again)
+    assert not (run / "export").exists()
+    again()
+    assert (run / "export").is_dir()
 
 
 def test_fewer_steps_than_done_are_refused(again, run: Path):

@@ -17,19 +17,25 @@ pytestmark = [
 ]
 
 NEW_TOKENS, STOP = 24, 1
-LENGTHS = (5, 38, 17)
+LENGTHS = (3, 38, 17)
 
 
 def _prompts() -> list[list[int]]:
     return [tiny.random_ids(280, 1, length, seed=length)[0].tolist() for length in LENGTHS]
 
 
-def _continue(model: torch.nn.Module, prompt: list[int]) -> list[int]:
-    """Greedy search without any cache: the whole row again for every token."""
-    ids = list(prompt)
-    while len(ids) < len(prompt) + NEW_TOKENS and ids[-1] != STOP:
-        ids.append(int(peft_adapters.logits(model, [ids])[0, -1].argmax()))
-    return ids[len(prompt) :]
+def _generated(model: torch.nn.Module, prompt: list[int], stop_ids: list[int]) -> list[int]:
+    """Greedy search by the reference's own `generate`, cache and all."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=stop_ids,
+        pad_token_id=2,
+    )
+    return out[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize(
@@ -50,18 +56,7 @@ def _continue(model: torch.nn.Module, prompt: list[int]) -> list[int]:
 def test_tokens_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     tiny.build_checkpoint(tmp_path, variant)
     reference = tiny.reference_model(tmp_path)
-    expected = []
-    for prompt in _prompts():
-        ids = torch.tensor([prompt])
-        out = reference.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=STOP,
-            pad_token_id=2,
-        )
-        expected.append(out[0, len(prompt) :].tolist())
+    expected = [_generated(reference, prompt, [STOP]) for prompt in _prompts()]
 
     model = dsjax.load_pretrained(str(tmp_path), dtype="float32")
     tokens = generate(model, _prompts(), max_new_tokens=NEW_TOKENS, stop_ids={STOP})
@@ -69,17 +64,30 @@ def test_tokens_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     assert tokens == expected
 
 
-@pytest.mark.parametrize(("variant", "kind"), [("llama_gqa", "lora"), ("qwen2", "prefix")])
+# Among them a window of 8 positions, in which the prefix has no place after the first tokens, and
+# a yarn that stretches 32 positions.
+@pytest.mark.parametrize(
+    ("variant", "kind"),
+    [
+        ("llama_gqa", "lora"),
+        ("llama_yarn", "lora"),
+        ("qwen2", "prefix"),
+        ("qwen2_window", "prefix"),
+    ],
+)
 def test_tokens_with_an_adapter_are_those_of_peft(variant: str, kind: str, tmp_path: Path) -> None:
     checkpoint = tiny.build_checkpoint(tmp_path / "model", variant)
     adapter = tmp_path / "adapter"
     if kind == "lora":
         peft_adapters.build_lora(checkpoint, adapter, r=4, target_modules="all-linear")
     else:
-        peft_adapters.build_prefix(checkpoint, adapter, tokens=6)
+        peft_adapters.build_prefix(checkpoint, adapter, tokens=5)
     reference = peft_adapters.load_strictly(checkpoint, adapter)
+    unstopped = _generated(reference, _prompts()[1], [STOP])
+    stop_ids = [STOP, unstopped[len(unstopped) // 2]]
+    expected = [_generated(reference, prompt, stop_ids) for prompt in _prompts()]
+    assert len(expected[1]) < len(unstopped)
 
     model = dsjax.load_pretrained(str(checkpoint), adapter=str(adapter), dtype="float32")
-    tokens = generate(model, _prompts(), max_new_tokens=NEW_TOKENS, stop_ids={STOP})
 
-    assert tokens == [_continue(reference, prompt) for prompt in _prompts()]
+    assert generate(model, _prompts(), max_new_tokens=NEW_TOKENS, stop_ids=stop_ids) == expected

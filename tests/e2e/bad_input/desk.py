@@ -9,7 +9,7 @@ found there and what is expected; nothing may be left behind.
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +59,22 @@ class Desk:
             overrides: words of the command line.
             announced: the run has told what it will do before it finds the fault.
         """
-        words = ["train", "--config", str(self.yaml), *overrides]
-        self.monkeypatch.setattr(sys, "argv", words)
+        before, message = self.refused(train.main, "--config", self.yaml, *overrides)
+        assert bool(before) == announced
+        assert not self.run.is_dir()
+        return message
+
+    def refused(self, command: Callable[[Sequence[str]], int], *words: object) -> tuple[str, str]:
+        """Run a command as its last lines do; returns what it says before its error, and that."""
+        self.monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
         with pytest.raises(SystemExit) as end:
-            run_command(train.main)
+            run_command(command)
         said = self.capsys.readouterr()
         assert end.value.code == 2
         assert said.out == ""
         before, mark, message = f"\n{said.err}".partition("\nerror: ")
         assert mark
-        assert bool(before) == announced
-        assert not self.run.is_dir()
-        return message
+        return before, message
 
     def edit_yaml(self, old: str, new: str) -> None:
         """Replace a part of the YAML file."""

@@ -12,7 +12,7 @@ from desk import Desk, assert_says
 
 from dsjax import export
 from dsjax.convert import to_flax
-from dsjax.errors import ConfigError, run_command
+from dsjax.errors import ConfigError
 from dsjax.export import to_hf
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -129,16 +129,11 @@ def test_a_damaged_dsjax_checkpoint(desk: Desk, spoil: Callable[[Path], object],
 
 
 def _refused_export(desk: Desk, form: str = "peft", out: str = "out") -> str:
-    words = ["export", "--run", str(desk.run), "--out", str(desk.folder / out), "--format", form]
-    desk.monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as end:
-        run_command(export.main)
-    said = desk.capsys.readouterr()
-    assert end.value.code == 2
-    assert said.out == ""
-    assert said.err.startswith("error: ")
+    words = ("--run", desk.run, "--out", desk.folder / out, "--format", form)
+    before, message = desk.refused(export.main, *words)
+    assert before == ""
     assert not (desk.folder / "out").exists()
-    return said.err
+    return message
 
 
 def _make_run(desk: Desk) -> None:

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mistakes on a command line read like all others: one line that names the option, exit 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsjax.command_line import CommandParser
+from dsjax.errors import ConfigError
+
+CONVERT = Path(__file__).resolve().parents[1] / "tools" / "convert_weights.py"
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser("command", "What it does.\n\n    as it is written")
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--format", choices=("merged", "peft"))
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--chat", action="store_true")
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ([], ["--run: got nothing, expected a value"]),
+        (["--run"], ["--run: got nothing, expected a value"]),
+        (["--run", "x", "--format", "gguf"], ["--format: got 'gguf', expected ", "merged", "peft"]),
+        (["--run", "x", "--top-k", "many"], ["--top-k: got 'many', expected an integer"]),
+        (["--run", "x", "--top-p", "most"], ["--top-p: got 'most', expected a number"]),
+        (["--run", "x", "--fromat", "peft"], ["--fromat: got an option", "mean --format"]),
+        (["--run", "x", "--for", "peft"], ["--for: got an option", "--format"]),
+        (["--run", "x", "there"], ["there: got words", "expected none"]),
+        (["--run", "x", "--chat=yes"], ["--chat: got 'yes', expected no value"]),
+    ],
+)
+def test_a_mistake_names_the_option(words: list[str], parts: list[str]):
+    with pytest.raises(ConfigError) as refused:
+        _parser().parse_args(words)
+    assert "\n" not in str(refused.value)
+    assert all(part in str(refused.value) for part in parts), refused.value
+
+
+def test_help_is_shown_as_it_is_written(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        _parser().parse_args(["--help"])
+    assert end.value.code == 0
+    assert "\n    as it is written\n" in capsys.readouterr().out
+
+
+def test_a_conversion_that_does_not_exist():
+    command = [sys.executable, str(CONVERT), "to-gguf", "a", "b"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: command: got 'to-gguf', expected ")
+    assert "to-flax" in done.stderr and "usage" not in done.stderr
