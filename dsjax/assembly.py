@@ -22,7 +22,7 @@ from dsjax.convert import Source, check_coverage, load_base, open_checkpoint
 from dsjax.errors import ConfigError
 from dsjax.models import Model, build
 from dsjax.partition import Params, Partition, decide
-from dsjax.sharding import leaf_shardings, make_mesh
+from dsjax.sharding import check_experts, leaf_shardings, make_mesh
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,6 +73,7 @@ def assemble_model(
         adapters.check_targets(adapter, spec, model)
     adapters.attach(model, spec)
     partition = decide(model, freeze=freeze, dtype=section.dtype, param_dtype=section.param_dtype)
+    check_experts(partition.leaves, mesh)
     if adapter.path is not None and spec is not None:
         adapters.check_params(adapter.path, model, spec, partition.leaves, source.read)
     return Assembly(section, source, model, spec, partition, mesh, carried, adapter.path)

@@ -202,8 +202,8 @@ class MeshSection(_Section):
     """Shards of weights and optimizer state, each with a part of the batch."""
     tensor: AxisSize = 1
     """Shards of every matrix product."""
-    expert: Literal[1] = 1
-    """Shards of the experts."""
+    expert: AxisSize = 1
+    """Shards of the experts, each with a part of the batch."""
     sequence: Literal[1] = 1
     """Shards of the sequence."""
 
@@ -263,7 +263,6 @@ _PLANNED: dict[str, Container[Any]] = {
     "model.quantization": ("int8", "nf4", "fp8"),
     "adapter.peft_type": ("BOTTLENECK",),
     "adapter.use_dora": (True,),
-    "mesh.expert": range(-1, 2**16),
     "mesh.sequence": range(-1, 2**16),
 }
 
@@ -305,7 +304,7 @@ def _contradictions(config: RunConfig) -> list[str]:
             f"training.eval_steps: got {training.eval_steps} without data.eval, "
             "expected null; or name files in data.eval"
         )
-    free = [name for name in ("data", "fsdp", "tensor") if getattr(mesh, name) == -1]
+    free = [name for name in ("data", "fsdp", "tensor", "expert") if getattr(mesh, name) == -1]
     if len(free) > 1:
         both = " and ".join(f"mesh.{name}" for name in free)
         problems.append(f"{both}: got -1, expected -1 on one axis; give the others a size")

@@ -8,24 +8,26 @@ of bounded size, so that host memory does not grow with the model. Not done here
 writing checkpoints.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from dsjax import flax_checkpoint, hf_files
+from dsjax import flax_checkpoint, fp8, hf_files
 from dsjax.errors import ConfigError, raise_all
 from dsjax.folders import check_empty, written_beside
-from dsjax.models import Model, base_shapes, build, entries_of, family_of
+from dsjax.models import Model, base_shapes, build, carried_of, entries_of
 from dsjax.models.weight_rules import Entry, coverage_problems
 from dsjax.partition import Leaf, Params, decide
+from dsjax.source import Source
 
 PIECE_BYTES = 64 * 2**20
 """Most bytes of a parameter that are on the host at a time."""
@@ -33,47 +35,15 @@ PIECE_BYTES = 64 * 2**20
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-@runtime_checkable
-class Source(Protocol):
-    """An opened checkpoint, in Hugging Face's form or ours."""
-
-    @property
-    def directory(self) -> Path:
-        """Where it lies."""
-        ...
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Its config.json."""
-        ...
-
-    @property
-    def tensors(self) -> dict[str, hf_files.TensorInfo]:
-        """Every tensor in the order of the files."""
-        ...
-
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """Read a tensor or a part of it."""
-        ...
-
-    def aux_files(self) -> list[Path]:
-        """The files to keep beside the weights."""
-        ...
-
-    def file_headers(self) -> dict[str, bytes]:
-        """The safetensors headers, empty for `.bin` files."""
-        ...
-
-    def index_text(self) -> str | None:
-        """The index file, None if there is none."""
-        ...
-
-
 def open_checkpoint(path: str, revision: str | None = None, weights: bool = True) -> Source:
-    """Open a Hugging Face directory, a hub id, or a directory written by `to-flax`."""
+    """Open a Hugging Face directory, a hub id, or a directory written by `to-flax`.
+
+    What is read from it are numbers, also where the files hold FP8 bytes and scales.
+    """
     if flax_checkpoint.is_flax_checkpoint(path):
-        return flax_checkpoint.open_flax(path)
-    return hf_files.open_source(path, revision, weights)
+        return fp8.dequantised(flax_checkpoint.open_flax(path))
+    source = hf_files.open_source(path, revision, weights)
+    return fp8.dequantised(source) if weights else source
 
 
 def check_coverage(source: Source, model: Model) -> list[str]:
@@ -84,7 +54,7 @@ def check_coverage(source: Source, model: Model) -> list[str]:
     """
     entries, shapes = entries_of(model), base_shapes(model)
     found = {name: info.shape for name, info in source.tensors.items()}
-    carried = family_of(source.config).carried
+    carried = carried_of(model)
     if model.lm_head is None and HEAD in found:
         _check_tied(source)
         carried = (*carried, HEAD)
@@ -113,12 +83,21 @@ def _check_tied(source: Source) -> None:
         )
 
 
-def row_pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
-    """Slices of the first axis that cut a tensor into pieces of at most PIECE_BYTES."""
+def row_pieces(
+    shape: tuple[int, ...], itemsize: int, multiple: int = 1
+) -> Iterator[tuple[slice, ...]]:
+    """Slices of the first axis that cut a tensor into pieces of at most PIECE_BYTES.
+
+    Args:
+        shape: of the tensor.
+        itemsize: bytes of one number.
+        multiple: rows that must not be parted, even if they are more.
+    """
     if not shape:
         yield ()
         return
-    rows = max(1, PIECE_BYTES // max(1, itemsize * math.prod(shape[1:])))
+    rows = PIECE_BYTES // max(1, itemsize * math.prod(shape[1:]))
+    rows = max(1, rows // multiple) * multiple
     for start in range(0, shape[0], rows):
         yield (slice(start, min(start + rows, shape[0])),)
 
@@ -212,20 +191,21 @@ def _pieces(
     read: Read, entries: Sequence[Entry], leaf: Leaf, bounds: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """Pieces of a part with their place in it: some rows of one tensor of the checkpoint."""
-    stacked = entries[0].layer is not None
-    inner = bounds[1:] if stacked else bounds
-    layers = range(*bounds[0]) if stacked else (0,)
+    lead = len(entries[0].index)
+    by_index = {entry.index: entry for entry in entries}
+    stacked, inner = bounds[:lead], bounds[lead:]
     shape = tuple(stop - start for start, stop in inner)
-    for position, layer in enumerate(layers):
+    for position in itertools.product(*(range(stop - start) for start, stop in stacked)):
+        at = tuple(start + i for (start, _), i in zip(stacked, position, strict=True))
         for rows in row_pieces(shape, leaf.dtype.itemsize):
             offset = rows[0].start if rows else 0
             index = tuple(slice(*bound) for bound in inner)
             if rows:
                 first = inner[0][0]
                 index = (slice(first + rows[0].start, first + rows[0].stop), *index[1:])
-            piece = read(entries[layer].hf, index)
+            piece = read(by_index[at].hf, index)
             start = (offset,) + (0,) * (len(inner) - 1) if inner else ()
-            yield ((position, *start), piece[None]) if stacked else (start, piece)
+            yield (*position, *start), piece[(None,) * lead]
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> jax.Array:

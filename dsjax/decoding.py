@@ -142,17 +142,18 @@ def _prefill(graphdef, state, ids_BT, lengths_B, keys_B, *, sampling, room):
     positions_BT = positions_like(ids_BT)
     segments_BT = (positions_BT < lengths_B[:, None]).astype(jnp.int32)
     cache = model.init_cache(batch, length + room)
-    hidden_BTD, cache = model.hidden(ids_BT, positions_BT, segments_BT, cache=cache)
-    last_BD = hidden_BTD[jnp.arange(batch), lengths_B - 1]
-    return _choose(model, last_BD, lengths_B, keys_B, sampling), cache
+    hidden = model.hidden(ids_BT, positions_BT, segments_BT, cache=cache)
+    last_BD = hidden.states[jnp.arange(batch), lengths_B - 1]
+    return _choose(model, last_BD, lengths_B, keys_B, sampling), hidden.cache
 
 
 @partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames=("cache",))
 def _decode(graphdef, state, cache, newest, *, sampling):
     """Read the newest token of every row; choose the one after it."""
     model = nnx.merge(graphdef, state)
-    hidden_BTD, cache = model.hidden(newest.token[:, None], newest.position[:, None], cache=cache)
-    return _choose(model, hidden_BTD[:, 0], newest.position + 1, newest.key, sampling), cache
+    hidden = model.hidden(newest.token[:, None], newest.position[:, None], cache=cache)
+    chosen = _choose(model, hidden.states[:, 0], newest.position + 1, newest.key, sampling)
+    return chosen, hidden.cache
 
 
 def _choose(model, hidden_BD, position_B, keys_B, sampling) -> Next:

@@ -11,11 +11,9 @@ dtype. What was written is read again and compared before the folder takes its n
 Not done here: training; deciding what to write by default (`config.export_format`).
 """
 
-import hashlib
 import json
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsjax import adapters
-from dsjax.adapters import Spec, lora, peft_files
+from dsjax.adapters import peft_files
 from dsjax.assembly import (
     Assembly,
     assemble,
@@ -36,7 +34,6 @@ from dsjax.assembly import (
 )
 from dsjax.command_line import CommandParser
 from dsjax.config import AdapterSection, MeshSection, RunConfig, load_config
-from dsjax.convert import EMBEDDING, HEAD, Source, row_pieces
 from dsjax.errors import ConfigError, run_command
 from dsjax.export_folder import (
     check_replaceable,
@@ -44,161 +41,13 @@ from dsjax.export_folder import (
     is_exported,
     write_marker,
 )
-from dsjax.flax_checkpoint import is_flax_checkpoint, open_flax, safetensors_name
+from dsjax.flax_checkpoint import is_flax_checkpoint, open_flax
 from dsjax.folders import check_empty, written_beside
-from dsjax.hf_files import SAFETENSORS_INDEX, SafetensorsWriter, index_json, open_source
+from dsjax.hf_files import SafetensorsWriter
+from dsjax.merge import changed_tensors, write_checkpoint
 from dsjax.metrics import METRICS_FILE, read_metrics
 from dsjax.model_card import CardFacts, source_license, write_model_card
-from dsjax.models import Model, entries_of
-from dsjax.models.weight_rules import Entry
 from dsjax.partition import Params
-
-Rows = tuple[slice, ...]
-Change = Callable[[Rows, np.ndarray], np.ndarray]
-"""New values of some rows of a tensor, float32, from the source's values of those rows."""
-
-
-def changed_tensors(
-    model: Model, spec: Spec | None, trained: Mapping[str, jax.Array], masks: Mapping[str, Any]
-) -> dict[str, Change]:
-    """Which of the checkpoint's tensors training changed, and how to compute each.
-
-    Args:
-        model: the abstract model, adapter attached.
-        spec: its adapter; None in full training.
-        trained: the trained arrays by path.
-        masks: `Partition.layer_masks`.
-    """
-    if spec is None:
-        changes = {
-            entry.hf: _trained_rows(trained[entry.path], entry.layer)
-            for entry in entries_of(model)
-            if entry.path in trained and _trains(entry, masks)
-        }
-        if model.lm_head is None and EMBEDDING in changes:
-            changes[HEAD] = changes[EMBEDDING]  # the copy that some tied checkpoints carry
-        return changes
-    assert isinstance(spec, lora.LoraSpec), "a prefix has no merged form"
-    pieces = lora.tensors(model, spec)
-    host = {path: np.asarray(trained[path], np.float32) for path, _ in pieces.values()}
-    changes = {}
-    for key in (key for key in pieces if key.endswith(".lora_A.weight")):
-        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        (path_a, at_a), (path_b, at_b) = pieces[key], pieces[key.replace("lora_A", "lora_B")]
-        low, high = host[path_a][at_a], host[path_b][at_b] * np.float32(spec.scaling_of(name))
-        changes[f"{name}.weight"] = _with_update(low, high)
-    return changes
-
-
-def _trains(entry: Entry, masks: Mapping[str, Any]) -> bool:
-    mask = masks.get(entry.path)
-    return mask is None or entry.layer is None or bool(mask[entry.layer])
-
-
-def _trained_rows(array: jax.Array, layer: int | None) -> Change:
-    def change(rows: Rows, source: np.ndarray) -> np.ndarray:
-        part = np.asarray((array if layer is None else array[layer])[rows])
-        if np.array_equal(source.astype(part.dtype), part):
-            return source  # what did not change keeps the precision of its file
-        return part.astype(np.float32)
-
-    return change
-
-
-def in_turn(first: Change, second: Change) -> Change:
-    """Two changes of one tensor, one after the other."""
-    return lambda rows, source: second(rows, first(rows, source))
-
-
-def _with_update(low: np.ndarray, high: np.ndarray) -> Change:
-    def change(rows: Rows, source: np.ndarray) -> np.ndarray:
-        return source.astype(np.float32) + high[rows] @ low
-
-    return change
-
-
-def write_checkpoint(
-    source: Source,
-    directory: Path,
-    changes: Mapping[str, Change],
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Write a Hugging Face checkpoint like the source, some tensors changed, and prove it.
-
-    Args:
-        source: what to copy; a `.bin` file becomes a safetensors file.
-        directory: an empty folder.
-        changes: how each changed tensor is computed.
-        progress: told the bytes written so far and in all.
-
-    Raises:
-        RuntimeError: reading it again gave other bytes than were written.
-    """
-    for file in source.aux_files():
-        shutil.copyfile(file, directory / file.name)
-    files = _tensors_by_file(source)
-    total, done = sum(info.nbytes for info in source.tensors.values()), 0
-    digests = {}
-    for file, names in files.items():
-        entries = [(n, source.tensors[n].dtype, source.tensors[n].shape) for n in names]
-        header = source.file_headers().get(file)
-        with SafetensorsWriter(directory / file, entries, raw_header=header) as writer:
-            for name in names:
-                digest = hashlib.blake2b()
-                for piece in _new_pieces(source, name, changes.get(name)):
-                    writer.append(name, piece)
-                    digest.update(_bytes_of(piece))
-                digests[name] = digest.hexdigest()
-                done += source.tensors[name].nbytes
-                progress(done, total)
-    index = _index_text(source, files)
-    if index is not None:
-        (directory / SAFETENSORS_INDEX).write_text(index, "utf-8")
-    _prove_written(directory, digests)
-
-
-def _tensors_by_file(source: Source) -> dict[str, list[str]]:
-    files: dict[str, list[str]] = {}
-    for name, info in source.tensors.items():
-        file = info.file if info.file.endswith(".safetensors") else safetensors_name(info.file)
-        files.setdefault(file, []).append(name)
-    return files
-
-
-def _new_pieces(source: Source, name: str, change: Change | None) -> Iterator[np.ndarray]:
-    """A tensor's rows as they are to be written, a bounded number of bytes at a time."""
-    info = source.tensors[name]
-    for rows in row_pieces(info.shape, info.dtype.itemsize):
-        piece = source.read(name, rows)
-        yield piece if change is None else change(rows, piece).astype(info.dtype)
-
-
-def _index_text(source: Source, files: Mapping[str, Sequence[str]]) -> str | None:
-    if source.file_headers() or len(files) == 1:
-        return source.index_text()
-    return index_json(
-        {file: [(n, source.tensors[n].nbytes) for n in names] for file, names in files.items()}
-    )
-
-
-def _bytes_of(array: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def _prove_written(directory: Path, digests: Mapping[str, str]) -> None:
-    """Read everything again, as anybody would, and compare it with what was meant."""
-    written = open_source(directory)
-    wrong = sorted(set(written.tensors) ^ set(digests))
-    for name in set(written.tensors) & set(digests):
-        info, digest = written.tensors[name], hashlib.blake2b()
-        for rows in row_pieces(info.shape, info.dtype.itemsize):
-            digest.update(_bytes_of(written.read(name, rows)))
-        if digest.hexdigest() != digests[name]:
-            wrong.append(name)
-    if wrong:
-        raise RuntimeError(
-            f"{directory}: what was read back differs from what was written: {wrong}"
-        )
 
 
 def to_hf(
@@ -324,7 +173,7 @@ def _sample_logits(parts: Assembly, trainable: Params, frozen: Params) -> np.nda
     on_cpu = parts.mesh.devices.flat[0].platform == "cpu"
     options = LAYER_BY_LAYER if on_cpu else None
     # Two programs: in one, float32 copies of embedding and head would be there at the same time.
-    hidden = jax.jit(lambda t, f, ids: merge(t, f).hidden(ids)[0], compiler_options=options)
+    hidden = jax.jit(lambda t, f, ids: merge(t, f).hidden(ids).states, compiler_options=options)
     head = jax.jit(lambda t, f, hidden: merge(t, f).head(hidden))
     x_BTD = hidden(trainable, frozen, jnp.asarray(ids))
     return np.asarray(head(trainable, frozen, x_BTD), np.float32)

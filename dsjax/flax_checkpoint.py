@@ -2,7 +2,7 @@
 """A dsjax checkpoint on disk: a model's weights as Orbax arrays, and what its source was.
 
     config.json, tokenizer, templates, licences   the source's files, as they were
-    arrays/                    Orbax: one array per parameter; stacks are [L, ...]
+    arrays/                    Orbax: one array per parameter; stacks are [L, ...] or [L, E, ...]
     unmodelled.safetensors     tensors that the model does not compute with
     dsjax_checkpoint.json      the source's file headers and index
 
@@ -36,9 +36,9 @@ from dsjax.safetensors_file import (
 )
 
 MANIFEST, ARRAYS, UNMODELLED = "dsjax_checkpoint.json", "arrays", "unmodelled.safetensors"
-FORMAT = 1
+FORMAT = 2
 CHUNK_BYTES = 32 * 2**20
-"""Bytes of an unstacked array that are stored, and read, together; of a stack it is one layer."""
+"""Bytes of an unstacked array that are stored, and read, together; of a stack it is one tensor."""
 
 
 def is_flax_checkpoint(path: str | Path) -> bool:
@@ -64,9 +64,10 @@ def save_flax(
     """
     for file in source.aux_files():
         shutil.copyfile(file, directory / file.name)
-    stacked = {entry.path for entry in entries if entry.layer is not None}
+    lead = {entry.path: len(entry.index) for entry in entries}
     save_args = {
-        path: ocp.SaveArgs(shard_axes=(0,)) if path in stacked else _chunked() for path in params
+        path: ocp.SaveArgs(shard_axes=tuple(range(lead[path]))) if lead[path] else _chunked()
+        for path in params
     }
     # OCDBT would put all arrays into shared files; plain zarr leaves one folder per array.
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
@@ -81,7 +82,7 @@ def save_flax(
                 writer.append(name, source.read(name))
     manifest = {
         "format": FORMAT,
-        "arrays": {e.hf: [e.path, e.layer] for e in entries},
+        "arrays": {e.hf: [e.path, *e.index] for e in entries},
         "files": _layout(source),
         "index": source.index_text() if source.file_headers() else _index_of(source),
     }
@@ -143,15 +144,14 @@ class FlaxSource:
         place = self.manifest["arrays"].get(name)
         if place is None:
             return read_tensor(self.directory / UNMODELLED, self._unmodelled[name], index)
-        path, layer = place
-        lead = () if layer is None else (layer,)
+        path, *lead = place
         stored = self._stores[path][(*lead, *(index or ()), ...)].read().result()
         return np.ascontiguousarray(stored.astype(self.tensors[name].dtype, copy=False))
 
     @cached_property
     def _stores(self) -> dict[str, Any]:
         """An open array store per parameter."""
-        paths = sorted({path for path, _ in self.manifest["arrays"].values()})
+        paths = sorted({place[0] for place in self.manifest["arrays"].values()})
         root = self.directory / ARRAYS
         stores = {}
         for path in paths:

@@ -206,7 +206,7 @@ def device_peak_flops(device_kind: str, dtype: str) -> float | None:
 
 
 def train_flops_per_token(
-    active_parameters: int, trained_parameters: int, attention_width: int, context: float
+    active_parameters: float, trained_parameters: float, attention_width: int, context: float
 ) -> float:
     """Return the model FLOPs of one training token, without rematerialisation.
 
@@ -217,7 +217,8 @@ def train_flops_per_token(
 
     Args:
         active_parameters: matmul parameters that a token meets (lm_head, not the embedding).
-        trained_parameters: those among them that train, adapters included.
+        trained_parameters: those among them that train, adapters included. Of experts both count
+            those that one token is sent to.
         attention_width: sum over layers of heads x (query head size + value head size).
         context: mean length of the sequences that attention sees.
     """

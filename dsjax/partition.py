@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from dsjax.errors import ConfigError, nearest, raise_all
-from dsjax.models import Model, entries_of
+from dsjax.models import Model, base_shapes, entries_of
 from dsjax.models.layers import AdapterBuffer, AdapterParam
 
 Params = dict[str, jax.Array]
@@ -52,7 +52,8 @@ class Partition:
         leaves: every leaf by path.
         trainable: paths that get gradients and optimizer state.
         frozen: all other paths.
-        layer_masks: for a trained stack of which some layers are frozen, which layers train.
+        layer_masks: for a trained stack of which a part is frozen, which layers (and experts)
+            train.
     """
 
     graphdef: Any
@@ -77,7 +78,7 @@ class Partition:
         """Parameters of one trainable leaf that really train."""
         mask = self.layer_masks.get(path)
         count = self.leaves[path].count
-        return count if mask is None else count // len(mask) * int(mask.sum())
+        return count if mask is None else count // mask.size * int(mask.sum())
 
     def counts(self) -> tuple[int, int]:
         """Trainable parameters, and all."""
@@ -126,12 +127,16 @@ def decide(
             "all weights of the model are frozen"
         )
     masks = _layer_masks(model, freeze)
+    for path, variable in kinds.items():
+        if not variable.get_metadata().get("trains", True):
+            masks[path] = np.zeros_like(masks[path])
     leaves, trainable = {}, []
     for path, variable in kinds.items():
         kind = _kind(variable)
         trains = kind == "adapter" if has_adapter else bool(masks[path].any())
         held = (param_dtype or "float32") if trains else dtype
-        leaves[path] = _leaf(variable, kind, jnp.dtype(held if kind == "base" else "float32"))
+        held = variable.get_metadata().get("dtype", held if kind == "base" else "float32")
+        leaves[path] = _leaf(variable, kind, jnp.dtype(held))
         if trains:
             trainable.append(path)
     if not trainable:
@@ -157,7 +162,7 @@ def _leaf(variable: nnx.Variable, kind: str, dtype: jnp.dtype) -> Leaf:
 
 
 def _layer_masks(model: Model, freeze: Sequence[str]) -> dict[str, np.ndarray]:
-    """For every base parameter, which of its layers train (one entry outside a stack)."""
+    """For every base parameter, which of its layers (and experts) train: [], [L] or [L, E]."""
     entries = entries_of(model)
     patterns, problems = [], []
     for pattern in freeze:
@@ -177,11 +182,12 @@ def _layer_masks(model: Model, freeze: Sequence[str]) -> dict[str, np.ndarray]:
                 f"{nearest(pattern, names)}"
             )
     raise_all(problems)
-    trains: dict[str, list[bool]] = {}
-    for entry in entries:
-        frozen = any(pattern.search(entry.hf) for pattern in patterns)
-        trains.setdefault(entry.path, []).append(not frozen)
-    return {path: np.asarray(layers) for path, layers in trains.items()}
+    shapes = base_shapes(model)
+    lead = {entry.path: len(entry.index) for entry in entries}
+    masks = {path: np.ones(shape[: lead[path]], bool) for path, shape in shapes.items()}
+    for entry in entries if patterns else ():
+        masks[entry.path][entry.index] = not any(p.search(entry.hf) for p in patterns)
+    return masks
 
 
 def report(partition: Partition) -> list[tuple[str, str, str, int, int]]:

@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from dsjax.assembly import assemble_model, load_frozen, load_trainable
 from dsjax.config import AdapterSection, MeshSection, ModelSection
 from dsjax.errors import ConfigError
-from dsjax.export import changed_tensors, in_turn, write_checkpoint, write_peft
+from dsjax.export import write_peft
 from dsjax.folders import check_empty, written_beside
+from dsjax.merge import changed_tensors, in_turn, write_checkpoint
 from dsjax.models import Model
 from dsjax.partition import take
 from dsjax.sharding import complete_mesh, make_mesh

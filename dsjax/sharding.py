@@ -14,16 +14,18 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsjax.config import MeshSection
-from dsjax.errors import ConfigError
+from dsjax.errors import ConfigError, raise_all
 from dsjax.partition import Leaf
 
 AXES = ("data", "fsdp", "tensor", "expert", "sequence")
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp", "expert")
 """Mesh axes over which the rows of a batch are dealt."""
 
 RULES = {
     "embed": "fsdp",
+    "latent": "fsdp",
+    "experts": "expert",
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -82,9 +84,31 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     if batch_size % parts:
         raise ConfigError(
             f"training.batch_size: got {batch_size}, expected a multiple of {parts} = "
-            f"training.gradient_accumulation_steps ({accumulation}) x mesh.data x mesh.fsdp "
-            f"({batch_shards(mesh)}); {math.ceil(batch_size / parts) * parts} would do"
+            f"training.gradient_accumulation_steps ({accumulation}) x mesh.data x mesh.fsdp x "
+            f"mesh.expert ({batch_shards(mesh)}); {math.ceil(batch_size / parts) * parts} would do"
         )
+
+
+def check_experts(leaves: Mapping[str, Leaf], mesh: Mesh) -> None:
+    """Refuse a mesh that does not divide the experts, or that shards experts which are not there.
+
+    Raises:
+        ConfigError: with a line for every axis.
+    """
+    experts = [leaf for leaf in leaves.values() if leaf.kind == "base" and "experts" in leaf.axes]
+    if not experts and mesh.shape["expert"] > 1:
+        raise ConfigError(
+            f"mesh.expert: got {mesh.shape['expert']} for a model without experts, expected 1"
+        )
+    sizes = {
+        (axis, size) for leaf in experts for axis, size in zip(leaf.axes, leaf.shape, strict=True)
+    }
+    raise_all(
+        f"mesh.{RULES[axis]}: got {mesh.shape[RULES[axis]]}, expected a divisor of {field} ({size})"
+        for axis, field in (("experts", "n_routed_experts"), ("mlp", "moe_intermediate_size"))
+        for name, size in sorted(sizes, key=str)
+        if name == axis and size % mesh.shape[RULES[axis]]
+    )
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:

@@ -240,7 +240,7 @@ def _where_trained(
     mask = partition.layer_masks.get(path)
     if mask is None:
         return value
-    return jnp.where(mask.reshape(-1, *(1,) * (value.ndim - 1)), value, otherwise)
+    return jnp.where(mask.reshape(*mask.shape, *(1,) * (value.ndim - mask.ndim)), value, otherwise)
 
 
 def _update(

@@ -40,7 +40,7 @@ from dsjax.metrics import (
     read_metrics,
     train_flops_per_token,
 )
-from dsjax.partition import report
+from dsjax.partition import Leaf, report
 from dsjax.run_folder import (
     CONFIG_FILE,
     claimed,
@@ -265,14 +265,22 @@ def flops(parts: Assembly, config: RunConfig, loader: Loader) -> tuple[float, fl
     c, leaves = parts.model.config, parts.partition.leaves
     matmuls = {p: leaf for p, leaf in leaves.items() if len(leaf.shape) >= 2}
     embedding = leaves["model.embed_tokens.weight"].count
-    active = sum(leaf.count for leaf in matmuls.values())
+    active = sum(_met(leaf.count, leaf, c) for leaf in matmuls.values())
     if parts.model.lm_head is not None:
         active -= embedding
-    trained = sum(parts.partition.trainable_count(p) for p in parts.partition.trainable)
-    width = c.num_hidden_layers * c.num_attention_heads * 2 * c.head_dim
+    partition = parts.partition
+    trained = sum(_met(partition.trainable_count(p), leaves[p], c) for p in partition.trainable)
+    width = c.num_hidden_layers * c.num_attention_heads * c.qk_and_v_head_dim
     per_token = train_flops_per_token(active, trained, width, float(loader.sequence_length))
     peak = device_peak_flops(jax.devices()[0].device_kind, config.model.dtype)
     return per_token, None if peak is None else peak * jax.device_count()
+
+
+def _met(count: int, leaf: Leaf, model: Any) -> float:
+    """How many of a leaf's parameters one token meets: all, or those of its experts."""
+    if "experts" not in leaf.axes:
+        return count
+    return count * model.router.num_experts_per_tok / model.router.n_routed_experts
 
 
 def compile_step(step: StepConfig, parts: Assembly, loader: Loader) -> Any:

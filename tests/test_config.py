@@ -143,7 +143,7 @@ mesh: 8
             'got "BOTTLENECK", which is not built yet, expected LORA, PREFIX_TUNING or null',
         ),
         ("adapter.use_dora=true", "got true, which is not built yet, expected false"),
-        ("mesh.expert=4", "got 4, which is not built yet, expected 1"),
+        ("mesh.sequence=4", "got 4, which is not built yet, expected 1"),
         ("mesh.sequence=2", "got 2, which is not built yet, expected 1"),
         ("adapter.peft_type=lora", 'got "lora", expected LORA, PREFIX_TUNING or null'),
         ("adapter.r=true", "got true, expected an integer >= 1"),

@@ -78,8 +78,7 @@ def _check(params: Params, checkpoint: Path, dtype: str = "float32") -> None:
     model = build(json.loads((checkpoint / "config.json").read_text()), "float32")
     for entry in entries_of(model):
         if entry.path in params:
-            array = np.asarray(params[entry.path])
-            array = array if entry.layer is None else array[entry.layer]
+            array = np.asarray(params[entry.path])[entry.index]
             expected = found[entry.hf].to(getattr(torch, dtype)).float().numpy()
             np.testing.assert_array_equal(array.astype(np.float32), expected, entry.hf)
 

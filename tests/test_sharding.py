@@ -187,7 +187,8 @@ def test_a_batch_has_to_divide() -> None:
     sharding.check_batch(24, 3, mesh)
     message = (
         r"training.batch_size: got 20, expected a multiple of 12 = "
-        r"training.gradient_accumulation_steps \(3\) x mesh.data x mesh.fsdp \(4\); 24 would do"
+        r"training.gradient_accumulation_steps \(3\) x mesh.data x mesh.fsdp x mesh.expert "
+        r"\(4\); 24 would do"
     )
     with pytest.raises(ConfigError, match=message):
         sharding.check_batch(20, 3, mesh)

@@ -123,6 +123,12 @@ class Lora(nnx.Module):
         update = _product(low, self.lora_B[...]) * self.scaling[...]
         return (y.astype(jnp.float32) + update).astype(y.dtype)
 
+    def delta(self) -> Float[Array, "O I"]:
+        """What the update adds to the weight, in float32."""
+        exact = jax.lax.Precision.HIGHEST
+        product = jnp.einsum("or,ri->oi", self.lora_B[...], self.lora_A[...], precision=exact)
+        return product * self.scaling[...]
+
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.einsum(
@@ -298,12 +304,12 @@ def tensors(model: Model, spec: LoraSpec) -> dict[str, tuple[str, tuple[Any, ...
     """Every tensor of the adapter in PEFT's file: key -> (path, index into that array)."""
     found = {}
     for path, modules in targets(model, spec).items():
-        linear = _module_at(model, path)
+        stacked = _module_at(model, path).layers is not None
         for layer, (name, hit) in enumerate(modules.items()):
             if not hit:
                 continue
             rank = slice(spec.rank_of(name))
-            lead = () if linear.layers is None else (layer,)
+            lead = (layer,) if stacked else ()
             key = f"base_model.model.{name}"
             found[f"{key}.lora_A.weight"] = (f"{path}.adapter.lora_A", (*lead, rank, slice(None)))
             found[f"{key}.lora_B.weight"] = (f"{path}.adapter.lora_B", (*lead, slice(None), rank))

@@ -16,9 +16,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dsjax.errors import ConfigError
 from dsjax.models import Model
 from dsjax.models.layers import AdapterParam, abstract, stacked_axes
 from dsjax.partition import Leaf
+
+PREFIX_MODELS = ("llama", "qwen2", "qwen3")
+"""model_types whose attention keeps plain keys and values, which is what PEFT's prefix holds."""
 
 TENSOR = "prompt_embeddings"
 """The one tensor of PEFT's file: [P, layers * 2 * kv heads * head size]."""
@@ -55,9 +59,18 @@ def _before(prefix_PKH: jax.Array, x_BSKH: jax.Array) -> jax.Array:
 
 
 def attach(model: Model, spec: PrefixSpec) -> None:
-    """Put a prefix into the attention's slot."""
+    """Put a prefix into the attention's slot.
+
+    Raises:
+        ConfigError: PEFT has no working prefix for this kind of model.
+    """
     c = model.config
-    model.model.layers.self_attn.prefix = Prefix(
+    if c.model_type not in PREFIX_MODELS:
+        raise ConfigError(
+            f"adapter.peft_type: got PREFIX_TUNING for model_type {c.model_type}, expected LORA or "
+            f"null; PEFT's prefix works with {', '.join(PREFIX_MODELS)} only"
+        )
+    model.model.blocks()[0].self_attn.prefix = Prefix(
         spec.num_virtual_tokens, c.num_hidden_layers, c.num_key_value_heads, c.head_dim
     )
 

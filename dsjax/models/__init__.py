@@ -8,6 +8,8 @@ Dimension key, used as suffixes of array names throughout:
     B batch    T query position    S key position    L layers    D hidden    V vocabulary
     N query heads    K key/value heads    G = N / K    H head size    R rotated pairs
     F feed-forward    P prefix length    r adapter rank
+    E experts    A experts of a token    Z rows sorted by expert
+    latent attention: C and Q latents of keys/values and queries    P plain, V value head size
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,28 +20,43 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.errors import ConfigError
+from dsjax.models.decoder import CausalLM
+from dsjax.models.deepseek import weights as deepseek_weights
+from dsjax.models.deepseek.config import parse_config as parse_deepseek
+from dsjax.models.deepseek.model import causal_lm as deepseek
 from dsjax.models.llama import weights as llama_weights
 from dsjax.models.llama.config import parse_config as parse_llama
-from dsjax.models.llama.model import CausalLM as LlamaCausalLM
+from dsjax.models.llama.model import causal_lm as llama
 from dsjax.models.weight_rules import Entry, Rule, expand
 
-Model = LlamaCausalLM
-"""The type of every model here; a union once there are several families."""
+Model = CausalLM
+"""The type of every model here."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """How one model_type is read, built and named on disk."""
+    """How one model_type is read, built and named on disk.
+
+    Attributes:
+        parse_config: config.json -> the family's config.
+        model: (config, compute dtype) -> the abstract model.
+        rules: config -> its weight rules.
+        carried: config -> patterns of tensors that are kept without being computed with.
+    """
 
     parse_config: Callable[[Mapping[str, Any]], Any]
     model: Callable[[Any, jnp.dtype], Model]
-    rules: Sequence[Rule]
-    carried: Sequence[str]
+    rules: Callable[[Any], Sequence[Rule]]
+    carried: Callable[[Any], Sequence[str]]
 
 
-_LLAMA = Family(parse_llama, LlamaCausalLM, llama_weights.RULES, llama_weights.CARRIED)
+_LLAMA = Family(parse_llama, llama, llama_weights.rules, llama_weights.carried)
+_DEEPSEEK = Family(parse_deepseek, deepseek, deepseek_weights.rules, deepseek_weights.carried)
 
-MODELS = {"llama": _LLAMA, "qwen2": _LLAMA, "qwen3": _LLAMA}
+MODELS = {
+    **dict.fromkeys(("llama", "qwen2", "qwen3"), _LLAMA),
+    **dict.fromkeys(("deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32"), _DEEPSEEK),
+}
 """config.json's model_type -> family."""
 
 
@@ -71,5 +88,9 @@ def base_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 def entries_of(model: Model) -> list[Entry]:
     """Every tensor that the model's base parameters are on disk, in disk order by layer."""
-    rules = MODELS[model.config.model_type].rules
-    return expand(rules, base_shapes(model))
+    return expand(MODELS[model.config.model_type].rules(model.config), base_shapes(model))
+
+
+def carried_of(model: Model) -> Sequence[str]:
+    """Patterns of tensors that are kept without being computed with."""
+    return MODELS[model.config.model_type].carried(model.config)

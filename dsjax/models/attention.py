@@ -6,7 +6,8 @@ values. The mask is never stored for a whole row: long rows are taken a block of
 Not done here: projections, rope, caches.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,19 @@ class Tokens(NamedTuple):
 
     position: Int[Array, "B T"]
     segment: Int[Array, "B T"]
+
+
+class Selection(NamedTuple):
+    """A sparse attention's choice of keys.
+
+    Attributes:
+        narrow: (what a block of queries asks with, the mask of keys that it may see) -> a mask with
+            fewer keys.
+        asking: arrays [B, T, ...] that `narrow` is given block by block.
+    """
+
+    narrow: Callable[[Any, Bool[Array, "B T S"]], Bool[Array, "B T S"]]
+    asking: Any
 
 
 def visible(
@@ -54,23 +68,34 @@ def attend(
     key: Tokens,
     window: Int[Array, ""] | int | None,
     scale: float,
+    selection: Selection | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention; the softmax is float32 and cast back, as in the reference."""
-    if q_BTNH.shape[1] <= QUERY_BLOCK:
-        return _attend_block(q_BTNH, k_BSKH, v_BSKH, visible(query, key, window), scale)
+    """Grouped-query attention; the softmax is float32 and cast back, as in the reference.
 
-    @jax.checkpoint
+    Args:
+        q_BTNH: queries.
+        k_BSKH: keys, of the queries' head size.
+        v_BSKH: values, of any head size.
+        query: tokens that ask.
+        key: tokens that may be seen.
+        window: see `visible`.
+        scale: of the scores before the softmax.
+        selection: leaves fewer keys to each query than it may see.
+    """
+
     def block(piece):
-        q, position, segment = piece
-        mask = visible(Tokens(position, segment), key, window)
+        q, tokens, asking = piece
+        mask = visible(tokens, key, window)
+        if selection is not None:
+            mask = selection.narrow(asking, mask)
         return _attend_block(q, k_BSKH, v_BSKH, mask, scale)
 
-    pieces = jax.tree.map(
-        lambda x: in_blocks(x, QUERY_BLOCK), (q_BTNH, query.position, query.segment)
-    )
-    out = jax.lax.map(block, pieces)
-    out_BTNH = jnp.moveaxis(out, 0, 1).reshape(q_BTNH.shape[0], -1, *q_BTNH.shape[2:])
-    return out_BTNH[:, : q_BTNH.shape[1]]
+    asking = None if selection is None else selection.asking
+    if q_BTNH.shape[1] <= QUERY_BLOCK:
+        return block((q_BTNH, query, asking))
+    pieces = jax.tree.map(lambda x: in_blocks(x, QUERY_BLOCK), (q_BTNH, query, asking))
+    out = jnp.moveaxis(jax.lax.map(jax.checkpoint(block), pieces), 0, 1)
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, : q_BTNH.shape[1]]
 
 
 def in_blocks(x: Shaped[Array, "B T *rest"], size: int) -> Shaped[Array, "blocks B size *rest"]:

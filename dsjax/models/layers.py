@@ -25,10 +25,17 @@ class AdapterBuffer(nnx.Variable):
 
 
 def parameter(
-    shape: tuple[int, ...], axes: tuple[str | None, ...], layers: int | None
+    shape: tuple[int, ...], axes: tuple[str | None, ...], layers: int | None, **metadata: Any
 ) -> nnx.Param:
-    """Declare a parameter: shape and logical axes of one layer, stacked when `layers` is given."""
-    return nnx.Param(abstract(shape, layers), axes=stacked_axes(axes, layers))
+    """Declare a parameter: shape and logical axes of one layer, stacked when `layers` is given.
+
+    Args:
+        shape: of one layer.
+        axes: logical axis of every dimension.
+        layers: number of stacked layers, None outside a stack.
+        metadata: `trains=False` for what no gradient reaches, `dtype` where only one will do.
+    """
+    return nnx.Param(abstract(shape, layers), axes=stacked_axes(axes, layers), **metadata)
 
 
 def abstract(shape: tuple[int, ...], layers: int | None) -> jax.ShapeDtypeStruct:
@@ -53,10 +60,11 @@ class Linear(nnx.Module):
         self,
         in_features: int,
         out_features: int,
-        axes: tuple[str, str],
+        axes: tuple[str | None, str | None],
         *,
         bias: bool = False,
         layers: int | None = None,
+        **metadata: Any,
     ):
         """Declare the weights.
 
@@ -66,11 +74,12 @@ class Linear(nnx.Module):
             axes: logical axes of the weight's (out, in).
             bias: whether there is a bias.
             layers: number of stacked layers, None outside a stack.
+            metadata: see `parameter`.
         """
         self.in_features, self.out_features, self.layers = in_features, out_features, layers
         self.axes = axes
-        self.weight = parameter((out_features, in_features), axes, layers)
-        self.bias = parameter((out_features,), axes[:1], layers) if bias else None
+        self.weight = parameter((out_features, in_features), axes, layers, **metadata)
+        self.bias = parameter((out_features,), axes[:1], layers, **metadata) if bias else None
         self.adapter: Any = nnx.data(None)
 
     def __call__(
@@ -84,6 +93,29 @@ class Linear(nnx.Module):
         if self.adapter is not None:
             y = self.adapter(x, y, dropout_key)
         return y
+
+    def whole_weight(self, dtype: jnp.dtype) -> Float[Array, "O I"]:
+        """The weight with what the adapter in the slot adds to it."""
+        weight = self.weight[...]
+        if self.adapter is not None:
+            weight = weight.astype(jnp.float32) + self.adapter.delta()
+        return weight.astype(dtype)
+
+
+class MLP(nnx.Module):
+    """SiLU-gated feed-forward."""
+
+    def __init__(self, narrow: int, wide: int, *, bias: bool = False, layers: int | None = None):
+        self.gate_proj = Linear(narrow, wide, ("mlp", "embed"), bias=bias, layers=layers)
+        self.up_proj = Linear(narrow, wide, ("mlp", "embed"), bias=bias, layers=layers)
+        self.down_proj = Linear(wide, narrow, ("embed", "mlp"), bias=bias, layers=layers)
+
+    def __call__(
+        self, x_BTD: Float[Array, "*B D"], dropout_key: jax.Array | None = None
+    ) -> Float[Array, "*B D"]:
+        """Widen, gate, narrow."""
+        gate_BTF = jax.nn.silu(self.gate_proj(x_BTD, dropout_key))
+        return self.down_proj(gate_BTF * self.up_proj(x_BTD, dropout_key), dropout_key)
 
 
 class Embedding(nnx.Module):
@@ -100,6 +132,23 @@ class Embedding(nnx.Module):
         """Score every token of the vocabulary against x (tied output head)."""
         weight = self.weight[...].astype(x.dtype)
         return jnp.einsum("...d,vd->...v", x, weight, precision=precision(x.dtype))
+
+
+class LayerNorm(nnx.Module):
+    """Mean and variance norm over the last axis, with a bias."""
+
+    def __init__(self, size: int, eps: float, layers: int | None = None, **metadata: Any):
+        self.eps = eps
+        self.weight = parameter((size,), (None,), layers, **metadata)
+        self.bias = parameter((size,), (None,), layers, **metadata)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalise and scale in float32, cast back."""
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+        normed = centred * lax.rsqrt(variance + self.eps)
+        return (normed * self.weight[...] + self.bias[...]).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -55,7 +55,7 @@ def rope_from_config(config: Mapping[str, Any], dim: int) -> Rope:
     Raises:
         ConfigError: the type is not supported or a number that it needs is missing or wrong.
     """
-    field, settings = _settings(config)
+    field, settings = rope_settings(config)
     rope_type = settings.get("rope_type") or settings.get("type") or "default"
     _check(field, rope_type, settings, dim)
     theta = float(settings["rope_theta"])
@@ -76,7 +76,7 @@ def rope_from_config(config: Mapping[str, Any], dim: int) -> Rope:
     return _rope(_yarn(base, settings, original, theta, dim), _yarn_attention_factor(settings))
 
 
-def _settings(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def rope_settings(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The rope dictionary with `rope_theta` inside, and the field it was read from."""
     field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     settings = config.get(field) or {}
@@ -177,24 +177,33 @@ def _yarn_attention_factor(settings: Mapping[str, Any]) -> float:
 
 
 def rope_tables(
-    rope: Rope, position_ids: Int[Array, "B T"], dtype: jnp.dtype
+    rope: Rope, position_ids: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T H"], Float[Array, "B T H"]]:
-    """Cosines and sines of every position: computed in float32, cast to the activations' dtype."""
+    """Cosines and sines of every position, in float32; `rotate` casts them."""
     inv_freq = jnp.asarray(rope.inv_freq, jnp.float32)
     angles_BTR = position_ids[..., None].astype(jnp.float32) * inv_freq
     angles_BTH = jnp.concatenate([angles_BTR, angles_BTR], axis=-1)
     cos_BTH = jnp.cos(angles_BTH) * rope.attention_factor
     sin_BTH = jnp.sin(angles_BTH) * rope.attention_factor
-    return cos_BTH.astype(dtype), sin_BTH.astype(dtype)
+    return cos_BTH, sin_BTH
 
 
 def rotate(
     x_BTNH: Float[Array, "B T N H"], cos_BTH: Float[Array, "B T H"], sin_BTH: Float[Array, "B T H"]
 ) -> Float[Array, "B T N H"]:
-    """Rotate each head; dimension i is paired with i + H/2 (Llama's half-split order)."""
+    """Rotate each head in x's dtype; dimension i goes with i + H/2 (Llama's half-split order)."""
+    cos_BTH, sin_BTH = cos_BTH.astype(x_BTNH.dtype), sin_BTH.astype(x_BTNH.dtype)
     first_BTNR, second_BTNR = jnp.split(x_BTNH, 2, axis=-1)
     turned_BTNH = jnp.concatenate([-second_BTNR, first_BTNR], axis=-1)
     return x_BTNH * cos_BTH[:, :, None] + turned_BTNH * sin_BTH[:, :, None]
+
+
+def split_pairs(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+    """Bring DeepSeek's interleaved pairs (2i, 2i + 1) into half-split order.
+
+    Queries and keys take the same new order, so their products stay what they were.
+    """
+    return jnp.concatenate([x[..., 0::2], x[..., 1::2]], axis=-1)
 
 
 def positions_like(input_ids: jax.Array) -> jax.Array:

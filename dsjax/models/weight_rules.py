@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dsjax.errors import nearest
 
 
@@ -18,20 +20,32 @@ class Rule:
     """One kind of tensor.
 
     Attributes:
-        hf: the tensor's name in the checkpoint, with `{layer}` where it is one of a stack.
-        path: the parameter's path; a stack's parameter holds all layers as [L, ...].
+        hf: the tensor's name in the checkpoint, with `{layer}` where it is one of a stack, and
+            `{expert}` where it is one of a layer's experts.
+        path: the parameter's path; a stack's parameter holds all layers as [L, ...], and a stack of
+            experts as [L, E, ...].
+        first: the number, in the checkpoint, of the stack's first layer.
     """
 
     hf: str
     path: str
+    first: int = 0
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the checkpoint: its name, the parameter it is (part of), and which layer."""
+    """One tensor of the checkpoint.
+
+    Attributes:
+        hf: its name.
+        path: the parameter it is (part of).
+        index: where in that parameter: (), (layer of the stack,) or (layer of the stack, expert).
+        layer: the number of its layer in the checkpoint; None outside the layers.
+    """
 
     hf: str
     path: str
+    index: tuple[int, ...]
     layer: int | None
 
 
@@ -46,11 +60,12 @@ def expand(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]) -> list
     for rule in rules:
         if rule.path not in shapes:
             continue  # this model has no such parameter: a bias, a norm, an untied head
-        if "{layer}" not in rule.hf:
-            entries.append(Entry(rule.hf, rule.path, None))
-            continue
-        for layer in range(shapes[rule.path][0]):
-            entries.append(Entry(rule.hf.format(layer=layer), rule.path, layer))
+        stacked = [name for name in ("{layer}", "{expert}") if name in rule.hf]
+        for index in np.ndindex(*shapes[rule.path][: len(stacked)]):
+            layer = rule.first + index[0] if stacked else None
+            expert = index[1] if len(stacked) > 1 else None
+            name = rule.hf.format(layer=layer, expert=expert)
+            entries.append(Entry(name, rule.path, index, layer))
     unnamed = sorted(set(shapes) - {entry.path for entry in entries})
     assert not unnamed, f"parameters without a weight rule: {unnamed}"
     return sorted(entries, key=lambda entry: -1 if entry.layer is None else entry.layer)
@@ -58,8 +73,7 @@ def expand(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]) -> list
 
 def entry_shape(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The shape of the tensor on disk."""
-    shape = shapes[entry.path]
-    return shape if entry.layer is None else shape[1:]
+    return shapes[entry.path][len(entry.index) :]
 
 
 def coverage_problems(

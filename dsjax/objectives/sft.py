@@ -32,7 +32,7 @@ class Forward(NamedTuple):
 
     remat: str = "none"
     dropout_key: jax.Array | None = None
-    sharding: jax.sharding.Sharding | None = None
+    sharding: jax.sharding.NamedSharding | None = None
     row_shards: int = 1
 
 
@@ -47,7 +47,7 @@ class Sums(NamedTuple):
 
 def sft(model: Model, batch: Batch, forward: Forward) -> Sums:
     """Sum the cross-entropy of every target times its weight, in float32."""
-    hidden_BTD, _ = model.hidden(
+    hidden = model.hidden(
         jnp.asarray(batch.input_ids),
         jnp.asarray(batch.position_ids),
         jnp.asarray(batch.segment_ids),
@@ -59,7 +59,7 @@ def sft(model: Model, batch: Batch, forward: Forward) -> Sums:
     length = max(1, min(batch.input_ids.shape[1], TOKENS_PER_CHUNK // rows))
     # Tokens that fill the last chunk up have weight 0.
     chunks = jax.tree.map(
-        lambda x: in_blocks(x, length), (hidden_BTD, batch.targets, batch.loss_weights)
+        lambda x: in_blocks(x, length), (hidden.states, batch.targets, batch.loss_weights)
     )
 
     @jax.checkpoint

@@ -10,7 +10,7 @@ import pytest
 from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
 from dsjax.models import build
-from dsjax.models.llama.model import REMAT
+from dsjax.models.decoder import REMAT
 from dsjax.objectives.sft import Forward, sft
 from dsjax.partition import put
 
@@ -75,7 +75,7 @@ def test_a_cache_continues_a_row_after_a_prefix() -> None:
 
     cache, parts = model.init_cache(2, 12), []
     for first, last in [(0, 8), (8, 9)]:
-        hidden, cache = model.hidden(ids[:, first:last], positions[:, first:last], cache=cache)
+        hidden, cache, _ = model.hidden(ids[:, first:last], positions[:, first:last], cache=cache)
         parts.append(model.head(hidden))
 
     np.testing.assert_allclose(jnp.concatenate(parts, 1), expected, rtol=0, atol=1e-5)
@@ -86,7 +86,7 @@ def test_activations_have_the_dtype_of_the_computation(dtype: str) -> None:
     run = in_memory.start(model={"dtype": dtype}, adapter=LoraSpec(r=2, lora_alpha=2))
     model = in_memory.full_model(run)
     ids = jnp.zeros((1, 4), jnp.int32)
-    hidden, _ = jax.eval_shape(lambda: model.hidden(ids))
+    hidden = jax.eval_shape(lambda: model.hidden(ids)).states
     assert hidden.dtype == dtype
     assert jax.eval_shape(lambda: model(ids)).dtype == jnp.float32
     assert build(in_memory.SHAPE, dtype).dtype == dtype

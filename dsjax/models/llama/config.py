@@ -11,6 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsjax.errors import raise_all
+from dsjax.models.config_fields import (
+    count_problems,
+    flag_problems,
+    number_problems,
+    only_problems,
+)
 from dsjax.models.rope import Rope, rope_from_config
 
 _SIZES = (
@@ -48,6 +54,11 @@ class LlamaConfig:
     sliding_window: int | None
     layer_types: tuple[str, ...]
     rope: Rope
+
+    @property
+    def qk_and_v_head_dim(self) -> int:
+        """Size of a query's head and a value's head together."""
+        return 2 * self.head_dim
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -108,35 +119,15 @@ def _layer_types(config: Mapping[str, Any], window: int | None) -> tuple[str, ..
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    problems = [
-        f"config.json {name}: got {config.get(name)!r}, expected an integer >= 1"
-        for name in _SIZES
-        if not _is_count(config.get(name))
-    ]
-    for name in ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"):
-        if config.get(name) is not None and not _is_count(config[name]):
-            problems.append(
-                f"config.json {name}: got {config[name]!r}, expected an integer >= 1 or null"
-            )
-    for name, value in _ONLY.items():
-        if config.get(name, value) != value and config.get(name) is not None:
-            problems.append(
-                f"config.json {name}: got {config[name]!r}, expected {value!r}; other values are "
-                f"not implemented for model_type {config['model_type']}"
-            )
-    problems += [
-        f"config.json {name}: got {config[name]!r}, expected true or false"
-        for name in _FLAGS
-        if not isinstance(config.get(name, False), bool | None)
-    ]
-    epsilon = config.get("rms_norm_eps", 1e-6)
-    if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or epsilon <= 0:
-        problems.append(f"config.json rms_norm_eps: got {epsilon!r}, expected a number > 0")
-    raise_all(problems)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    optional = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
+    raise_all(
+        [
+            *count_problems(config, _SIZES, optional),
+            *only_problems(config, _ONLY),
+            *flag_problems(config, _FLAGS),
+            *number_problems({"rms_norm_eps": 1e-6, **config}, ["rms_norm_eps"]),
+        ]
+    )
 
 
 def _check_parsed(config: LlamaConfig) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tensor of a Llama-shaped checkpoint is which parameter; read for import and for export."""
 
+from dsjax.models.llama.config import LlamaConfig
 from dsjax.models.weight_rules import Rule
 
 _BLOCK = (
@@ -16,12 +17,19 @@ _BLOCK = (
     *(f"mlp.{name}_proj.{kind}" for name in ("gate", "up", "down") for kind in ("weight", "bias")),
 )
 
-RULES = (
-    Rule("model.embed_tokens.weight", "model.embed_tokens.weight"),
-    *(Rule(f"model.layers.{{layer}}.{name}", f"model.layers.{name}") for name in _BLOCK),
-    Rule("model.norm.weight", "model.norm.weight"),
-    Rule("lm_head.weight", "lm_head.weight"),
-)
 
-CARRIED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
-"""Tensors of old checkpoints that hold nothing which config.json does not say."""
+def rules(config: LlamaConfig) -> list[Rule]:
+    """The table of a model."""
+    del config
+    return [
+        Rule("model.embed_tokens.weight", "model.embed_tokens.weight"),
+        *(Rule(f"model.layers.{{layer}}.{name}", f"model.layers.{name}") for name in _BLOCK),
+        Rule("model.norm.weight", "model.norm.weight"),
+        Rule("lm_head.weight", "lm_head.weight"),
+    ]
+
+
+def carried(config: LlamaConfig) -> list[str]:
+    """Tensors of old checkpoints that hold nothing which config.json does not say."""
+    del config
+    return [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]

@@ -204,7 +204,6 @@ def test_a_configuration_file_that_is_not_there(desk: Desk):
         (["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=1"], ["mesh: got data 2, fsdp 2", "(8)"]),
         (["mesh.data=-1"], ["mesh.data and mesh.fsdp: got -1", "expected -1 on one axis"]),
         (["mesh.data=0"], ["mesh.data: got 0", "-1 or an integer >= 1"]),
-        (["mesh.expert=2"], ["mesh.expert: got 2, which is not built yet, expected 1"]),
         (["mesh.sequence=4"], ["mesh.sequence: got 4, which is not built yet, expected 1"]),
         (
             ["training.batch_size=12"],

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint like its source, with what training changed.
+
+In: the opened source, the trained arrays. Out: a Hugging Face folder. The source's files are
+streamed: what training did not touch is copied byte for byte, the rest is computed in float32 a few
+rows at a time and written in the source's dtype; FP8 tensors that changed become bfloat16, or new
+FP8. What was written is read again and compared. Not done here: adapters' files, comparing logits.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from dsjax import fp8
+from dsjax.adapters import Spec, lora
+from dsjax.convert import EMBEDDING, HEAD, row_pieces
+from dsjax.flax_checkpoint import safetensors_name
+from dsjax.hf_files import CONFIG, SAFETENSORS_INDEX, SafetensorsWriter, index_json, open_source
+from dsjax.models import Model, entries_of
+from dsjax.models.weight_rules import Entry
+from dsjax.source import Source
+
+Rows = tuple[slice, ...]
+Change = Callable[[Rows, np.ndarray], np.ndarray]
+"""New values of some rows of a tensor, float32, from the source's values of those rows."""
+
+
+def changed_tensors(
+    model: Model, spec: Spec | None, trained: Mapping[str, jax.Array], masks: Mapping[str, Any]
+) -> dict[str, Change]:
+    """Which of the checkpoint's tensors training changed, and how to compute each.
+
+    Args:
+        model: the abstract model, adapter attached.
+        spec: its adapter; None in full training.
+        trained: the trained arrays by path.
+        masks: `Partition.layer_masks`.
+    """
+    if spec is None:
+        changes = {
+            entry.hf: _trained_rows(trained[entry.path], entry.index)
+            for entry in entries_of(model)
+            if entry.path in trained and _trains(entry, masks)
+        }
+        if model.lm_head is None and EMBEDDING in changes:
+            changes[HEAD] = changes[EMBEDDING]  # the copy that some tied checkpoints carry
+        return changes
+    assert isinstance(spec, lora.LoraSpec), "a prefix has no merged form"
+    pieces = lora.tensors(model, spec)
+    host = {path: np.asarray(trained[path], np.float32) for path, _ in pieces.values()}
+    changes = {}
+    for key in (key for key in pieces if key.endswith(".lora_A.weight")):
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        (path_a, at_a), (path_b, at_b) = pieces[key], pieces[key.replace("lora_A", "lora_B")]
+        low, high = host[path_a][at_a], host[path_b][at_b] * np.float32(spec.scaling_of(name))
+        changes[f"{name}.weight"] = _with_update(low, high)
+    return changes
+
+
+def _trains(entry: Entry, masks: Mapping[str, Any]) -> bool:
+    mask = masks.get(entry.path)
+    return mask is None or bool(mask[entry.index])
+
+
+def _trained_rows(array: jax.Array, index: tuple[int, ...]) -> Change:
+    def change(rows: Rows, source: np.ndarray) -> np.ndarray:
+        part = np.asarray(array[(*index, *rows)])
+        if np.array_equal(source.astype(part.dtype), part):
+            return source  # what did not change keeps the precision of its file
+        return part.astype(np.float32)
+
+    return change
+
+
+def in_turn(first: Change, second: Change) -> Change:
+    """Two changes of one tensor, one after the other."""
+    return lambda rows, source: second(rows, first(rows, source))
+
+
+def _with_update(low: np.ndarray, high: np.ndarray) -> Change:
+    def change(rows: Rows, source: np.ndarray) -> np.ndarray:
+        return source.astype(np.float32) + high[rows] @ low
+
+    return change
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor to write: what it is, and its rows a bounded number of bytes at a time."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole tensor in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_checkpoint(
+    source: Source,
+    directory: Path,
+    changes: Mapping[str, Change],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    quantised: bool = False,
+) -> None:
+    """Write a Hugging Face checkpoint like the source, some tensors changed, and prove it.
+
+    Args:
+        source: what to copy; a `.bin` file becomes a safetensors file.
+        directory: an empty folder.
+        changes: how each changed tensor is computed.
+        progress: told the bytes written so far and in all.
+        quantised: whether FP8 tensors that changed become FP8 again, and not bfloat16.
+
+    Raises:
+        RuntimeError: reading it again gave other bytes than were written.
+    """
+    files = _outputs(source, changes, quantised)
+    for file in source.aux_files():
+        shutil.copyfile(file, directory / file.name)
+    _write_config(source, directory, files)
+    total, done = sum(out.nbytes for outs in files.values() for out in outs), 0
+    digests = {}
+    for file, outs in files.items():
+        entries = [(out.name, out.dtype, out.shape) for out in outs]
+        header = _header(source, file, entries)
+        with SafetensorsWriter(directory / file, entries, raw_header=header) as writer:
+            for out in outs:
+                digest = hashlib.blake2b()
+                for piece in out.pieces():
+                    writer.append(out.name, piece)
+                    digest.update(_bytes_of(piece))
+                digests[out.name] = digest.hexdigest()
+                done += out.nbytes
+                progress(done, total)
+    index = _index_text(source, files)
+    if index is not None:
+        (directory / SAFETENSORS_INDEX).write_text(index, "utf-8")
+    _prove_written(directory, digests)
+
+
+def _outputs(
+    source: Source, changes: Mapping[str, Change], quantised: bool
+) -> dict[str, list[Output]]:
+    """What each file will hold, in the order of the source."""
+    raw = fp8.raw_of(source)
+    files: dict[str, list[Output]] = {}
+    for name, info in raw.tensors.items():
+        file = info.file if info.file.endswith(".safetensors") else safetensors_name(info.file)
+        outputs = files.setdefault(file, [])
+        weight = name.removesuffix(fp8.SCALE)
+        if weight in changes and raw.tensors[weight].dtype == fp8.FP8:
+            outputs += _changed_fp8(source, name, changes[weight], quantised)
+        else:
+            pieces = partial(_pieces, raw, name, changes.get(name))
+            outputs.append(Output(name, info.dtype, info.shape, pieces))
+    return files
+
+
+def _pieces(source: Source, name: str, change: Change | None) -> Iterator[np.ndarray]:
+    info = source.tensors[name]
+    for rows in row_pieces(info.shape, info.dtype.itemsize):
+        piece = source.read(name, rows)
+        yield piece if change is None else change(rows, piece).astype(info.dtype)
+
+
+def _changed_fp8(source: Source, name: str, change: Change, quantised: bool) -> list[Output]:
+    """What takes the place of a changed FP8 weight, or of its scales."""
+    assert isinstance(source, fp8.DequantisedSource)
+    weight, info = name.removesuffix(fp8.SCALE), source.raw.tensors[name]
+    is_scale = name != weight
+    if quantised:
+        pieces = partial(_requantised, source, weight, change, is_scale)
+        return [Output(name, info.dtype, info.shape, pieces)]
+    if is_scale:
+        return []
+    pieces = partial(_pieces, source, name, change)
+    return [Output(name, np.dtype(ml_dtypes.bfloat16), info.shape, pieces)]
+
+
+def _requantised(
+    source: fp8.DequantisedSource, name: str, change: Change, scales: bool
+) -> Iterator[np.ndarray]:
+    """The new bytes, or the new scales, of a changed FP8 weight, whole blocks at a time."""
+    form, shape = source.format, source.tensors[name].shape
+    info = source.raw.tensors[name + fp8.SCALE]
+    for rows in row_pieces(shape, 4, form.rows):
+        pair = fp8.quantise(change(rows, source.read(name, rows)), form)
+        yield pair[1].astype(info.dtype) if scales else pair[0]
+
+
+def _header(source: Source, file: str, entries: Sequence[tuple]) -> bytes | None:
+    """The source's header where it still says what the file holds, else None."""
+    kept = [
+        (info.name, info.dtype, info.shape)
+        for info in fp8.raw_of(source).tensors.values()
+        if info.file == file
+    ]
+    return source.file_headers().get(file) if kept == list(entries) else None
+
+
+def _write_config(source: Source, directory: Path, files: Mapping[str, Sequence[Output]]) -> None:
+    """Say in config.json which modules are no longer quantised, if any; else it stays as it is."""
+    if not isinstance(source, fp8.DequantisedSource):
+        return
+    kinds = {out.name: out.dtype for outs in files.values() for out in outs}
+    was = [name for name, info in source.raw.tensors.items() if info.dtype == fp8.FP8]
+    plain = [name.removesuffix(".weight") for name in was if kinds[name] != fp8.FP8]
+    if not plain:
+        return
+    config = json.loads((source.directory / CONFIG).read_text("utf-8"))
+    if len(plain) == len(was):
+        del config["quantization_config"]
+    else:
+        section = config["quantization_config"]
+        before = section.get("modules_to_not_convert") or []
+        section["modules_to_not_convert"] = [*before, *plain]
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (directory / CONFIG).write_text(text + "\n", "utf-8")
+
+
+def _index_text(source: Source, files: Mapping[str, Sequence[Output]]) -> str | None:
+    """The source's index where it still holds, else a new one; None for a single file."""
+    kept = {name: info.dtype for name, info in fp8.raw_of(source).tensors.items()}
+    now = {out.name: out.dtype for outs in files.values() for out in outs}
+    if kept == now and (source.file_headers() or len(files) == 1):
+        return source.index_text()
+    if len(files) == 1 and source.index_text() is None:
+        return None
+    return index_json({f: [(out.name, out.nbytes) for out in outs] for f, outs in files.items()})
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _prove_written(directory: Path, digests: Mapping[str, str]) -> None:
+    """Read everything again, as anybody would, and compare it with what was meant."""
+    written = open_source(directory)
+    wrong = sorted(set(written.tensors) ^ set(digests))
+    for name in set(written.tensors) & set(digests):
+        info, digest = written.tensors[name], hashlib.blake2b()
+        for rows in row_pieces(info.shape, info.dtype.itemsize):
+            digest.update(_bytes_of(written.read(name, rows)))
+        if digest.hexdigest() != digests[name]:
+            wrong.append(name)
+    if wrong:
+        raise RuntimeError(
+            f"{directory}: what was read back differs from what was written: {wrong}"
+        )

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every decoder here has in common: embedding, stacks of equal blocks, norm and head.
+
+In: token ids with the position and segment of each. Out: hidden states or logits. A stack is one
+module whose arrays hold all its layers as [L, ...]; `jax.lax.scan` runs it, so that compile time
+does not grow with depth. Not done here: attention and feed-forward of the families, loss, sampling,
+loading, sharding (the caller passes a sharding for activations, or none).
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from dsjax.models.attention import PREFIX_SEGMENT, Tokens
+from dsjax.models.layers import MLP, Embedding, Linear, RMSNorm
+from dsjax.models.moe import MoE
+from dsjax.models.rope import positions_like, rope_tables
+
+SAVED_NAMES = ("attention_out", "mlp_out")
+"""Activations that the remat policy `names` keeps."""
+
+REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "names": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""training.gradient_checkpointing -> what a block keeps for its backward pass."""
+
+
+class Cache(NamedTuple):
+    """What attention keeps of the tokens seen so far.
+
+    Attributes:
+        stacks: for each stack the arrays of its attention, [L, B, S, ...].
+        tokens: where those tokens stand.
+        length: how many there are.
+    """
+
+    stacks: tuple[Any, ...]
+    tokens: Tokens
+    length: Int[Array, ""]
+
+
+class Hidden(NamedTuple):
+    """What a forward pass gives.
+
+    Attributes:
+        states: after the last norm.
+        cache: the grown cache, if one was given.
+        loads: tokens that each expert of each MoE layer took; None without experts.
+    """
+
+    states: Float[Array, "B T D"]
+    cache: Cache | None
+    loads: Int[Array, "L E"] | None
+
+
+class Shared(NamedTuple):
+    """What every block needs besides its input: rope tables, token places, the cache's end."""
+
+    cos_BTH: jax.Array
+    sin_BTH: jax.Array
+    query: Tokens
+    key: Tokens
+    length: jax.Array | None
+    sharding: Any
+
+
+class PerLayer(NamedTuple):
+    """What differs from block to block, each with a leading layer axis, or None."""
+
+    window: jax.Array | None
+    dropout_key: jax.Array | None
+    cache: tuple[jax.Array, ...] | None
+
+
+class Block(nnx.Module):
+    """One decoder layer; its arrays hold all layers of the stack."""
+
+    def __init__(self, attention: Any, mlp: MLP | MoE, hidden_size: int, eps: float, layers: int):
+        self.layers = layers
+        self.input_layernorm = RMSNorm(hidden_size, eps, layers)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(hidden_size, eps, layers)
+        self.mlp = mlp
+
+    def __call__(self, x_BTD: jax.Array, shared: Shared, own: PerLayer):
+        """Run one layer; returns the activations, the layer's new cache and its experts' loads."""
+        attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), shared, own)
+        x_BTD = x_BTD + checkpoint_name(attended_BTD, "attention_out")
+        normed_BTD, loads = self.post_attention_layernorm(x_BTD), None
+        if isinstance(self.mlp, MoE):
+            real_BT = shared.query.segment > 0
+            mlp_BTD, loads = self.mlp(normed_BTD, real_BT, shared.sharding, own.dropout_key)
+        else:
+            mlp_BTD = self.mlp(normed_BTD, own.dropout_key)
+        return x_BTD + checkpoint_name(mlp_BTD, "mlp_out"), cache, loads
+
+
+class Decoder(nnx.Module):
+    """Embedding, the stacks of blocks, and the final norm (Hugging Face's `model.*`)."""
+
+    def __init__(self, config: Any, stacks: Mapping[str, Block]):
+        self.stacks = tuple(stacks)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        for name, block in stacks.items():
+            setattr(self, name, block)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def blocks(self) -> list[Block]:
+        """The stacks in their order."""
+        return [getattr(self, name) for name in self.stacks]
+
+
+class CausalLM(nnx.Module):
+    """A decoder with its output head. `dtype` is what activations are computed in."""
+
+    def __init__(self, config: Any, dtype: jnp.dtype, stacks: Mapping[str, Block]):
+        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.origin: Any = None  # what it was loaded from, for whoever loads it
+        self.model = Decoder(config, stacks)
+        tied = config.tie_word_embeddings
+        self.lm_head = (
+            None if tied else Linear(config.hidden_size, config.vocab_size, ("vocab", "embed"))
+        )
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        position_ids: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Float32 logits of the next token at every position of rows without a cache."""
+        return self.head(self.hidden(input_ids, position_ids, segment_ids).states)
+
+    def head(
+        self, hidden: Float[Array, "*B D"], dropout_key: jax.Array | None = None
+    ) -> Float[Array, "*B V"]:
+        """Float32 logits from the final hidden states."""
+        if self.lm_head is None:
+            return self.model.embed_tokens.attend(hidden).astype(jnp.float32)
+        return self.lm_head(hidden, dropout_key).astype(jnp.float32)
+
+    def hidden(
+        self,
+        input_ids: Int[Array, "B T"],
+        position_ids: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        remat: str = "none",
+        dropout_key: jax.Array | None = None,
+        sharding: jax.sharding.NamedSharding | None = None,
+        cache: Cache | None = None,
+    ) -> Hidden:
+        """Run the decoder up to its last norm.
+
+        Args:
+            input_ids: tokens.
+            position_ids: position of each token in its segment; 0..T-1 if absent.
+            segment_ids: segment of each token, 0 for padding; one segment if absent.
+            remat: `training.gradient_checkpointing`.
+            dropout_key: turns adapter dropout on.
+            sharding: of [B, T, D] activations.
+            cache: of the tokens before; these tokens are appended to it.
+        """
+        position_ids = positions_like(input_ids) if position_ids is None else position_ids
+        segment_ids = jnp.ones_like(input_ids) if segment_ids is None else segment_ids
+        query = Tokens(position_ids + self._prefix_length(), segment_ids)
+        key = _key_tokens(query, cache)
+        length = None if cache is None else cache.length
+        tables = rope_tables(self.config.rope, query.position)
+        shared = Shared(*tables, query, self._with_prefix(key), length, sharding)
+        x_BTD = _constrain(self.model.embed_tokens(input_ids, self.dtype), sharding)
+        x_BTD, caches, loads = self._run_stacks(x_BTD, shared, remat, dropout_key, cache)
+        if cache is not None:
+            cache = Cache(caches, key, cache.length + input_ids.shape[1])
+        return Hidden(self.model.norm(x_BTD), cache, loads)
+
+    def _run_stacks(
+        self,
+        x_BTD: jax.Array,
+        shared: Shared,
+        remat: str,
+        dropout_key: jax.Array | None,
+        cache: Cache | None,
+    ) -> tuple[jax.Array, tuple[Any, ...], jax.Array | None]:
+        """Run all stacks; returns the activations, the new caches and the experts' loads."""
+        blocks = self.model.blocks()
+        total, first = sum(block.layers for block in blocks), 0
+        windows = self._windows()
+        keys = None if dropout_key is None else jax.random.split(dropout_key, total)
+        caches, loads = [], []
+        for number, block in enumerate(blocks):
+            here = slice(first, first + block.layers)
+            own = PerLayer(
+                window=None if windows is None else windows[here],
+                dropout_key=None if keys is None else keys[here],
+                cache=None if cache is None else cache.stacks[number],
+            )
+            x_BTD, new, load = _run_stack(block, x_BTD, shared, own, remat)
+            caches.append(new)
+            loads += [] if load is None else [load]
+            first += block.layers
+        return x_BTD, tuple(caches), jnp.concatenate(loads) if loads else None
+
+    def _windows(self) -> jax.Array | None:
+        """Window per layer, or None when no layer slides."""
+        windows = self.config.windows
+        if all(window is None for window in windows):
+            return None
+        unlimited = np.iinfo(np.int32).max
+        return jnp.asarray([unlimited if w is None else w for w in windows], jnp.int32)
+
+    def _prefix_length(self) -> int:
+        prefix = self.model.blocks()[0].self_attn.prefix
+        return 0 if prefix is None else prefix.length
+
+    def _with_prefix(self, key: Tokens) -> Tokens:
+        """Put the prefix's places before the keys': positions 0.., seen by every segment."""
+        length = self._prefix_length()
+        if not length:
+            return key
+        shape = (key.position.shape[0], length)
+        position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), shape)
+        segment = jnp.full(shape, PREFIX_SEGMENT, jnp.int32)
+        return Tokens(
+            jnp.concatenate([position, key.position], axis=1),
+            jnp.concatenate([segment, key.segment], axis=1),
+        )
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `batch` rows of at most `length` tokens."""
+        stacks = tuple(
+            tuple(
+                jnp.zeros((block.layers, batch, length, *shape), self.dtype)
+                for shape in block.self_attn.cache_shapes()
+            )
+            for block in self.model.blocks()
+        )
+        nowhere = jnp.full((batch, length), -2, jnp.int32)
+        tokens = Tokens(jnp.zeros((batch, length), jnp.int32), nowhere)
+        return Cache(stacks, tokens, jnp.int32(0))
+
+
+def _run_stack(
+    block: Block, x_BTD: jax.Array, shared: Shared, own: PerLayer, remat: str
+) -> tuple[jax.Array, Any, Any]:
+    """Scan one stack; returns the activations, the stacked new caches and loads."""
+    graphdef, stacked = nnx.split(block)
+
+    def body(x_BTD, xs):
+        state, own = xs
+        x_BTD, cache, loads = nnx.merge(graphdef, state)(x_BTD, shared, own)
+        return _constrain(x_BTD, shared.sharding), (cache, loads)
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
+    x_BTD, (caches, loads) = jax.lax.scan(body, x_BTD, (stacked, own))
+    return x_BTD, caches, loads
+
+
+def append_to_cache(
+    cache: tuple[jax.Array, ...] | None, new: tuple[jax.Array, ...], length: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """The cache of one layer with new tokens written at its end; the new alone without a cache."""
+    if cache is None or length is None:
+        return new
+    return tuple(
+        jax.lax.dynamic_update_slice(old, x, (0, length, *(0,) * (x.ndim - 2)))
+        for old, x in zip(cache, new, strict=True)
+    )
+
+
+def _key_tokens(query: Tokens, cache: Cache | None) -> Tokens:
+    """Places of the keys: the queries' own, or the cache's with the queries' written in."""
+    if cache is None:
+        return query
+    start = (0, cache.length)
+    return jax.tree.map(
+        lambda old, new: jax.lax.dynamic_update_slice(old, new, start), cache.tokens, query
+    )
+
+
+def _constrain(x: jax.Array, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSeek-V2, V3 and V3.2: latent attention, and layers with experts after a few dense ones.
+
+In: a `DeepseekConfig`. Out: an abstract `CausalLM` of up to two stacks. MoE-16B has Llama's
+attention. Sources: arXiv 2405.04434 (V2), 2412.19437 (V3), DeepSeek-V3.2-Exp's report. Not done
+here: what all decoders share (`decoder`), experts (`moe`).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dsjax.models.attention import Selection, attend
+from dsjax.models.decoder import Block, CausalLM, PerLayer, Shared, append_to_cache
+from dsjax.models.deepseek.config import LATENT_EPS, DeepseekConfig
+from dsjax.models.layers import MLP, LayerNorm, Linear, RMSNorm, precision
+from dsjax.models.llama.model import Attention
+from dsjax.models.moe import MoE
+from dsjax.models.rope import rotate, split_pairs
+
+
+class LatentAttention(nnx.Module):
+    """Multi-head latent attention: keys and values of all heads come from one small latent.
+
+    Without a cache the latent is expanded to heads. With one only the latent and the rotated key
+    that all heads share are kept, and the expansion moves to the queries and the output: products
+    of a query with W c are products of W^T q with c.
+    """
+
+    def __init__(self, config: DeepseekConfig, layers: int):
+        c, m = config, config.mla
+        assert m is not None
+        self.mla, self.heads = m, c.num_attention_heads
+        query_size = self.heads * (m.qk_nope_head_dim + m.qk_rope_head_dim)
+        bias = c.attention_bias
+        if m.q_lora_rank is None:
+            self.q_proj = Linear(c.hidden_size, query_size, ("heads", "embed"), layers=layers)
+        else:
+            rank = m.q_lora_rank
+            self.q_a_proj = Linear(c.hidden_size, rank, (None, "embed"), bias=bias, layers=layers)
+            self.q_a_layernorm = RMSNorm(rank, LATENT_EPS, layers)
+            self.q_b_proj = Linear(rank, query_size, ("heads", "latent"), layers=layers)
+        self.kv_a_proj_with_mqa = Linear(
+            c.hidden_size,
+            m.kv_lora_rank + m.qk_rope_head_dim,
+            (None, "embed"),
+            bias=bias,
+            layers=layers,
+        )
+        self.kv_a_layernorm = RMSNorm(m.kv_lora_rank, LATENT_EPS, layers)
+        self.kv_b_proj = Linear(
+            m.kv_lora_rank,
+            self.heads * (m.qk_nope_head_dim + m.v_head_dim),
+            ("heads", "latent"),
+            layers=layers,
+        )
+        self.o_proj = Linear(
+            self.heads * m.v_head_dim, c.hidden_size, ("embed", "heads"), bias=bias, layers=layers
+        )
+        self.indexer = Indexer(c, layers) if c.indexer else None
+        self.prefix: Any = nnx.data(None)
+
+    def __call__(
+        self, x_BTD: jax.Array, shared: Shared, own: PerLayer
+    ) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
+        """Attend; returns the output and, with a cache, what is kept of all tokens so far."""
+        m, key = self.mla, own.dropout_key
+        q_BTNH, q_latent_BTQ = self._queries(x_BTD, key)
+        q_nope_BTNP, q_rope_BTNR = jnp.split(q_BTNH, [m.qk_nope_head_dim], axis=-1)
+        both_BTX = self.kv_a_proj_with_mqa(x_BTD, key)
+        latent_BTC, k_rope_BTR = jnp.split(both_BTX, [m.kv_lora_rank], axis=-1)
+        new = (
+            self.kv_a_layernorm(latent_BTC),
+            self._rotate(k_rope_BTR[:, :, None], shared)[:, :, 0],
+        )
+        if self.indexer is not None:
+            new = (*new, self.indexer.keys(x_BTD, shared))
+        seen = append_to_cache(own.cache, new, shared.length)
+        selection = None
+        if self.indexer is not None and q_latent_BTQ is not None:
+            selection = self.indexer.select(x_BTD, q_latent_BTQ, seen[2], shared)
+        q_rope_BTNR = self._rotate(q_rope_BTNR, shared)
+        attention = self._attend_expanded if own.cache is None else self._attend_latents
+        out_BTNV = attention(q_nope_BTNP, q_rope_BTNR, seen[0], seen[1], shared, own, selection)
+        out_BTD = self.o_proj(out_BTNV.reshape(*x_BTD.shape[:2], -1), key)
+        return out_BTD, None if own.cache is None else seen
+
+    def _queries(
+        self, x_BTD: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Queries by head, and the latent that they come from, where there is one."""
+        if self.mla.q_lora_rank is None:
+            q_BTX, latent_BTQ = self.q_proj(x_BTD, key), None
+        else:
+            latent_BTQ = self.q_a_layernorm(self.q_a_proj(x_BTD, key))
+            q_BTX = self.q_b_proj(latent_BTQ, key)
+        return q_BTX.reshape(*x_BTD.shape[:2], self.heads, -1), latent_BTQ
+
+    def _rotate(self, x_BTNR: jax.Array, shared: Shared) -> jax.Array:
+        if self.mla.rope_interleave:
+            x_BTNR = split_pairs(x_BTNR)
+        wide = x_BTNR.astype(jnp.float32) if self.mla.rope_in_float32 else x_BTNR
+        return rotate(wide, shared.cos_BTH, shared.sin_BTH).astype(x_BTNR.dtype)
+
+    def _attend_expanded(
+        self,
+        q_nope_BTNP: jax.Array,
+        q_rope_BTNR: jax.Array,
+        latent_BSC: jax.Array,
+        k_rope_BSR: jax.Array,
+        shared: Shared,
+        own: PerLayer,
+        selection: Selection | None,
+    ) -> Float[Array, "B T N V"]:
+        m = self.mla
+        both_BSX = self.kv_b_proj(latent_BSC, own.dropout_key)
+        both_BSNX = both_BSX.reshape(*latent_BSC.shape[:2], self.heads, -1)
+        k_nope_BSNP, v_BSNV = jnp.split(both_BSNX, [m.qk_nope_head_dim], axis=-1)
+        k_rope_BSNR = jnp.broadcast_to(
+            k_rope_BSR[:, :, None], (*k_nope_BSNP.shape[:3], m.qk_rope_head_dim)
+        )
+        return attend(
+            jnp.concatenate([q_nope_BTNP, q_rope_BTNR], axis=-1),
+            jnp.concatenate([k_nope_BSNP, k_rope_BSNR], axis=-1),
+            v_BSNV,
+            shared.query,
+            shared.key,
+            None,
+            m.softmax_scale,
+            selection,
+        )
+
+    def _attend_latents(
+        self,
+        q_nope_BTNP: jax.Array,
+        q_rope_BTNR: jax.Array,
+        latent_BSC: jax.Array,
+        k_rope_BSR: jax.Array,
+        shared: Shared,
+        own: PerLayer,
+        selection: Selection | None,
+    ) -> Float[Array, "B T N V"]:
+        m, exact = self.mla, precision(latent_BSC.dtype)
+        weight_XC = self.kv_b_proj.whole_weight(latent_BSC.dtype)
+        weight_NXC = weight_XC.reshape(self.heads, -1, m.kv_lora_rank)
+        key_NPC, value_NVC = jnp.split(weight_NXC, [m.qk_nope_head_dim], axis=1)
+        q_BTNC = jnp.einsum("btnp,npc->btnc", q_nope_BTNP, key_NPC, precision=exact)
+        out_BTNC = attend(
+            jnp.concatenate([q_BTNC, q_rope_BTNR], axis=-1),
+            jnp.concatenate([latent_BSC, k_rope_BSR], axis=-1)[:, :, None],
+            latent_BSC[:, :, None],
+            shared.query,
+            shared.key,
+            None,
+            m.softmax_scale,
+            selection,
+        )
+        return jnp.einsum("btnc,nvc->btnv", out_BTNC, value_NVC, precision=exact)
+
+    def cache_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes that are kept of one token: latent, rotated key, the indexer's key."""
+        shapes = ((self.mla.kv_lora_rank,), (self.mla.qk_rope_head_dim,))
+        return shapes if self.indexer is None else (*shapes, (self.indexer.sizes.index_head_dim,))
+
+
+class Indexer(nnx.Module):
+    """V3.2's choice of the keys that a query attends to; no gradient reaches it."""
+
+    def __init__(self, config: DeepseekConfig, layers: int):
+        assert config.indexer is not None and config.mla is not None
+        assert config.mla.q_lora_rank is not None
+        self.sizes, self.rotated = config.indexer, config.mla.qk_rope_head_dim
+        heads, size = self.sizes.index_n_heads, self.sizes.index_head_dim
+        self.wq_b = Linear(
+            config.mla.q_lora_rank, heads * size, (None, "latent"), layers=layers, trains=False
+        )
+        self.wk = Linear(config.hidden_size, size, (None, "embed"), layers=layers, trains=False)
+        self.k_norm = LayerNorm(size, 1e-6, layers, trains=False)
+        self.weights_proj = Linear(
+            config.hidden_size, heads, (None, "embed"), layers=layers, trains=False
+        )
+
+    def keys(self, x_BTD: jax.Array, shared: Shared) -> Float[Array, "B T H"]:
+        """One key for each token, rotated in half-split order."""
+        key_BTH = self.k_norm(self.wk(jax.lax.stop_gradient(x_BTD)))
+        return self._rotate(key_BTH[:, :, None], shared)[:, :, 0]
+
+    def select(
+        self, x_BTD: jax.Array, q_latent_BTQ: jax.Array, key_BSH: jax.Array, shared: Shared
+    ) -> Selection | None:
+        """Choose `index_topk` keys for each query; None where there are no more than that."""
+        most, size = self.sizes.index_topk, self.sizes.index_head_dim
+        if key_BSH.shape[1] <= most:
+            return None
+        x_BTD, q_latent_BTQ = jax.lax.stop_gradient((x_BTD, q_latent_BTQ))
+        q_BTNH = self.wq_b(q_latent_BTQ).reshape(*x_BTD.shape[:2], -1, size)
+        q_BTNH = self._rotate(q_BTNH, shared)
+        weights_BTN = self.weights_proj(x_BTD).astype(jnp.float32) * self.sizes.index_n_heads**-0.5
+
+        def narrow(asking, mask_BTS):
+            q_BTNH, weights_BTN = asking
+            wide = jnp.float32
+            scores_BTNS = jnp.einsum(
+                "btnh,bsh->btns",
+                q_BTNH.astype(wide),
+                key_BSH.astype(wide),
+                precision=precision(jnp.dtype(wide)),
+            )
+            scores_BTNS = jax.nn.relu(scores_BTNS * size**-0.5)
+            score_BTS = jnp.einsum("btn,btns->bts", weights_BTN, scores_BTNS)
+            _, best_BTK = jax.lax.top_k(jnp.where(mask_BTS, score_BTS, -jnp.inf), most)
+            rows, columns = jnp.ogrid[: mask_BTS.shape[0], : mask_BTS.shape[1]]
+            chosen_BTS = jnp.zeros_like(mask_BTS).at[rows[..., None], columns[..., None], best_BTK]
+            return mask_BTS & chosen_BTS.set(True)
+
+        return Selection(narrow, (q_BTNH, weights_BTN))
+
+    def _rotate(self, x_BTNH: jax.Array, shared: Shared) -> jax.Array:
+        """Rotate the first dimensions of each head; unlike those of the attention, half-split."""
+        first, rest = jnp.split(x_BTNH, [self.rotated], axis=-1)
+        return jnp.concatenate([rotate(first, shared.cos_BTH, shared.sin_BTH), rest], axis=-1)
+
+
+def causal_lm(config: DeepseekConfig, dtype: jnp.dtype) -> CausalLM:
+    """The abstract model: dense layers first, then layers with experts."""
+    dense = config.dense_layers
+    sizes = {"dense_layers": dense, "layers": config.num_hidden_layers - dense}
+    stacks = {
+        name: Block(
+            _attention(config, layers),
+            _dense(config, layers) if name == "dense_layers" else _experts(config, layers),
+            config.hidden_size,
+            config.rms_norm_eps,
+            layers,
+        )
+        for name, layers in sizes.items()
+        if layers
+    }
+    return CausalLM(config, dtype, stacks)
+
+
+def _attention(config: DeepseekConfig, layers: int) -> Attention | LatentAttention:
+    return Attention(config, layers) if config.mla is None else LatentAttention(config, layers)
+
+
+def _dense(config: DeepseekConfig, layers: int) -> MLP:
+    c = config
+    return MLP(c.hidden_size, c.intermediate_size, bias=c.mlp_bias, layers=layers)
+
+
+def _experts(config: DeepseekConfig, layers: int) -> MoE:
+    c, wide, shared = config, config.moe_intermediate_size, None
+    if c.n_shared_experts:
+        width = c.n_shared_experts * wide
+        shared = MLP(c.hidden_size, width, bias=c.mlp_bias, layers=layers)
+    return MoE(c.router, c.hidden_size, wide, shared, layers)

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixture of experts: who goes where, and the experts' grouped matrix products.
+
+In: activations [B, T, D]. Out: the same, and how many tokens each expert took. No token is ever
+dropped: every device has room for all tokens of its expert group. Over a mesh's `expert` axis the
+tokens are gathered, each device computes its own experts for all of them, and the sums are
+scattered back; the result equals one device's for any routing. Not done here: balance losses.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from dsjax.models.layers import MLP, parameter, precision
+
+_BY_GROUP = lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((1,), (2,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[0],
+)
+
+
+def grouped_matmul(
+    x_ZI: Float[Array, "Z I"], weight_EOI: Float[Array, "E O I"], sizes_E: Int[Array, " E"]
+) -> Float[Array, "Z O"]:
+    """Multiply each group of rows by its own matrix: x W_e^T; rows beyond all groups give anything.
+
+    XLA for TPU has a grouped kernel for this. XLA for CPU multiplies every row by every matrix: a
+    path for tests.
+    """
+    return lax.ragged_dot_general(
+        x_ZI, weight_EOI.astype(x_ZI.dtype), sizes_E, _BY_GROUP, precision=precision(x_ZI.dtype)
+    )
+
+
+class RouterConfig(NamedTuple):
+    """How a family chooses experts; Hugging Face's names.
+
+    Attributes:
+        n_routed_experts: E.
+        num_experts_per_tok: A.
+        scoring_func: `softmax` or `sigmoid`.
+        topk_method: `greedy`, `group_limited_greedy` (V2), `noaux_tc` (V3).
+        n_group: groups that the experts are divided into.
+        topk_group: groups that a token may choose from.
+        norm_topk_prob: whether the chosen weights are made to sum to 1.
+        routed_scaling_factor: what they are multiplied by.
+    """
+
+    n_routed_experts: int
+    num_experts_per_tok: int
+    scoring_func: str
+    topk_method: str
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+
+
+class Routing(NamedTuple):
+    """Who goes where: for each token its experts and their weights."""
+
+    experts: Int[Array, "B T A"]
+    weights: Float[Array, "B T A"]
+
+
+class Router(nnx.Module):
+    """Scores every expert for every token, in float32, and picks the best."""
+
+    def __init__(self, config: RouterConfig, hidden_size: int, layers: int):
+        self.config = config
+        experts = config.n_routed_experts
+        self.weight = parameter((experts, hidden_size), (None, "embed"), layers)
+        self.e_score_correction_bias = (
+            parameter((experts,), (None,), layers, trains=False, dtype="float32")
+            if config.topk_method == "noaux_tc"
+            else None
+        )
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Routing:
+        """Choose; DeepSeek-V2 (arXiv 2405.04434, 2.1.2) and V3 (arXiv 2412.19437, 2.1.2)."""
+        c, wide = self.config, jnp.float32
+        weight_ED = self.weight[...].astype(wide)
+        logits_BTE = jnp.einsum(
+            "btd,ed->bte", x_BTD.astype(wide), weight_ED, precision=precision(jnp.dtype(wide))
+        )
+        if c.scoring_func == "softmax":
+            scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+        else:
+            scores_BTE = jax.nn.sigmoid(logits_BTE)
+        _, experts_BTA = lax.top_k(
+            lax.stop_gradient(self._choice(scores_BTE)), c.num_experts_per_tok
+        )
+        weights_BTA = jnp.take_along_axis(scores_BTE, experts_BTA, axis=-1)
+        if c.norm_topk_prob:
+            weights_BTA = weights_BTA / (weights_BTA.sum(-1, keepdims=True) + 1e-20)
+        return Routing(experts_BTA, weights_BTA * c.routed_scaling_factor)
+
+    def _choice(self, scores_BTE: jax.Array) -> jax.Array:
+        """What the choice goes by: scores, with the bias, outside the chosen groups pushed down."""
+        c = self.config
+        if self.e_score_correction_bias is not None:
+            scores_BTE = scores_BTE + self.e_score_correction_bias[...]
+        if c.topk_method == "greedy":
+            return scores_BTE
+        grouped = scores_BTE.reshape(*scores_BTE.shape[:-1], c.n_group, -1)
+        if c.topk_method == "noaux_tc":
+            group_scores, floor = lax.top_k(grouped, 2)[0].sum(-1), -jnp.inf
+        else:
+            group_scores, floor = grouped.max(-1), 0.0
+        _, kept = lax.top_k(group_scores, c.topk_group)
+        allowed = jax.nn.one_hot(kept, c.n_group, dtype=jnp.bool_).any(-2)
+        return jnp.where(allowed[..., None], grouped, floor).reshape(scores_BTE.shape)
+
+
+class ExpertLinear(nnx.Module):
+    """One linear map per expert, for rows that are sorted by expert."""
+
+    def __init__(
+        self, in_features: int, out_features: int, axes: tuple[str, str], experts: int, layers: int
+    ):
+        self.in_features, self.out_features, self.layers = in_features, out_features, layers
+        self.experts, self.axes = experts, axes
+        self.weight = parameter((experts, out_features, in_features), ("experts", *axes), layers)
+        self.adapter: Any = nnx.data(None)
+
+    def __call__(self, x_ZI: jax.Array, sizes_E: jax.Array) -> jax.Array:
+        """Map each group of rows by its expert, plus what the adapter in the slot adds."""
+        y_ZO = grouped_matmul(x_ZI, self.weight[...], sizes_E)
+        return y_ZO if self.adapter is None else self.adapter(x_ZI, y_ZO, sizes_E)
+
+
+class Experts(nnx.Module):
+    """The routed experts' feed-forwards."""
+
+    def __init__(self, hidden_size: int, wide: int, experts: int, layers: int):
+        out_in = ("mlp", "embed")
+        self.gate_proj = ExpertLinear(hidden_size, wide, out_in, experts, layers)
+        self.up_proj = ExpertLinear(hidden_size, wide, out_in, experts, layers)
+        self.down_proj = ExpertLinear(wide, hidden_size, ("embed", "mlp"), experts, layers)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        routing: Routing,
+        sharding: NamedSharding | None,
+    ) -> Float[Array, "B T D"]:
+        """Sum the chosen experts' outputs by weight, in float32, cast once."""
+        if sharding is None:
+            return _own_part(self, x_BTD, routing, 0).astype(x_BTD.dtype)
+        graphdef, state = nnx.split(self)
+        rows = sharding.spec
+        specs = jax.tree.map(_weight_spec, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+        def part(state, x_BTD, routing):
+            x_BTD, routing = jax.tree.map(
+                lambda x: lax.all_gather(x, "expert", axis=0, tiled=True), (x_BTD, routing)
+            )
+            experts = nnx.merge(graphdef, state)
+            first = lax.axis_index("expert") * experts.gate_proj.weight.shape[0]
+            out_BTD = lax.psum(_own_part(experts, x_BTD, routing, first), "tensor")
+            out_BTD = lax.psum_scatter(out_BTD, "expert", scatter_dimension=0, tiled=True)
+            return out_BTD.astype(x_BTD.dtype)
+
+        return jax.shard_map(
+            part,
+            mesh=sharding.mesh,
+            in_specs=(specs, rows, rows),
+            out_specs=rows,
+            check_vma=False,
+        )(state, x_BTD, routing)
+
+
+def _weight_spec(variable: nnx.Variable) -> PartitionSpec:
+    """What of an expert's array each device computes with: its experts, its part of the width."""
+    axes = variable.get_metadata()["axes"][1:]  # inside a scan the layers' axis is gone
+    names = {"experts": "expert", "mlp": "tensor"}
+    return PartitionSpec(*(names.get(axis) for axis in axes))
+
+
+def _own_part(
+    experts: Experts, x_BTD: jax.Array, routing: Routing, first: Any
+) -> Float[Array, "B T D"]:
+    """The weighted sum over those of each token's experts that these arrays hold, in float32.
+
+    Args:
+        experts: holds the experts from number `first` on.
+        x_BTD: tokens.
+        routing: where they go.
+        first: number of the first expert that is held.
+    """
+    count = experts.gate_proj.weight.shape[0]
+    shape, chosen = x_BTD.shape, routing.experts.shape[-1]
+    index = routing.experts.reshape(-1) - first
+    mine = (index >= 0) & (index < count)
+    group = jnp.where(mine, index, count)  # the others come after all groups
+    order = jnp.argsort(group, stable=True)
+    sizes_E = jnp.bincount(group, length=count + 1)[:count].astype(jnp.int32)
+    x_ZD = x_BTD.reshape(-1, shape[-1])[order // chosen]
+    gate_ZF = jax.nn.silu(experts.gate_proj(x_ZD, sizes_E))
+    y_ZD = experts.down_proj(gate_ZF * experts.up_proj(x_ZD, sizes_E), sizes_E)
+    back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
+    y_ZD = jnp.where(mine[:, None], y_ZD[back], 0).astype(jnp.float32)
+    weights_Z1 = routing.weights.reshape(-1, 1)
+    return (y_ZD * weights_Z1).reshape(-1, chosen, shape[-1]).sum(1).reshape(shape)
+
+
+class MoE(nnx.Module):
+    """Routed experts beside experts that every token shares."""
+
+    def __init__(
+        self, config: RouterConfig, hidden_size: int, wide: int, shared: MLP | None, layers: int
+    ):
+        self.gate = Router(config, hidden_size, layers)
+        self.experts = Experts(hidden_size, wide, config.n_routed_experts, layers)
+        self.shared_experts = shared
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        real_BT: Bool[Array, "B T"],
+        sharding: NamedSharding | None,
+        dropout_key: jax.Array | None,
+    ) -> tuple[Float[Array, "B T D"], Int[Array, " E"]]:
+        """Run the experts; returns their output and how many real tokens each routed one took."""
+        routing = self.gate(x_BTD)
+        out_BTD = self.experts(x_BTD, routing, sharding)
+        if self.shared_experts is not None:
+            out_BTD = out_BTD + self.shared_experts(x_BTD, dropout_key)
+        took = jax.nn.one_hot(routing.experts, self.gate.config.n_routed_experts, dtype=jnp.int32)
+        loads_E = jnp.sum(took * real_BT[..., None, None], axis=(0, 1, 2))
+        return out_BTD, loads_E
