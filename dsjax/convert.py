@@ -26,7 +26,7 @@ from dsjax.errors import ConfigError, raise_all
 from dsjax.folders import check_empty, written_beside
 from dsjax.models import Model, base_shapes, build, carried_of, entries_of
 from dsjax.models.weight_rules import Entry, coverage_problems
-from dsjax.partition import Leaf, Params, decide
+from dsjax.partition import Leaf, Params
 from dsjax.source import Source
 
 PIECE_BYTES = 64 * 2**20
@@ -118,8 +118,18 @@ def load_base(
         shardings: by path.
         progress: told the bytes read so far and in all.
     """
+    return _load_entries(source, entries_of(model), leaves, shardings, progress)
+
+
+def _load_entries(
+    source: Source,
+    entries: Sequence[Entry],
+    leaves: Mapping[str, Leaf],
+    shardings: Mapping[str, Sharding],
+    progress: Callable[[int, int], None],
+) -> Params:
     by_path: dict[str, list[Entry]] = {}
-    for entry in entries_of(model):
+    for entry in entries:
         if entry.path in leaves:
             by_path.setdefault(entry.path, []).append(entry)
     total = sum(source.tensors[e.hf].nbytes for entries in by_path.values() for e in entries)
@@ -172,7 +182,7 @@ def _load_part(
     """One part of a leaf on each of these devices: at once if it is small, else piece by piece."""
     shape = tuple(stop - start for start, stop in bounds)
     if math.prod(shape) * leaf.dtype.itemsize <= PIECE_BYTES:
-        whole = np.empty(shape, leaf.dtype)
+        whole = np.zeros(shape, leaf.dtype)
         for start, piece in _pieces(read, entries, leaf, bounds):
             whole[tuple(slice(s, s + n) for s, n in zip(start, piece.shape, strict=True))] = piece
         return [jax.device_put(whole, device) for device in devices]
@@ -203,6 +213,8 @@ def _pieces(
             if rows:
                 first = inner[0][0]
                 index = (slice(first + rows[0].start, first + rows[0].stop), *index[1:])
+            if at not in by_index:  # a stack in which some tensors have no scales
+                continue
             piece = read(by_index[at].hf, index)
             start = (offset,) + (0,) * (len(inner) - 1) if inner else ()
             yield (*position, *start), piece[(None,) * lead]
@@ -231,21 +243,42 @@ def to_flax(src: str, dst: str, progress: Callable[[int, int], None] = lambda do
     check_empty(dst)
     source = hf_files.open_source(src)
     model = build(source.config, "float32")
-    carried = check_coverage(source, model)
-    leaves = _leaves_as_stored(source, model)
+    check_coverage(fp8.dequantised(source), model)
+    entries = _stored_entries(source, model)
+    arrays = {entry.hf for entry in entries}
+    carried = [name for name in source.tensors if name not in arrays]
+    leaves = _leaves_as_stored(source, entries)
     device = SingleDeviceSharding(jax.devices()[0])
-    params = load_base(source, model, leaves, dict.fromkeys(leaves, device), progress)
+    shardings = dict.fromkeys(leaves, device)
+    params = _load_entries(source, entries, leaves, shardings, progress)
     with written_beside(Path(dst)) as directory:
-        flax_checkpoint.save_flax(source, directory, entries_of(model), params, carried)
+        flax_checkpoint.save_flax(source, directory, entries, params, carried)
 
 
-def _leaves_as_stored(source: Source, model: Model) -> dict[str, Leaf]:
-    """The model's leaves in dtypes that hold their tensors exactly."""
-    dtypes: dict[str, list[np.dtype]] = {}
-    for entry in entries_of(model):
-        dtypes.setdefault(entry.path, []).append(source.tensors[entry.hf].dtype)
-    leaves = decide(model).leaves
-    return {
-        path: replace(leaves[path], dtype=flax_checkpoint.exact_dtype(found))
-        for path, found in dtypes.items()
-    }
+def _stored_entries(source: Source, model: Model) -> list[Entry]:
+    """What a dsjax checkpoint holds as arrays: the model's tensors, FP8 scales apart."""
+    entries = entries_of(model)
+    scales = [
+        replace(entry, hf=entry.hf + fp8.SCALE, path=entry.path + fp8.SCALE)
+        for entry in entries
+        if source.tensors[entry.hf].dtype == fp8.FP8
+    ]
+    return entries + scales
+
+
+def _leaves_as_stored(source: Source, entries: Sequence[Entry]) -> dict[str, Leaf]:
+    """The arrays that hold these tensors exactly; a stack has room for every index up to its last.
+
+    Scales may be there for a part of a stack only.
+    """
+    by_path: dict[str, list[Entry]] = {}
+    for entry in entries:
+        by_path.setdefault(entry.path, []).append(entry)
+    leaves = {}
+    for path, own in by_path.items():
+        infos = [source.tensors[entry.hf] for entry in own]
+        lead = tuple(np.max([entry.index for entry in own], axis=0).astype(int) + 1)
+        shape = (*map(int, lead), *infos[0].shape)
+        dtype = flax_checkpoint.exact_dtype([info.dtype for info in infos])
+        leaves[path] = Leaf(shape, (None,) * len(shape), dtype, "base", math.prod(shape))
+    return leaves

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from dsjax.errors import ConfigError
+from dsjax.fp8 import FP8
 from dsjax.hf_files import HFSource, index_json, open_source
 from dsjax.models.weight_rules import Entry
 from dsjax.safetensors_file import (
@@ -225,4 +226,7 @@ def open_flax(path: str | Path) -> FlaxSource:
 
 def exact_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
     """The narrowest dtype that holds the values of all these exactly."""
-    return np.dtype(jax.numpy.result_type(*dtypes)) if len(set(dtypes)) > 1 else dtypes[0]
+    kinds = set(dtypes)
+    if len(kinds) > 1:  # bfloat16 and float16 hold every float8_e4m3fn
+        kinds.discard(FP8)
+    return np.dtype(jax.numpy.result_type(*kinds)) if len(kinds) > 1 else kinds.pop()

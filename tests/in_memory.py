@@ -6,6 +6,7 @@ In: changes to a tiny config.json, an adapter's spec, config sections' keys. Out
 seeds only, so runs on different meshes start equal. Not here: checkpoints (tests/tiny.py).
 """
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -129,7 +130,8 @@ def start(
         param_dtype=config.model.param_dtype,
     )
     section = MeshSection(**({"fsdp": 1} | (dict(mesh) if mesh else {})))
-    devices = jax.devices()[: section.data * section.fsdp * section.tensor]
+    axes = (section.data, section.fsdp, section.tensor, section.expert)
+    devices = jax.devices()[: math.prod(axes)]
     parts = step_config(config, partition, make_mesh(section, devices), total_steps=100)
     shardings = leaf_shardings(partition.leaves, parts.mesh)
     params = {

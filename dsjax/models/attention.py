@@ -63,19 +63,19 @@ def visible(
 def attend(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
+    v_BSKV: Float[Array, "B S K V"],
     query: Tokens,
     key: Tokens,
     window: Int[Array, ""] | int | None,
     scale: float,
     selection: Selection | None = None,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     """Grouped-query attention; the softmax is float32 and cast back, as in the reference.
 
     Args:
         q_BTNH: queries.
         k_BSKH: keys, of the queries' head size.
-        v_BSKH: values, of any head size.
+        v_BSKV: values, of any head size.
         query: tokens that ask.
         key: tokens that may be seen.
         window: see `visible`.
@@ -88,7 +88,7 @@ def attend(
         mask = visible(tokens, key, window)
         if selection is not None:
             mask = selection.narrow(asking, mask)
-        return _attend_block(q, k_BSKH, v_BSKH, mask, scale)
+        return _attend_block(q, k_BSKH, v_BSKV, mask, scale)
 
     asking = None if selection is None else selection.asking
     if q_BTNH.shape[1] <= QUERY_BLOCK:
@@ -108,10 +108,10 @@ def in_blocks(x: Shaped[Array, "B T *rest"], size: int) -> Shaped[Array, "blocks
 def _attend_block(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
+    v_BSKV: Float[Array, "B S K V"],
     mask_BTS: Bool[Array, "B T S"],
     scale: float,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N V"]:
     batch, queries, heads, size = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(batch, queries, kv_heads, heads // kv_heads, size)
@@ -125,6 +125,6 @@ def _attend_block(
     )
     # A finite floor: a query that sees nothing (padding in a cache) must not turn into NaN.
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * scale, -1e30)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    out_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH, precision=exact)
-    return out_BTKGH.reshape(batch, queries, heads, v_BSKH.shape[-1])
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKV.dtype)
+    out_BTKGV = jnp.einsum("bkgts,bskv->btkgv", weights_BKGTS, v_BSKV, precision=exact)
+    return out_BTKGV.reshape(batch, queries, heads, v_BSKV.shape[-1])
