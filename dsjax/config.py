@@ -232,6 +232,9 @@ class ExportSection(_Section):
     format: Literal["merged", "peft"] | None = "merged"
     """merged: the whole model; peft: the adapter alone; null: nothing. A prefix has no merged
     form: its default is peft."""
+    dtype: Literal["fp8"] | None = None
+    """What changed tensors of an FP8 checkpoint are written as; fp8: new FP8 blocks; null:
+    bfloat16. Unchanged ones keep their bytes."""
     path: Folder | None = None
     """Directory to write; null: export/ in `output_dir`."""
 

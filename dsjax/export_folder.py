@@ -32,13 +32,14 @@ def export_marker(
         sums: of the loss and the tokens up to that step, as its checkpoint holds them. They tell
             apart what the configuration does not: other rows in files of the same names.
     """
-    return {
+    marker = {
         "format": form,
         "step": step,
         "model": config.model.path,
         "run": identity(config),
         "sums": dict(sums),
     }
+    return marker | ({"dtype": config.export.dtype} if config.export.dtype else {})
 
 
 def read_marker(out: Path) -> dict[str, Any] | None:

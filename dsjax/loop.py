@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dsjax.assembly import Assembly
 from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig
@@ -94,9 +96,18 @@ class Loop:
             "learning_rate": float(told.learning_rate),
             "grad_norm": float(told.grad_norm),
         }
+        if told.sums.loads is not None:
+            values |= expert_values(
+                np.asarray(told.sums.loads), int(told.sums.tokens), self._chosen
+            )
         if self.config.model.dtype == "float16":
             values |= {"loss_scale": float(told.loss_scale), "skipped_steps": int(told.skipped)}
         return values
+
+    @property
+    def _chosen(self) -> int:
+        """Experts that one token is sent to."""
+        return self.parts.model.config.router.num_experts_per_tok
 
     def _check_finite(self, step: int, told: StepReport) -> None:
         """Look at a step before it is logged or saved.
@@ -162,6 +173,25 @@ class Loop:
         log.log_eval(step, values)
         progress.log_eval(step, values)
         return values
+
+
+def expert_values(loads_LE: np.ndarray, tokens: int, chosen: int) -> dict[str, float]:
+    """How even the experts' work was in one step.
+
+    Args:
+        loads_LE: tokens that each expert of each layer took.
+        tokens: of the batch.
+        chosen: experts that one token is sent to.
+
+    Returns:
+        `expert_imbalance`: the busiest expert's load over the mean load, averaged over the layers
+        (1 is even); `dropped_tokens`: choices that no expert computed, of all layers.
+    """
+    means_L = loads_LE.mean(axis=1)
+    return {
+        "expert_imbalance": float(np.mean(loads_LE.max(axis=1) / np.maximum(means_L, 1e-30))),
+        "dropped_tokens": int(tokens * chosen * len(loads_LE) - loads_LE.sum()),
+    }
 
 
 @contextmanager

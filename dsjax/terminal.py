@@ -28,6 +28,7 @@ _SHOWN = {
     "grad_norm": "grad norm {:.3f}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "mfu": "MFU {:.1%}",
+    "expert_imbalance": "imbalance {:.2f}",
     "loss_scale": "loss scale {:g}",
     "skipped_steps": "skipped {:,}",
     "eval_loss": "eval loss {:.4f}",

@@ -27,7 +27,7 @@ from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig, load_config, split_arguments
 from dsjax.data import Loader, decode_sample, find_tokenizer, load_examples
 from dsjax.errors import ConfigError, run_command
-from dsjax.export import card_facts, export_trained
+from dsjax.export import card_facts, check_dtype, export_trained
 from dsjax.export_folder import export_marker
 from dsjax.loop import Loop, finish_evaluation
 from dsjax.metrics import (
@@ -102,6 +102,7 @@ def train(config: RunConfig) -> int:
         )
     # ---- 1. Devices and 2. model: the checkpoint against its config.json, the adapter, the parts
     parts = assemble(config)
+    check_dtype(config, parts)
     form = configuration.export_format(config.export, parts.spec.peft_type if parts.spec else None)
 
     # ---- 3. Data: rows to tokens, order and packing of the whole run
@@ -279,7 +280,7 @@ def flops(parts: Assembly, config: RunConfig, loader: Loader) -> tuple[float, fl
 def _met(count: int, leaf: Leaf, model: Any) -> float:
     """How many of a leaf's parameters one token meets: all, or those of its experts."""
     if "experts" not in leaf.axes:
-        return count
+        return float(count)
     return count * model.router.num_experts_per_tok / model.router.n_routed_experts
 
 

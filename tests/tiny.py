@@ -11,12 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import deepseek_variants
 import numpy as np
+import quantised
 import torch
+from deepseek_moe import DeepseekConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    DeepseekV32Config,
     GenerationConfig,
     LlamaConfig,
     PreTrainedModel,
@@ -24,7 +30,15 @@ from transformers import (
     Qwen3Config,
 )
 
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "deepseek": DeepseekConfig,
+    "deepseek_v2": DeepseekV2Config,
+    "deepseek_v3": DeepseekV3Config,
+    "deepseek_v32": DeepseekV32Config,
+}
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 SPECIAL_TOKENS = [BOS, EOS, PAD, "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]
@@ -191,6 +205,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "dtype": "bfloat16",
     },
+    **deepseek_variants.VARIANTS,
 }
 
 
@@ -216,9 +231,16 @@ def build_checkpoint(
         "absent": settings.pop("absent", ()),
         "inv_freq": settings.pop("inv_freq", False),
         "head_copy": settings.pop("head_copy", False),
+        "spread": settings.pop("spread", 0.15),
+        "mtp": settings.pop("mtp", 0),
+        "fp8": settings.pop("fp8", None),
+        "ue8m0": settings.pop("ue8m0", False),
     }
     settings = {key: value for key, value in settings.items() if key not in files}
-    model = random_model(seed, **settings).to(getattr(torch, files["dtype"]))
+    model = random_model(seed, files["spread"], **settings).to(getattr(torch, files["dtype"]))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = buffer.data.float()
     _save_weights(model, directory, files)
     if files["dialect"] == "hub":
         _rewrite_config_as_on_the_hub(directory / "config.json", settings, files["absent"])
@@ -227,7 +249,7 @@ def build_checkpoint(
     return directory
 
 
-def random_model(seed: int, model_type: str, **settings: Any) -> PreTrainedModel:
+def random_model(seed: int, spread: float, model_type: str, **settings: Any) -> PreTrainedModel:
     """A float32 model whose every tensor matters: norms are not 1, biases not 0, logits clear."""
     shape = _SHAPE | {"bos_token_id": 0, "eos_token_id": 1} | settings
     config = CONFIGS[model_type](**shape)
@@ -235,24 +257,29 @@ def random_model(seed: int, model_type: str, **settings: Any) -> PreTrainedModel
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            _randomise(name, parameter, generator)
+            _randomise(name, parameter, generator, spread)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.3, generator=generator)
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=1, pad_token_id=2)
     return model
 
 
-def _randomise(name: str, parameter: torch.Tensor, generator: torch.Generator) -> None:
+def _randomise(
+    name: str, parameter: torch.Tensor, generator: torch.Generator, spread: float
+) -> None:
     if name.endswith("norm.weight"):
         parameter.uniform_(0.6, 1.6, generator=generator)
     elif name.endswith(".bias"):
         parameter.normal_(0.0, 0.3, generator=generator)
-    elif "embed_tokens" in name or "lm_head" in name:
+    elif "embed_tokens" in name or "lm_head" in name or name.endswith("mlp.gate.weight"):
         parameter.normal_(0.0, 0.3, generator=generator)
     else:
-        parameter.normal_(0.0, 0.15, generator=generator)
+        parameter.normal_(0.0, spread, generator=generator)
 
 
 def _save_weights(model: PreTrainedModel, directory: Path, files: Mapping[str, Any]) -> None:
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    total = sum(tensor.nbytes for tensor in model.state_dict().values())
     size = total if files["shards"] == 1 else total // files["shards"] + 1
     model.save_pretrained(directory, max_shard_size=size)
     paths = sorted(directory.glob("model*.safetensors"))
@@ -263,6 +290,12 @@ def _save_weights(model: PreTrainedModel, directory: Path, files: Mapping[str, A
     if files["head_copy"]:
         weight = model.get_input_embeddings().weight.detach()
         _add_tensors(paths[-1], {"lm_head.weight": weight.clone()})
+    if files["mtp"]:
+        quantised.add_prediction_modules(
+            directory, model.config.num_hidden_layers, files["mtp"]
+        )
+    if files["fp8"]:
+        quantised.quantise_folder(directory, files["fp8"], files["ue8m0"])
     if files["form"] == "bin":
         _turn_into_bin(directory, paths)
 
@@ -316,6 +349,7 @@ def _rewrite_config_as_on_the_hub(
     for key in ("use_sliding_window", "sliding_window", "max_window_layers"):
         if key in settings:
             config[key] = settings[key]
+    config = deepseek_variants.hub_config(config)
     for key in absent:
         config.pop(key, None)
     config["transformers_version"] = "4.39.3"
@@ -357,9 +391,13 @@ def random_ids(vocab_size: int, batch: int = 2, length: int = 40, seed: int = 1)
 
 def reference_model(directory: str | Path, dtype: str = "float32") -> PreTrainedModel:
     """transformers' model of the checkpoint: eager attention, evaluation mode."""
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, dtype), attn_implementation="eager"
-    )
+    with quantised.readable_by_torch(directory) as folder:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation="eager",
+            experts_implementation="eager",
+        )
     return model.eval()
 
 

@@ -37,12 +37,21 @@ class Forward(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over a batch's tokens; `weight` is what a mean divides by."""
+    """Sums over a batch's tokens.
+
+    Attributes:
+        loss: weighted cross-entropy.
+        weight: what a mean divides by.
+        correct: weight of the tokens whose target was the likeliest.
+        tokens: real tokens, trained or not.
+        loads: tokens that each expert of each MoE layer took; None without experts.
+    """
 
     loss: Float[Array, ""]
     weight: Float[Array, ""]
     correct: Float[Array, ""]
     tokens: Int[Array, ""]
+    loads: Int[Array, "L E"] | None = None
 
 
 def sft(model: Model, batch: Batch, forward: Forward) -> Sums:
@@ -77,7 +86,7 @@ def sft(model: Model, batch: Batch, forward: Forward) -> Sums:
     numbers = jnp.arange(chunks[1].shape[0])
     (loss, correct), _ = jax.lax.scan(add, (zero, zero), (numbers, chunks))
     tokens = jnp.sum(batch.segment_ids > 0, dtype=jnp.int32)
-    return Sums(loss, jnp.sum(batch.loss_weights), correct, tokens)
+    return Sums(loss, jnp.sum(batch.loss_weights), correct, tokens, hidden.loads)
 
 
 def _cross_entropy(

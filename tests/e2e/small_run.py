@@ -31,10 +31,16 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_inputs(folder: Path, kind: str, eval_rows: int = 16, **sections: dict[str, Any]) -> Path:
+def write_inputs(
+    folder: Path,
+    kind: str,
+    eval_rows: int = 16,
+    variant: str = "llama_gqa",
+    **sections: dict[str, Any],
+) -> Path:
     """Write a checkpoint, rows and a config file, and return the file; `sections` add to it."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = tiny.build_checkpoint(folder / "model", "llama_gqa")
+    model = tiny.build_checkpoint(folder / "model", variant)
     rng = np.random.default_rng(0)
     for name, count in (("train", 48), ("eval", eval_rows)):
         lines = [rng.integers(3, 250, rng.integers(8, 30)).tolist() for _ in range(count)]
