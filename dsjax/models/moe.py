@@ -26,15 +26,29 @@ _BY_GROUP = lax.RaggedDotDimensionNumbers(
 
 
 def grouped_matmul(
-    x_ZI: Float[Array, "Z I"], weight_EOI: Float[Array, "E O I"], sizes_E: Int[Array, " E"]
+    x_ZI: Float[Array, "Z I"],
+    weight_EOI: Float[Array, "E O I"],
+    sizes_E: Int[Array, " E"],
+    dtype: Any = None,
 ) -> Float[Array, "Z O"]:
     """Multiply each group of rows by its own matrix: x W_e^T; rows beyond all groups give anything.
 
     XLA for TPU has a grouped kernel for this. XLA for CPU multiplies every row by every matrix: a
     path for tests.
+
+    Args:
+        x_ZI: rows, sorted by group.
+        weight_EOI: a matrix for each group.
+        sizes_E: rows of each group.
+        dtype: of the result and its sums; x's if None.
     """
     return lax.ragged_dot_general(
-        x_ZI, weight_EOI.astype(x_ZI.dtype), sizes_E, _BY_GROUP, precision=precision(x_ZI.dtype)
+        x_ZI,
+        weight_EOI.astype(x_ZI.dtype),
+        sizes_E,
+        _BY_GROUP,
+        precision=precision(x_ZI.dtype),
+        preferred_element_type=dtype,
     )
 
 

@@ -40,6 +40,30 @@ _SCORING = {"deepseek": "softmax", "deepseek_v2": "softmax"}
 _TOPK = {"deepseek": ("greedy",), "deepseek_v2": ("greedy", "group_limited_greedy")}
 """model_type -> what its topk_method may be, the default first; noaux_tc for the others."""
 
+_V3 = {
+    "max_position_embeddings": 4096,
+    "first_k_dense_replace": 3,
+    "n_shared_experts": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "q_lora_rank": 1536,
+    "num_nextn_predict_layers": 1,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "deepseek": {"max_position_embeddings": 2048, "topk_method": "greedy"},
+    "deepseek_v2": {
+        "max_position_embeddings": 2048,
+        "n_shared_experts": 2,
+        "topk_method": "greedy",
+        "q_lora_rank": 1536,
+    },
+    "deepseek_v3": _V3,
+    "deepseek_v32": _V3 | {"max_position_embeddings": 163840},
+}
+"""model_type -> what the reference class takes for a key that is absent."""
+
 LATENT_EPS = 1e-6
 """Of q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps says: so does the reference."""
 
@@ -130,8 +154,9 @@ def parse_config(config: Mapping[str, Any]) -> DeepseekConfig:
     Raises:
         ConfigError: with a line for every field that is wrong.
     """
-    _check(config)
     kind = config["model_type"]
+    config = {**_DEFAULTS[kind], **config}
+    _check(config)
     is_latent = kind != "deepseek"
     heads = config["num_attention_heads"]
     head_dim = config["qk_rope_head_dim"] if is_latent else config["hidden_size"] // heads
@@ -145,14 +170,14 @@ def parse_config(config: Mapping[str, Any]) -> DeepseekConfig:
         num_key_value_heads=config.get("num_key_value_heads") or heads,
         head_dim=head_dim,
         rms_norm_eps=float(config.get("rms_norm_eps") or 1e-6),
-        max_position_embeddings=config.get("max_position_embeddings") or 2048,
+        max_position_embeddings=config["max_position_embeddings"],
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
         attention_bias=bool(config.get("attention_bias")),
         mlp_bias=bool(config.get("mlp_bias")) and kind in ("deepseek", "deepseek_v2"),
         first_k_dense_replace=config.get("first_k_dense_replace") or 0,
         moe_intermediate_size=config["moe_intermediate_size"],
         n_shared_experts=config.get("n_shared_experts") or 0,
-        num_nextn_predict_layers=_prediction_modules(config),
+        num_nextn_predict_layers=config.get("num_nextn_predict_layers") or 0,
         router=_router(config),
         rope=rope_from_config(config, head_dim),
         mla=_latent(config) if is_latent else None,
@@ -162,27 +187,17 @@ def parse_config(config: Mapping[str, Any]) -> DeepseekConfig:
     return parsed
 
 
-def _prediction_modules(config: Mapping[str, Any]) -> int:
-    newer = config["model_type"] in ("deepseek_v3", "deepseek_v32")
-    named = config.get("num_nextn_predict_layers", config.get("num_mtp_layers"))
-    return named if named is not None else int(newer)
-
-
 def _router(config: Mapping[str, Any]) -> RouterConfig:
     kind = config["model_type"]
-    methods = _TOPK.get(kind, ("noaux_tc",))
-    newer = kind in ("deepseek_v3", "deepseek_v32")
     return RouterConfig(
         n_routed_experts=config["n_routed_experts"],
         num_experts_per_tok=config["num_experts_per_tok"],
         scoring_func=_SCORING.get(kind, "sigmoid"),
-        topk_method=config.get("topk_method") or methods[0],
+        topk_method=config.get("topk_method") or _TOPK.get(kind, ("noaux_tc",))[0],
         n_group=config.get("n_group") or 1,
         topk_group=config.get("topk_group") or 1,
-        norm_topk_prob=bool(config.get("norm_topk_prob", newer)),
-        routed_scaling_factor=float(
-            1.0 if config.get("routed_scaling_factor") is None else config["routed_scaling_factor"]
-        ),
+        norm_topk_prob=bool(config.get("norm_topk_prob")),
+        routed_scaling_factor=float(config.get("routed_scaling_factor") or 1.0),
     )
 
 
@@ -218,7 +233,8 @@ def _check(config: Mapping[str, Any]) -> None:
     required = [*_SIZES, *(_MLA_SIZES if kind != "deepseek" else ())]
     if kind == "deepseek_v32":
         required += ["q_lora_rank", *_INDEX_SIZES]
-    optional = ("num_key_value_heads", "max_position_embeddings", "q_lora_rank", "n_group")
+    required.append("max_position_embeddings")
+    optional = ("num_key_value_heads", "q_lora_rank", "n_group")
     zeros = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
     only = _ONLY | {"scoring_func": _SCORING.get(kind, "sigmoid")}
     if kind == "deepseek_v2":
@@ -261,8 +277,13 @@ def _check_parsed(config: DeepseekConfig, source: Mapping[str, Any]) -> None:
             f"config.json num_experts_per_tok: got {router.num_experts_per_tok}, expected at most "
             f"the {room} experts that a token may choose from"
         )
-    if router.topk_method == "group_limited_greedy" and not source.get("n_group"):
-        problems.append("config.json n_group: got null, expected a number of groups")
+    if router.topk_method != "greedy":
+        problems += [
+            f"config.json {name}: got null, expected an integer >= 1 for topk_method "
+            f"{router.topk_method}"
+            for name in ("n_group", "topk_group")
+            if not source.get(name)
+        ]
     if config.num_attention_heads % config.num_key_value_heads or (
         config.mla is not None and config.num_key_value_heads != config.num_attention_heads
     ):
