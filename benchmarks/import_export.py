@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast checkpoints come in and go out, and what host memory that takes beyond the arrays.
 
-    python benchmarks/import_export.py [--gigabytes 6] [--repeats 3]
+    python benchmarks/import_export.py [--model llama|deepseek_v3] [--gigabytes 6] [--repeats 3]
 
-Makes a synthetic llama in bfloat16, in shards of 1 GB, then measures each way in and out in a
-process of its own: `import` (load for a LoRA run), `export` (merge and prove, as a run ends),
-`to-flax`, `to-hf`; and a plain `cp` of the same files. Memory is resident memory: above what the
-libraries and an initialised JAX take, and above the arrays that are held. The files may still be in
-the page cache when they are read; so they may for `cp`. Out: a table, and JSON under
-benchmarks/results.
+Makes a synthetic checkpoint in shards of 1 GB, a llama in bfloat16 or a small V3 in FP8, then
+measures each way in and out in a process of its own: `import` (load for a LoRA run), `export`
+(merge and prove, as a run ends), `to-flax`, `to-hf`; and a plain `cp` of the same files. Memory is
+resident memory: above what the libraries and an initialised JAX take, and above the arrays that are
+held. The files may still be in the page cache when they are read; so they may for `cp`. Out: a
+table, and JSON under benchmarks/results.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import machine  # noqa: E402
 import synthetic  # noqa: E402
 
-RESULT = ROOT / "benchmarks" / "results" / "import_export.json"
-SIZES = {
+RESULTS = ROOT / "benchmarks" / "results"
+LLAMA = {
     "vocab_size": 32000,
     "hidden_size": 2560,
     "intermediate_size": 6912,
@@ -39,28 +39,47 @@ SIZES = {
     "num_key_value_heads": 20,
     "tie_word_embeddings": False,
 }
+DEEPSEEK_V3 = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 1024,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "n_routed_experts": 64,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+MODELS = {
+    "llama": (synthetic.llama_config, LLAMA, ["q_proj", "k_proj", "v_proj", "o_proj"]),
+    "deepseek_v3": (
+        synthetic.deepseek_v3_config,
+        DEEPSEEK_V3,
+        ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"],
+    ),
+}
+"""--model -> its config.json, its sizes, and the targets of the adapter."""
+
 OUTPUTS = {"export": "merged", "to-flax": "flax", "to-hf": "again"}
 COPIES = 3
 LIMIT = 1e9
 
 
-def sizes_of(gigabytes: float) -> dict[str, Any]:
+def config_of(model: str, gigabytes: float) -> dict[str, Any]:
     """The config.json of at least so many gigabytes."""
-    one = synthetic.llama_config("bfloat16", **SIZES, num_hidden_layers=1)
-    two = one | {"num_hidden_layers": 2}
-    small, large = (
-        sum(2 * _product(shape) for shape in synthetic.tensor_shapes(config).values())
-        for config in (one, two)
-    )
-    layers = 1 + max(0, -(-int(gigabytes * 1e9 - small) // (large - small)))
+    make, sizes, _ = MODELS[model]
+    one, two = (make("bfloat16", **sizes, num_hidden_layers=layers) for layers in (2, 3))
+    small, large = (synthetic.nbytes(synthetic.tensors_of(c, "bfloat16")) for c in (one, two))
+    layers = 2 + max(0, -(-int(gigabytes * 1e9 - small) // (large - small)))
     return one | {"num_hidden_layers": layers}
-
-
-def _product(shape: Sequence[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 # ---- In the process that is measured
@@ -92,13 +111,10 @@ def _figures(memory: Any, baseline: int, arrays: int) -> dict[str, Any]:
 def _run_config(folder: Path) -> Any:
     from dsjax.config import RunConfig
 
+    kind = json.loads((folder / "model" / "config.json").read_text())["model_type"]
     sections = {
         "model": {"path": str(folder / "model")},
-        "adapter": {
-            "peft_type": "LORA",
-            "r": 16,
-            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-        },
+        "adapter": {"peft_type": "LORA", "r": 16, "target_modules": MODELS[kind][2]},
         "data": {"train": ["none"]},
         "output_dir": str(folder / "run"),
     }
@@ -240,9 +256,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", choices=MODELS, default="llama", help="llama (default) or V3")
     parser.add_argument("--gigabytes", type=float, default=6, help="least size of the checkpoint")
     parser.add_argument("--repeats", type=int, default=3, help="times that each task runs")
-    parser.add_argument("--out", type=Path, default=RESULT, help="result file")
+    parser.add_argument("--out", type=Path, help="result file")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--task", choices=("import", *OUTPUTS), help=argparse.SUPPRESS)
     words = parser.parse_args()
@@ -252,15 +269,17 @@ def main() -> int:
     described = machine.describe()
     with tempfile.TemporaryDirectory(dir=words.folder, prefix="dsjax-import-export-") as name:
         folder = Path(name)
-        synthetic.write_checkpoint(folder / "model", sizes_of(words.gigabytes), "bfloat16")
+        config = config_of(words.model, words.gigabytes)
+        synthetic.write_checkpoint(folder / "model", config, "bfloat16")
         results = run(folder, words.repeats)
     command = (
-        f"python benchmarks/import_export.py --gigabytes {words.gigabytes:g} "
-        f"--repeats {words.repeats}"
+        f"python benchmarks/import_export.py --model {words.model} "
+        f"--gigabytes {words.gigabytes:g} --repeats {words.repeats}"
     )
-    words.out.parent.mkdir(parents=True, exist_ok=True)
+    out = words.out or RESULTS / f"import_export_{words.model}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"command": command, "machine": described, "results": results}, indent=2)
-    words.out.write_text(text + "\n")
+    out.write_text(text + "\n")
     print(report(results))
     above = {task: results[task]["above_arrays_bytes"] for task in ("import", *OUTPUTS)}
     over = {task: value for task, value in above.items() if value >= LIMIT}

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Llama-shaped checkpoint of any size, of random numbers, written as a stream.
+"""A checkpoint of any size, of random numbers, written as a stream.
 
-In: a config.json's fields and a dtype. Out: a Hugging Face directory of safetensors shards. Not
-done here: a tokenizer; measuring.
+In: a config.json and a dtype. Out: a Hugging Face directory of safetensors shards; in FP8 where the
+config has a quantization_config. Not done here: a tokenizer; measuring.
 """
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dsjax.fp8 import FP8, SCALE, read_format
 from dsjax.hf_files import SAFETENSORS_INDEX, SafetensorsWriter, index_json, shard_names
+from dsjax.models import base_shapes, build, entries_of
+from dsjax.models.weight_rules import entry_shape
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+QUANTISED = re.compile(r"_proj(_with_mqa)?\.weight$")
+"""What DeepSeek quantises."""
+
 BLOCK = 2**24
 """Random numbers that are made; tensors are cut from them at random places."""
 
@@ -42,31 +49,56 @@ def llama_config(dtype: str, **sizes: int | bool) -> dict[str, Any]:
     }
 
 
-def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def deepseek_v3_config(dtype: str, **sizes: int) -> dict[str, Any]:
+    """The config.json of an FP8 checkpoint of V3's kind, of these sizes."""
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "num_nextn_predict_layers": 0,
+        "max_position_embeddings": 4096,
+        "torch_dtype": dtype,
+        "quantization_config": {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+        },
+        **sizes,
+    }
+
+
+Tensors = dict[str, tuple[np.dtype, tuple[int, ...]]]
+
+
+def tensors_of(config: Mapping[str, Any], dtype: str) -> Tensors:
     """Every tensor of the checkpoint, in the order of the files."""
-    hidden, ffn = config["hidden_size"], config["intermediate_size"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    kv = hidden // heads * kv_heads
-    layer = {
-        "input_layernorm": (hidden,),
-        "mlp.down_proj": (hidden, ffn),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.up_proj": (ffn, hidden),
-        "post_attention_layernorm": (hidden,),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.v_proj": (kv, hidden),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config["vocab_size"], hidden)
-    }
-    for index in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{index}.{name}.weight": s for name, s in layer.items()}
-    shapes["model.norm.weight"] = (hidden,)
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
-    return shapes
+    model, form = build(config, "float32"), read_format(config)
+    shapes = base_shapes(model)
+    found: Tensors = {}
+    for entry in entries_of(model):
+        shape = entry_shape(entry, shapes)
+        if form is not None and QUANTISED.search(entry.hf):
+            found[entry.hf] = (FP8, shape)
+            found[entry.hf + SCALE] = (DTYPES["float32"], form.scale_shape(shape))
+        else:
+            wide = entry.hf.endswith("e_score_correction_bias")
+            found[entry.hf] = (DTYPES["float32" if wide else dtype], shape)
+    return found
+
+
+def nbytes(tensors: Tensors) -> int:
+    """Bytes of all these."""
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in tensors.values())
 
 
 def write_checkpoint(
@@ -75,21 +107,28 @@ def write_checkpoint(
     """Write the checkpoint; returns the bytes of its tensors."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shapes, size = tensor_shapes(config), DTYPES[dtype].itemsize
-    shards = _shards({name: math.prod(s) * size for name, s in shapes.items()}, shard_bytes)
+    tensors = tensors_of(config, dtype)
+    sizes = {name: nbytes({name: tensor}) for name, tensor in tensors.items()}
+    shards = _shards(sizes, shard_bytes)
     files = dict(zip(shard_names(len(shards)), shards, strict=True))
     rng = np.random.default_rng(0)
-    block = (rng.standard_normal(BLOCK, np.float32) * 0.02).astype(DTYPES[dtype])
+    numbers = rng.standard_normal(BLOCK, np.float32)
+    blocks = {
+        kind: (numbers * 0.02).astype(kind) for kind in {kind for kind, _ in tensors.values()}
+    }
+    blocks[FP8] = numbers.astype(FP8)  # of the size that a scale of 0.02 goes with
     for file, names in files.items():
-        entries = [(name, DTYPES[dtype], shapes[name]) for name in names]
+        entries = [(name, *tensors[name]) for name in names]
         with SafetensorsWriter(directory / file, entries) as writer:
             for name in names:
-                for rows in _values(shapes[name], block, rng):
+                kind, shape = tensors[name]
+                block = np.full(BLOCK, 0.02, kind) if name.endswith(SCALE) else blocks[kind]
+                for rows in _values(shape, block, rng):
                     writer.append(name, rows)
-    sizes = {f: [(n, math.prod(shapes[n]) * size) for n in names] for f, names in files.items()}
     if len(files) > 1:
-        (directory / SAFETENSORS_INDEX).write_text(index_json(sizes))
-    return sum(size for tensors in sizes.values() for _, size in tensors)
+        listed = {file: [(name, sizes[name]) for name in names] for file, names in files.items()}
+        (directory / SAFETENSORS_INDEX).write_text(index_json(listed))
+    return sum(sizes.values())
 
 
 def _shards(sizes: Mapping[str, int], most: float) -> list[list[str]]:

@@ -226,7 +226,15 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> jax.Array:
 
 @partial(jax.jit, donate_argnums=0)
 def _write(buffer: jax.Array, piece: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
-    return jax.lax.dynamic_update_slice(buffer, piece, start)
+    """Put a piece into its place, as bits.
+
+    Trap: XLA for CPU turns a bfloat16 buffer into float32 and back to update it, all of it for
+    every piece.
+    """
+    bits = jnp.dtype(f"uint{8 * buffer.dtype.itemsize}")
+    as_bits = partial(jax.lax.bitcast_convert_type, new_dtype=bits)
+    updated = jax.lax.dynamic_update_slice(as_bits(buffer), as_bits(piece), start)
+    return jax.lax.bitcast_convert_type(updated, buffer.dtype)
 
 
 def to_flax(src: str, dst: str, progress: Callable[[int, int], None] = lambda done, total: None):
