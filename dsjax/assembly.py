@@ -58,7 +58,9 @@ class Assembly:
 def assemble(config: RunConfig) -> Assembly:
     """Open, build, attach and decide, in this order; every refusal of these stages comes here."""
     mesh = make_mesh(config.mesh)
-    return assemble_model(config.model, config.adapter, list(config.training.freeze), mesh)
+    parts = assemble_model(config.model, config.adapter, list(config.training.freeze), mesh)
+    check_experts(parts.partition.leaves, mesh)
+    return parts
 
 
 def assemble_model(
@@ -73,7 +75,6 @@ def assemble_model(
         adapters.check_targets(adapter, spec, model)
     adapters.attach(model, spec)
     partition = decide(model, freeze=freeze, dtype=section.dtype, param_dtype=section.param_dtype)
-    check_experts(partition.leaves, mesh)
     if adapter.path is not None and spec is not None:
         adapters.check_params(adapter.path, model, spec, partition.leaves, source.read)
     return Assembly(section, source, model, spec, partition, mesh, carried, adapter.path)

@@ -104,6 +104,8 @@ def train(config: RunConfig) -> int:
     parts = assemble(config)
     check_dtype(config, parts)
     form = configuration.export_format(config.export, parts.spec.peft_type if parts.spec else None)
+    if form == "peft" and parts.spec is not None:
+        adapters.check_peft_form(parts.model, parts.spec)
 
     # ---- 3. Data: rows to tokens, order and packing of the whole run
     data = read_data(config, parts)
@@ -241,6 +243,8 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
             f"max_position_embeddings ({longest})",
             file=sys.stderr,
         )
+    if "experts" in {axis for leaf in parts.partition.leaves.values() for axis in leaf.axes}:
+        _warn_of_experts()
     unused = adapters.unused_keys(config.adapter, parts.spec)
     unused += optimizer.unused_keys(config.optimizer)
     if parts.spec is not None and config.model.param_dtype is not None:
@@ -249,6 +253,15 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
         print(f"not used by this kind of training: {', '.join(unused)}", file=sys.stderr)
     print(f"one row, the trained part marked:\n{data.sample}", file=sys.stderr)
     return trainable_table(report(parts.partition), everything)
+
+
+def _warn_of_experts() -> None:
+    if jax.default_backend() == "gpu":
+        print(
+            "experts on a GPU: XLA multiplies every token by every expert; the result is right, "
+            "time and memory grow with n_routed_experts",
+            file=sys.stderr,
+        )
 
 
 def _state_bytes(parts: Assembly) -> float:
