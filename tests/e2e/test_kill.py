@@ -106,12 +106,21 @@ def test_logged_points_are_on_disk_at_once(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "full", "prefix"])
-def test_kills_everywhere(tmp_path: Path, kind: str):
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [
+        ("lora", "llama_gqa"),
+        ("full", "llama_gqa"),
+        ("prefix", "llama_gqa"),
+        ("full", "deepseek_v3"),
+    ],
+)
+def test_kills_everywhere(tmp_path: Path, kind: str, variant: str):
     total = 60
     config = small_run.write_inputs(
         tmp_path,
         kind,
+        variant=variant,
         training={"max_steps": total, "eval_steps": 10},
         logging={"logging_steps": 1},
         checkpoint={"save_steps": 7, "save_total_limit": 2},
