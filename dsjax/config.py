@@ -140,6 +140,9 @@ class ObjectiveSection(_Section):
 
     type: Literal["sft"] = "sft"
     """sft: next-token cross-entropy on the trained part of each row."""
+    aux_loss_alpha: float = Field(default=0.0, ge=0)
+    """Models with experts: weight of the balance loss of the model's own kind, summed over its
+    layers; 0: none. It is not in the loss that is logged."""
 
 
 class OptimizerSection(_Section):

@@ -83,6 +83,7 @@ class StepConfig:
     remat: str
     dropout: bool
     float16: bool
+    aux_loss_alpha: float
 
 
 def step_config(
@@ -102,6 +103,7 @@ def step_config(
         remat=config.training.gradient_checkpointing,
         dropout=any(leaf.kind == "adapter" for leaf in partition.leaves.values()),
         float16=config.model.dtype == "float16",
+        aux_loss_alpha=config.objective.aux_loss_alpha,
     )
 
 
@@ -190,8 +192,13 @@ def make_train_step(
 def _accumulate(
     config: StepConfig, state: TrainState, frozen: Params, batch: Batch, seed: jax.Array
 ) -> tuple[Params, Sums]:
-    """Gradients of seed * loss sum, and the sums, over all microbatches."""
+    """Gradients of seed * loss sum, and the sums, over all microbatches.
+
+    The balance loss, a mean over rows, is in the gradients and not in the sum of the loss.
+    """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    filled = jnp.sum(jnp.any(batch.segment_ids > 0, axis=1))
+    balance_seed = config.aux_loss_alpha * state.loss_scale.scale / jnp.maximum(filled, 1)
     wide = _as_float32(state.trainable)
 
     def micro(index: jax.Array, rows: Batch) -> tuple[Params, Sums]:
@@ -202,7 +209,10 @@ def _accumulate(
 
         def scaled_loss(wide: Params) -> tuple[jax.Array, Sums]:
             sums = config.objective(config.partition.merge(wide, frozen), rows, forward)
-            return sums.loss * seed, sums
+            loss = sums.loss * seed
+            if config.aux_loss_alpha and sums.balance is not None:
+                loss += sums.balance * balance_seed
+            return loss, sums
 
         (_, sums), grads = jax.value_and_grad(scaled_loss, has_aux=True)(wide)
         return _masked(grads, config.partition), sums

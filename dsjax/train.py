@@ -243,10 +243,12 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
             f"max_position_embeddings ({longest})",
             file=sys.stderr,
         )
-    if "experts" in {axis for leaf in parts.partition.leaves.values() for axis in leaf.axes}:
-        _warn_of_experts()
     unused = adapters.unused_keys(config.adapter, parts.spec)
     unused += optimizer.unused_keys(config.optimizer)
+    if "experts" in {axis for leaf in parts.partition.leaves.values() for axis in leaf.axes}:
+        _warn_of_experts()
+    elif config.objective.aux_loss_alpha:
+        unused.append("objective.aux_loss_alpha")
     if parts.spec is not None and config.model.param_dtype is not None:
         unused.append("model.param_dtype")
     if unused:

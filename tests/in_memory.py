@@ -39,6 +39,26 @@ SHAPE: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
 }
 
+V3: dict[str, Any] = {
+    "model_type": "deepseek_v3",
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "num_key_value_heads": 4,
+}
+"""What makes SHAPE a DeepSeek-V3 of a dense layer and two with experts."""
+
 PLAIN_ADAMW: dict[str, Any] = {
     "learning_rate": 1e-2,
     "lr_scheduler_type": "constant",
@@ -108,6 +128,7 @@ def start(
     optimizer: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     values: Callable[[str, Leaf], np.ndarray] = random_array,
+    alpha: float = 0.0,
 ) -> Run:
     """Everything up to the first step.
 
@@ -119,8 +140,11 @@ def start(
         optimizer: changes to PLAIN_ADAMW.
         training: keys of the `training` section.
         values: start of a base or adapter leaf.
+        alpha: weight of the experts' balance loss.
     """
     config = run_config(model, optimizer, training)
+    objective = config.objective.model_copy(update={"aux_loss_alpha": alpha})
+    config = config.model_copy(update={"objective": objective})
     module = build(SHAPE | (shape or {}), config.model.dtype)
     adapters.attach(module, adapter)
     partition = decide(
@@ -157,9 +181,9 @@ def _first_value(
     if leaf.kind == "buffer":
         return np.float32(module.scaling.get_metadata()["values"]).reshape(leaf.shape)
     rank = leaf.shape[-2 if path.endswith("lora_A") else -1]
-    own = np.arange(rank) < np.asarray(module.ranks)[:, None]  # [L, r]
-    own = own[:, :, None] if path.endswith("lora_A") else own[:, None, :]
-    return values(path, leaf) * own.reshape(own.shape[-len(leaf.shape) :])
+    own = np.arange(rank) < np.asarray(module.ranks)[:, None]  # [L, r], of experts [L * E, r]
+    own = own.reshape(*leaf.shape[:-2], rank)
+    return values(path, leaf) * (own[..., None] if path.endswith("lora_A") else own[..., None, :])
 
 
 def run_config(

@@ -108,9 +108,7 @@ def quantise(
     return scaled.to(torch.float8_e4m3fn), scales
 
 
-def dequantise(
-    weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]
-) -> torch.Tensor:
+def dequantise(weight: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """The numbers, float32, that bytes and scales stand for."""
     wide = scales.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     return weight.float() * wide[: weight.shape[0], : weight.shape[1]]
@@ -133,11 +131,11 @@ def readable_by_torch(directory: str | Path) -> Iterator[Path]:
                 shutil.copyfile(path, copy / path.name)
         (copy / "config.json").write_text(json.dumps(config))
         found = _read(directory)
-        tensors = {
-            name: dequantise(tensor, found[name + SCALE], block) if name + SCALE in found else tensor
-            for name, tensor in found.items()
-            if not name.endswith(SCALE)
-        }
+        tensors = {}
+        for name, tensor in found.items():
+            scales = found.get(name + SCALE)
+            if not name.endswith(SCALE):
+                tensors[name] = tensor if scales is None else dequantise(tensor, scales, block)
         save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
         yield copy
 

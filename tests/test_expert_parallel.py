@@ -16,25 +16,6 @@ from dsjax.errors import ConfigError
 from dsjax.partition import Leaf
 from dsjax.sharding import check_experts, make_mesh
 
-SHAPE: dict[str, Any] = {
-    "model_type": "deepseek_v3",
-    "num_hidden_layers": 3,
-    "first_k_dense_replace": 1,
-    "moe_intermediate_size": 16,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "n_shared_experts": 1,
-    "n_group": 4,
-    "topk_group": 2,
-    "routed_scaling_factor": 2.5,
-    "q_lora_rank": 12,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 6,
-    "num_key_value_heads": 4,
-}
-
 MESHES = {
     "expert 8": {"expert": 8},
     "expert 4, fsdp 2": {"expert": 4, "fsdp": 2},
@@ -57,7 +38,7 @@ ROUTINGS = {"scattered": in_memory.random_array, "crowded": _crowded}
 
 def _two_steps(routing: str, mesh: Mapping[str, int] | None) -> Outcome:
     """Loss and gradients of the first step, and the trained arrays after the second."""
-    run = in_memory.start(SHAPE, mesh=mesh, values=ROUTINGS[routing])
+    run = in_memory.start(in_memory.V3, mesh=mesh, values=ROUTINGS[routing])
     report = run.step(in_memory.batch())
     gradients = run.gradients()
     run.step(in_memory.batch(seed=1))
@@ -84,7 +65,7 @@ def test_a_mesh_gives_the_result_of_one_device(mesh: str, routing: str) -> None:
 
 
 def test_experts_are_held_in_parts() -> None:
-    run = in_memory.start(SHAPE, mesh={"expert": 4, "tensor": 2})
+    run = in_memory.start(in_memory.V3, mesh={"expert": 4, "tensor": 2})
     weight = run.state.trainable["model.layers.mlp.experts.gate_proj.weight"]
     assert weight.shape == (2, 8, 16, 32)
     assert {shard.data.shape for shard in weight.addressable_shards} == {(2, 2, 8, 32)}
@@ -101,7 +82,7 @@ def test_experts_are_held_in_parts() -> None:
 def test_a_mesh_that_does_not_divide_the_experts(
     shape: dict[str, Any], mesh: dict[str, int], said: str
 ) -> None:
-    run = in_memory.start(SHAPE | shape)
+    run = in_memory.start(in_memory.V3 | shape)
     section = MeshSection(**({"fsdp": 1} | mesh))
     devices = jax.devices()[: math.prod(mesh.values())]
     with pytest.raises(ConfigError, match=said):

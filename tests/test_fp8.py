@@ -111,9 +111,7 @@ def test_a_section_that_does_not_fit(section: Any, said: str):
 def test_scales_that_are_missing_or_have_another_shape():
     arrays, _ = _quantised((40, 20))
     scales = arrays.pop(NAME + fp8.SCALE)
-    with pytest.raises(
-        ConfigError, match=r"o_proj.weight_scale_inv: got no such tensor"
-    ):
+    with pytest.raises(ConfigError, match=r"o_proj.weight_scale_inv: got no such tensor"):
         fp8.dequantised(_source(arrays))
     with pytest.raises(ConfigError, match=r"_scale_inv: got shape \[2, 2\], expected \[3, 2\]"):
         fp8.dequantised(_source(arrays | {NAME + fp8.SCALE: scales[:2]}))

@@ -291,9 +291,7 @@ def _save_weights(model: PreTrainedModel, directory: Path, files: Mapping[str, A
         weight = model.get_input_embeddings().weight.detach()
         _add_tensors(paths[-1], {"lm_head.weight": weight.clone()})
     if files["mtp"]:
-        quantised.add_prediction_modules(
-            directory, model.config.num_hidden_layers, files["mtp"]
-        )
+        quantised.add_prediction_modules(directory, model.config.num_hidden_layers, files["mtp"])
     if files["fp8"]:
         quantised.quantise_folder(directory, files["fp8"], files["ue8m0"])
     if files["form"] == "bin":

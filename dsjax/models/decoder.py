@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.models.attention import PREFIX_SEGMENT, Tokens
 from dsjax.models.layers import MLP, Embedding, Linear, RMSNorm
-from dsjax.models.moe import MoE
+from dsjax.models.moe import MoE, Work
 from dsjax.models.rope import positions_like, rope_tables
 
 SAVED_NAMES = ("attention_out", "mlp_out")
@@ -53,12 +53,12 @@ class Hidden(NamedTuple):
     Attributes:
         states: after the last norm.
         cache: the grown cache, if one was given.
-        loads: tokens that each expert of each MoE layer took; None without experts.
+        work: how the experts of each MoE layer shared the work; None without experts.
     """
 
     states: Float[Array, "B T D"]
     cache: Cache | None
-    loads: Int[Array, "L E"] | None
+    work: Work | None
 
 
 class Shared(NamedTuple):
@@ -91,16 +91,16 @@ class Block(nnx.Module):
         self.mlp = mlp
 
     def __call__(self, x_BTD: jax.Array, shared: Shared, own: PerLayer):
-        """Run one layer; returns the activations, the layer's new cache and its experts' loads."""
+        """Run one layer; returns the activations, the layer's new cache and its experts' work."""
         attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), shared, own)
         x_BTD = x_BTD + checkpoint_name(attended_BTD, "attention_out")
-        normed_BTD, loads = self.post_attention_layernorm(x_BTD), None
+        normed_BTD, work = self.post_attention_layernorm(x_BTD), None
         if isinstance(self.mlp, MoE):
             real_BT = shared.query.segment > 0
-            mlp_BTD, loads = self.mlp(normed_BTD, real_BT, shared.sharding, own.dropout_key)
+            mlp_BTD, work = self.mlp(normed_BTD, real_BT, shared.sharding, own.dropout_key)
         else:
             mlp_BTD = self.mlp(normed_BTD, own.dropout_key)
-        return x_BTD + checkpoint_name(mlp_BTD, "mlp_out"), cache, loads
+        return x_BTD + checkpoint_name(mlp_BTD, "mlp_out"), cache, work
 
 
 class Decoder(nnx.Module):
@@ -177,10 +177,10 @@ class CausalLM(nnx.Module):
         tables = rope_tables(self.config.rope, query.position)
         shared = Shared(*tables, query, self._with_prefix(key), length, sharding)
         x_BTD = _constrain(self.model.embed_tokens(input_ids, self.dtype), sharding)
-        x_BTD, caches, loads = self._run_stacks(x_BTD, shared, remat, dropout_key, cache)
+        x_BTD, caches, work = self._run_stacks(x_BTD, shared, remat, dropout_key, cache)
         if cache is not None:
             cache = Cache(caches, key, cache.length + input_ids.shape[1])
-        return Hidden(self.model.norm(x_BTD), cache, loads)
+        return Hidden(self.model.norm(x_BTD), cache, work)
 
     def _run_stacks(
         self,
@@ -189,13 +189,13 @@ class CausalLM(nnx.Module):
         remat: str,
         dropout_key: jax.Array | None,
         cache: Cache | None,
-    ) -> tuple[jax.Array, tuple[Any, ...], jax.Array | None]:
-        """Run all stacks; returns the activations, the new caches and the experts' loads."""
+    ) -> tuple[jax.Array, tuple[Any, ...], Work | None]:
+        """Run all stacks; returns the activations, the new caches and the experts' work."""
         blocks = self.model.blocks()
         total, first = sum(block.layers for block in blocks), 0
         windows = self._windows()
         keys = None if dropout_key is None else jax.random.split(dropout_key, total)
-        caches, loads = [], []
+        caches, work = [], None
         for number, block in enumerate(blocks):
             here = slice(first, first + block.layers)
             own = PerLayer(
@@ -203,11 +203,11 @@ class CausalLM(nnx.Module):
                 dropout_key=None if keys is None else keys[here],
                 cache=None if cache is None else cache.stacks[number],
             )
-            x_BTD, new, load = _run_stack(block, x_BTD, shared, own, remat)
+            x_BTD, new, done = _run_stack(block, x_BTD, shared, own, remat)
             caches.append(new)
-            loads += [] if load is None else [load]
+            work = work if done is None else done  # one stack at most has experts
             first += block.layers
-        return x_BTD, tuple(caches), jnp.concatenate(loads) if loads else None
+        return x_BTD, tuple(caches), work
 
     def _windows(self) -> jax.Array | None:
         """Window per layer, or None when no layer slides."""
@@ -251,18 +251,18 @@ class CausalLM(nnx.Module):
 def _run_stack(
     block: Block, x_BTD: jax.Array, shared: Shared, own: PerLayer, remat: str
 ) -> tuple[jax.Array, Any, Any]:
-    """Scan one stack; returns the activations, the stacked new caches and loads."""
+    """Scan one stack; returns the activations, the stacked new caches and experts' work."""
     graphdef, stacked = nnx.split(block)
 
     def body(x_BTD, xs):
         state, own = xs
-        x_BTD, cache, loads = nnx.merge(graphdef, state)(x_BTD, shared, own)
-        return _constrain(x_BTD, shared.sharding), (cache, loads)
+        x_BTD, cache, work = nnx.merge(graphdef, state)(x_BTD, shared, own)
+        return _constrain(x_BTD, shared.sharding), (cache, work)
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
-    x_BTD, (caches, loads) = jax.lax.scan(body, x_BTD, (stacked, own))
-    return x_BTD, caches, loads
+    x_BTD, (caches, work) = jax.lax.scan(body, x_BTD, (stacked, own))
+    return x_BTD, caches, work
 
 
 def append_to_cache(

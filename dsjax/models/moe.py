@@ -83,6 +83,18 @@ class Routing(NamedTuple):
     weights: Float[Array, "B T A"]
 
 
+class Work(NamedTuple):
+    """How the experts of a layer shared the work.
+
+    Attributes:
+        loads: tokens that each took.
+        balance: for each row the balance loss, 1 where all experts work alike.
+    """
+
+    loads: Int[Array, "*L E"]
+    balance: Float[Array, "*L B"]
+
+
 class Router(nnx.Module):
     """Scores every expert for every token, in float32, and picks the best."""
 
@@ -96,7 +108,9 @@ class Router(nnx.Module):
             else None
         )
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Routing:
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], real_BT: Bool[Array, "B T"]
+    ) -> tuple[Routing, Work]:
         """Choose; DeepSeek-V2 (arXiv 2405.04434, 2.1.2) and V3 (arXiv 2412.19437, 2.1.2)."""
         c, wide = self.config, jnp.float32
         weight_ED = self.weight[...].astype(wide)
@@ -113,7 +127,29 @@ class Router(nnx.Module):
         weights_BTA = jnp.take_along_axis(scores_BTE, experts_BTA, axis=-1)
         if c.norm_topk_prob:
             weights_BTA = weights_BTA / (weights_BTA.sum(-1, keepdims=True) + 1e-20)
-        return Routing(experts_BTA, weights_BTA * c.routed_scaling_factor)
+        work = Work(
+            jnp.sum(_counts(experts_BTA, real_BT, c.n_routed_experts), axis=0),
+            self._balance(scores_BTE, experts_BTA, real_BT),
+        )
+        return Routing(experts_BTA, weights_BTA * c.routed_scaling_factor), work
+
+    def _balance(
+        self, scores_BTE: jax.Array, experts_BTA: jax.Array, real_BT: jax.Array
+    ) -> Float[Array, " B"]:
+        """Sum over experts of (share of the choices x mean score), for each row.
+
+        V2's expert-level loss (arXiv 2405.04434, eq. 23-25) counts the choices; V3's complementary
+        sequence-wise loss (arXiv 2412.19437, eq. 17-20) those that scores without bias and groups
+        would make, and takes scores that sum to 1. Gradients go through the scores alone.
+        """
+        experts, chosen = self.config.n_routed_experts, self.config.num_experts_per_tok
+        if self.config.topk_method == "noaux_tc":
+            _, experts_BTA = lax.top_k(lax.stop_gradient(scores_BTE), chosen)
+            scores_BTE = scores_BTE / scores_BTE.sum(-1, keepdims=True)
+        tokens_B1 = jnp.maximum(real_BT.sum(-1, keepdims=True), 1)
+        share_BE = _counts(experts_BTA, real_BT, experts) * experts / (chosen * tokens_B1)
+        mean_BE = jnp.sum(scores_BTE * real_BT[..., None], axis=1) / tokens_B1
+        return jnp.sum(share_BE * mean_BE, axis=-1)
 
     def _choice(self, scores_BTE: jax.Array) -> jax.Array:
         """What the choice goes by: scores, with the bias, outside the chosen groups pushed down."""
@@ -130,6 +166,12 @@ class Router(nnx.Module):
         _, kept = lax.top_k(group_scores, c.topk_group)
         allowed = jax.nn.one_hot(kept, c.n_group, dtype=jnp.bool_).any(-2)
         return jnp.where(allowed[..., None], grouped, floor).reshape(scores_BTE.shape)
+
+
+def _counts(experts_BTA: jax.Array, real_BT: jax.Array, experts: int) -> Int[Array, "B E"]:
+    """How many real tokens of each row chose each expert."""
+    took = jax.nn.one_hot(experts_BTA, experts, dtype=jnp.int32)
+    return jnp.sum(took * real_BT[..., None, None], axis=(1, 2))
 
 
 class ExpertLinear(nnx.Module):
@@ -240,12 +282,10 @@ class MoE(nnx.Module):
         real_BT: Bool[Array, "B T"],
         sharding: NamedSharding | None,
         dropout_key: jax.Array | None,
-    ) -> tuple[Float[Array, "B T D"], Int[Array, " E"]]:
-        """Run the experts; returns their output and how many real tokens each routed one took."""
-        routing = self.gate(x_BTD)
+    ) -> tuple[Float[Array, "B T D"], Work]:
+        """Run the experts; returns their output and how the routed ones shared the work."""
+        routing, work = self.gate(x_BTD, real_BT)
         out_BTD = self.experts(x_BTD, routing, sharding)
         if self.shared_experts is not None:
             out_BTD = out_BTD + self.shared_experts(x_BTD, dropout_key)
-        took = jax.nn.one_hot(routing.experts, self.gate.config.n_routed_experts, dtype=jnp.int32)
-        loads_E = jnp.sum(took * real_BT[..., None, None], axis=(0, 1, 2))
-        return out_BTD, loads_E
+        return out_BTD, work

@@ -45,6 +45,7 @@ class Sums(NamedTuple):
         correct: weight of the tokens whose target was the likeliest.
         tokens: real tokens, trained or not.
         loads: tokens that each expert of each MoE layer took; None without experts.
+        balance: balance losses, summed over rows and layers; None without experts.
     """
 
     loss: Float[Array, ""]
@@ -52,6 +53,7 @@ class Sums(NamedTuple):
     correct: Float[Array, ""]
     tokens: Int[Array, ""]
     loads: Int[Array, "L E"] | None = None
+    balance: Float[Array, ""] | None = None
 
 
 def sft(model: Model, batch: Batch, forward: Forward) -> Sums:
@@ -86,7 +88,10 @@ def sft(model: Model, batch: Batch, forward: Forward) -> Sums:
     numbers = jnp.arange(chunks[1].shape[0])
     (loss, correct), _ = jax.lax.scan(add, (zero, zero), (numbers, chunks))
     tokens = jnp.sum(batch.segment_ids > 0, dtype=jnp.int32)
-    return Sums(loss, jnp.sum(batch.loss_weights), correct, tokens, hidden.loads)
+    sums = Sums(loss, jnp.sum(batch.loss_weights), correct, tokens)
+    if hidden.work is None:
+        return sums
+    return sums._replace(loads=hidden.work.loads, balance=jnp.sum(hidden.work.balance))
 
 
 def _cross_entropy(

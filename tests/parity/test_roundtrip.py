@@ -71,7 +71,9 @@ def test_every_byte_comes_back(variant: str, convert: Any, tmp_path: Path) -> No
         assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
 
 
-@pytest.mark.parametrize("variant", ["qwen2", "llama_float16_hub", "qwen2_bfloat16"])
+@pytest.mark.parametrize(
+    "variant", ["qwen2", "llama_float16_hub", "qwen2_bfloat16", "deepseek_v3_fp8_mtp_hub"]
+)
 def test_any_bits_come_back(variant: str, convert: Any, tmp_path: Path) -> None:
     """NaNs with a payload, infinities, subnormal numbers, and arrays of nothing but -0."""
     source = tiny.build_checkpoint(tmp_path / "source", variant)

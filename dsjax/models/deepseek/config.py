@@ -50,6 +50,7 @@ _V3 = {
     "routed_scaling_factor": 2.5,
     "q_lora_rank": 1536,
     "num_nextn_predict_layers": 1,
+    "rope_interleave": True,  # read by V3 alone: the others always are
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "deepseek": {"max_position_embeddings": 2048, "topk_method": "greedy"},
@@ -207,7 +208,7 @@ def _latent(config: Mapping[str, Any]) -> Latent:
     return Latent(
         q_lora_rank=config.get("q_lora_rank"),
         **sizes,
-        rope_interleave=older or config.get("rope_interleave") is not False,
+        rope_interleave=config["model_type"] != "deepseek_v3" or bool(config["rope_interleave"]),
         rope_in_float32=older,
         softmax_scale=_softmax_scale(config, sizes["qk_nope_head_dim"] + sizes["qk_rope_head_dim"]),
     )
