@@ -206,7 +206,10 @@ def device_peak_flops(device_kind: str, dtype: str) -> float | None:
 
 
 def train_flops_per_token(
-    active_parameters: float, trained_parameters: float, attention_width: int, context: float
+    active_parameters: float | int,
+    trained_parameters: float | int,
+    attention_width: int,
+    context: float,
 ) -> float:
     """Return the model FLOPs of one training token, without rematerialisation.
 

@@ -15,6 +15,7 @@ from flax import nnx
 from dsjax.adapters.lora import LoraSpec
 from dsjax.data import Batch
 from dsjax.models import Model
+from dsjax.models.decoder import Hidden
 from dsjax.objectives.sft import Forward, Sums, sft
 from dsjax.step import make_train_step
 
@@ -27,8 +28,8 @@ class Head(Model):
     def __init__(self, hidden_BTD: jax.Array, weight_VD: jax.Array):
         self.states, self.weight = nnx.Param(hidden_BTD), nnx.Param(weight_VD)
 
-    def hidden(self, *batch: Any, **forward: Any) -> tuple[jax.Array, None]:
-        return self.states[...], None
+    def hidden(self, *batch: Any, **forward: Any) -> Hidden:
+        return Hidden(self.states[...], None, None)
 
     def head(self, hidden: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         return hidden @ self.weight[...].T

@@ -26,7 +26,7 @@ _SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-_ONLY = {"hidden_act": "silu", "attention_dropout": 0.0, "quantization_config": None}
+_ONLY = {"hidden_act": "silu", "attention_dropout": 0.0}
 """Fields that are implemented for one value only."""
 
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")

@@ -236,8 +236,8 @@ def _rope(**settings: Any) -> dict[str, Any]:
         ({"hidden_act": "gelu"}, ["config.json hidden_act: got 'gelu'", "expected 'silu'"]),
         ({"attention_dropout": 0.1}, ["config.json attention_dropout: got 0.1", "expected 0.0"]),
         (
-            {"quantization_config": {"quant_method": "fp8"}},
-            ["config.json quantization_config", "fp8", "expected"],
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            ["config.json quantization_config.quant_method: got 'gptq', expected 'fp8'"],
         ),
         ({"rms_norm_eps": 0}, ["config.json rms_norm_eps: got 0", "> 0"]),
         (
