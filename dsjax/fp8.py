@@ -161,6 +161,11 @@ def dequantised(source: Source) -> Source:
         )
         return source
     problems = []
+    if not quantised:
+        problems.append(
+            "config.json quantization_config: got it for files without a float8_e4m3fn tensor, "
+            "expected null; remove it if the weights are converted, else fetch the files again"
+        )
     for name in sorted(quantised):
         shape = source.tensors[name].shape
         scale = source.tensors.get(name + SCALE)

@@ -117,6 +117,11 @@ def test_scales_that_are_missing_or_have_another_shape():
         fp8.dequantised(_source(arrays | {NAME + fp8.SCALE: scales[:2]}))
 
 
+def test_a_section_without_fp8_is_refused():
+    with pytest.raises(ConfigError, match="quantization_config: got it for files without a float8"):
+        fp8.dequantised(_source({NAME: np.ones((2, 2), np.float32)}))
+
+
 def test_a_checkpoint_without_fp8_is_left_alone():
     source = _source({NAME: np.ones((2, 2), np.float32)}, None)
     assert fp8.dequantised(source) is source
