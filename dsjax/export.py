@@ -245,6 +245,8 @@ def _checked_form(form: str, parts: Assembly) -> str:
     kind = parts.spec.peft_type if parts.spec else None
     if form == "peft" and kind is None:
         raise ConfigError("--format: got peft for a run without an adapter, expected merged")
+    if form == "peft" and parts.spec is not None:
+        adapters.check_peft_form(parts.model, parts.spec)
     if form == "merged" and kind == "PREFIX_TUNING":
         raise ConfigError(
             "--format: got merged with PREFIX_TUNING, expected peft; a prefix has no merged form"

@@ -6,6 +6,7 @@ values of the new arrays, and the same arrays as PEFT's tensors. Not done here: 
 (`partition`), writing an export.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from dsjax.adapters import lora, peft_files, prefix
+from dsjax.adapters import lora, peft_files, peft_lora, prefix
 from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
 from dsjax.config import AdapterSection
@@ -28,8 +29,11 @@ Spec = LoraSpec | PrefixSpec
 ADAPTERS = {"LORA": lora, "PREFIX_TUNING": prefix}
 """adapter.peft_type -> the module that implements it."""
 
+FIELDS = {"LORA": peft_lora.config_fields, "PREFIX_TUNING": prefix.config_fields}
+"""adapter.peft_type -> what writes the fields of adapter_config.json that are its own."""
+
 KEYS = {
-    "LORA": tuple(LoraSpec.__dataclass_fields__),
+    "LORA": tuple(key for key in LoraSpec.__dataclass_fields__ if key != "target_parameters"),
     "PREFIX_TUNING": tuple(PrefixSpec.__dataclass_fields__),
 }
 """adapter.peft_type -> the keys of the section that it uses."""
@@ -44,6 +48,9 @@ def resolve(section: AdapterSection) -> Spec | None:
     """
     if section.path is not None:
         spec = peft_files.read_spec(section.path)
+        if isinstance(spec, LoraSpec) and spec.target_parameters:
+            # PEFT has no dropout there, so its file cannot say one.
+            spec = replace(spec, lora_dropout=section.lora_dropout)
         _check_agreement(section, spec)
         return spec
     if section.peft_type == "LORA":
@@ -68,7 +75,8 @@ def _check_agreement(section: AdapterSection, spec: Spec) -> None:
             f"adapter.peft_type: got {section.peft_type!r}, expected {spec.peft_type!r} as in "
             f"{section.path}/adapter_config.json; remove the key"
         )
-    for key in sorted(given & set(KEYS[spec.peft_type]) - {"target_modules"}):
+    by_model = _compared_with_model(spec)
+    for key in sorted(given & set(KEYS[spec.peft_type]) - by_model):
         mine, theirs = getattr(section, key), getattr(spec, key)
         if _comparable(mine) != _comparable(theirs):
             problems.append(
@@ -78,20 +86,36 @@ def _check_agreement(section: AdapterSection, spec: Spec) -> None:
     raise_all(problems)
 
 
+def _compared_with_model(spec: Spec) -> set[str]:
+    """Keys of which two values can say the same; patterns in PEFT's file may be for parameters."""
+    by_parameter = isinstance(spec, LoraSpec) and spec.target_parameters
+    return {"target_modules"} | ({"rank_pattern", "alpha_pattern"} if by_parameter else set())
+
+
 def check_targets(section: AdapterSection, spec: Spec, model: Model) -> None:
-    """Refuse target_modules of the YAML that mean other modules than the adapter's on disk."""
-    given = section.path is not None and "target_modules" in section.model_fields_set
-    if not given or not isinstance(spec, LoraSpec):
+    """Refuse targets and patterns of the YAML that mean another adapter than the one on disk."""
+    if section.path is None or not isinstance(spec, LoraSpec):
         return
-    wished = replace(spec, target_modules=section.target_modules)
-    if lora.targets(model, wished) != lora.targets(model, spec):
-        raise_all(
-            [
-                f"adapter.target_modules: got {section.target_modules!r}, expected "
-                f"{spec.target_modules!r} as in {section.path}/adapter_config.json; remove the "
-                "key, the adapter decides"
-            ]
-        )
+    given = section.model_fields_set & _compared_with_model(spec)
+    raise_all(
+        f"adapter.{key}: got {getattr(section, key)!r}, expected {getattr(spec, key)!r} as in "
+        f"{section.path}/adapter_config.json; remove the key, the adapter decides"
+        for key in sorted(given)
+        if not _says_the_same(key, section, spec, model)
+    )
+
+
+def _says_the_same(key: str, section: AdapterSection, spec: LoraSpec, model: Model) -> bool:
+    """Whether the YAML's value of a key gives every module what the adapter on disk has."""
+    plain = replace(spec, target_parameters=None, rank_pattern={}, alpha_pattern={})
+    wished = replace(plain, **{key: getattr(section, key)})
+    adapted = lora.targets(model, spec)
+    if key == "target_modules":
+        return lora.targets(model, wished) == adapted
+    names = [name for modules in adapted.values() for name, hit in modules.items() if hit]
+    if key == "rank_pattern":
+        return all(wished.rank_of(name) == spec.rank_of(name) for name in names)
+    return all(math.isclose(wished.alpha_of(name), spec.alpha_of(name)) for name in names)
 
 
 def _comparable(value: Any) -> Any:
@@ -172,6 +196,15 @@ def peft_tensors(model: Model, spec: Spec, params: Mapping[str, Any]) -> dict[st
     return peft_files.to_tensors(model, spec, params)
 
 
+def check_peft_form(model: Model, spec: Spec) -> None:
+    """Refuse an adapter that PEFT has no form for, before a run and not after it.
+
+    Raises:
+        ConfigError: routed experts whose adapters differ within a layer.
+    """
+    peft_config(model, spec, base="")
+
+
 def peft_config(model: Model, spec: Spec, base: str) -> dict[str, Any]:
     """The adapter_config.json for these arrays, every field written out."""
     return {
@@ -179,5 +212,5 @@ def peft_config(model: Model, spec: Spec, base: str) -> dict[str, Any]:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
-        **ADAPTERS[spec.peft_type].config_fields(model, spec),
+        **FIELDS[spec.peft_type](model, spec),
     }

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA (arXiv 2106.09685) with PEFT's initialisation, scaling, dropout and target matching.
 
-In: a `LoraSpec` and a model. Out: A and B in the slot of every targeted linear map, and the same
-arrays under PEFT's names. A stack holds one A and one B for all its layers; where layers differ in
-rank, or have no adapter, the missing rows are zeros, which stay zeros: each factor's gradient is a
-product with the other. Not done here: reading and writing files, merging (`export`).
+In: a `LoraSpec` and a model. Out: A and B in the slot of every targeted linear map, and where in
+them each module's factors lie. A stack holds one A and one B for all its layers; where layers (or
+experts) differ in rank, or have no adapter, the missing rows are zeros, which stay zeros: each
+factor's gradient is a product with the other. Not done here: the update of routed experts
+(`expert_lora`), PEFT's files (`peft_lora`, `peft_files`), merging (`export`).
 """
 
+import functools
 import math
 import re
 import zlib
@@ -20,6 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dsjax.adapters.expert_lora import ExpertLora, is_routed, parameter_of
 from dsjax.errors import nearest, raise_all
 from dsjax.models import Model, entries_of
 from dsjax.models.layers import (
@@ -30,12 +33,17 @@ from dsjax.models.layers import (
     precision,
     stacked_axes,
 )
+from dsjax.models.moe import ExpertLinear, Router
 from dsjax.partition import Leaf
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """PEFT's LoraConfig, the fields that we honour, under its names."""
+    """PEFT's LoraConfig, the fields that we honour, under its names.
+
+    `target_parameters` comes from PEFT's files only: names of weights, among them those that hold
+    all experts of a layer in transformers 5. No `layers_to_transform` applies to them.
+    """
 
     r: int
     lora_alpha: int | float
@@ -45,35 +53,60 @@ class LoraSpec:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, int | float] = field(default_factory=dict)
     use_rslora: bool = False
+    target_parameters: list[str] | None = None
 
     peft_type = "LORA"
 
     def __post_init__(self):
         """Lists name sets: keep each in one order, so that equal adapters have equal specs."""
-        for name in ("target_modules", "layers_to_transform"):
+        for name in ("target_modules", "layers_to_transform", "target_parameters"):
             value = getattr(self, name)
             if isinstance(value, list):
-                object.__setattr__(self, name, sorted(set(value)) or None)
+                empty = [] if name == "target_modules" else None
+                object.__setattr__(self, name, sorted(set(value)) or empty)
+
+    def parameter_target(self, module: str) -> tuple[str, int] | None:
+        """The parameter under whose name a module is targeted, and how many share its rank."""
+        if not self.target_parameters:
+            return None
+        key, share = parameter_of(module)
+        return (key, share) if _is_named(key, tuple(self.target_parameters)) else None
+
+    def whole(self, module: str) -> tuple[int, int | float, int]:
+        """Rank and alpha as PEFT counts them, and how many modules share them, by full name."""
+        key, share = self.parameter_target(module) or (module, 1)
+        rank = _pattern_value(self.rank_pattern, key, self.r)
+        return rank, _pattern_value(self.alpha_pattern, key, self.lora_alpha), share
 
     def rank_of(self, module: str) -> int:
         """Rank of the adapter of one module, by its full name."""
-        return _pattern_value(self.rank_pattern, module, self.r)
+        rank, _, share = self.whole(module)
+        return rank // share
+
+    def alpha_of(self, module: str) -> float:
+        """Alpha of the adapter of one module: with its own rank it gives the same scaling."""
+        _, alpha, share = self.whole(module)
+        return alpha / (math.sqrt(share) if self.use_rslora else share)
 
     def scaling_of(self, module: str) -> float:
         """What the update of one module is multiplied by: alpha / r, or alpha / sqrt(r)."""
-        rank = self.rank_of(module)
-        alpha = _pattern_value(self.alpha_pattern, module, self.lora_alpha)
+        rank, alpha, _ = self.whole(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+@functools.lru_cache(maxsize=4096)  # hundreds of experts are one parameter
+def _is_named(key: str, wanted: tuple[str, ...]) -> bool:
+    return any(f".{key}".endswith(f".{name}") for name in wanted)
 
 
 def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     for pattern, value in patterns.items():
-        if _ends_in(pattern, module):
+        if ends_in(pattern, module):
             return value
     return default
 
 
-def _ends_in(pattern: str, module: str) -> bool:
+def ends_in(pattern: str, module: str) -> bool:
     """PEFT's rule for rank_pattern and alpha_pattern: a regular expression for the name's end."""
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
@@ -147,14 +180,20 @@ def attach(model: Model, spec: LoraSpec) -> None:
         ConfigError: a target, pattern or layer matches nothing.
     """
     for path, modules in targets(model, spec).items():
-        linear = _module_at(model, path)
+        linear = module_at(model, path)
         ranks = [spec.rank_of(name) if hit else 0 for name, hit in modules.items()]
         scalings = [spec.scaling_of(name) if hit else 0.0 for name, hit in modules.items()]
-        linear.adapter = Lora(linear, path, ranks, scalings, spec.lora_dropout)
+        if isinstance(linear, ExpertLinear):
+            linear.adapter = ExpertLora(linear, ranks, scalings)
+        else:
+            linear.adapter = Lora(linear, path, ranks, scalings, spec.lora_dropout)
 
 
 def targets(model: Model, spec: LoraSpec) -> dict[str, dict[str, bool]]:
-    """The targeted linear maps: path -> for each layer's module name, whether it is adapted."""
+    """The targeted linear maps: path -> for each module's name, whether it is adapted.
+
+    The modules of a path are its layers, and in each layer its experts, in the order of its arrays.
+    """
     linears = linear_modules(model)
     names = [name for modules in linears.values() for name in modules]
     _check(spec, names, model)
@@ -166,34 +205,46 @@ def targets(model: Model, spec: LoraSpec) -> dict[str, dict[str, bool]]:
 
 
 def linear_modules(model: Model) -> dict[str, list[str]]:
-    """Path of every linear map -> the module names of its layers, as PEFT sees them."""
+    """Path of every linear map that trains -> its modules' names on disk, as `targets` has them."""
     linears: dict[str, list[str]] = {}
     for entry in entries_of(model):
         path = entry.path.removesuffix(".weight")
-        if path != entry.path and isinstance(_module_at(model, path), Linear):
+        if path != entry.path and _is_linear(module_at(model, path)):
             linears.setdefault(path, []).append(entry.hf.removesuffix(".weight"))
     return linears
 
 
-def _module_at(model: nnx.Module, path: str) -> Any:
+def _is_linear(module: Any) -> bool:
+    """Whether an adapter can learn there: no gradient reaches the indexer of V3.2."""
+    trains = isinstance(module, (Linear, ExpertLinear)) and module.weight.get_metadata()
+    return bool(trains) and trains.get("trains", True)
+
+
+def module_at(model: nnx.Module, path: str) -> Any:
     for name in path.split("."):
         model = getattr(model, name)
     return model
 
 
 def _is_target(spec: LoraSpec, module: str) -> bool:
-    """PEFT's rule: all linear maps but the head, one regular expression, or a list of name ends."""
+    """PEFT's rule: all linear maps but the head, one regular expression, or a list of name ends.
+
+    Routed experts are no linear maps in transformers 5.
+    """
     wanted = spec.target_modules
+    if spec.parameter_target(module):
+        return True
     if isinstance(wanted, str):
         if wanted.lower() == "all-linear":
-            return module != "lm_head" and _in_layers(spec, module)
+            return module != "lm_head" and not is_routed(module) and in_layers(spec, module)
         return re.fullmatch(wanted, module) is not None
     if module in wanted:  # named whole: PEFT adapts it in any layer
         return True
-    return any(module.endswith(f".{name}") for name in wanted) and _in_layers(spec, module)
+    return any(module.endswith(f".{name}") for name in wanted) and in_layers(spec, module)
 
 
-def _in_layers(spec: LoraSpec, module: str) -> bool:
+def in_layers(spec: LoraSpec, module: str) -> bool:
+    """Whether `layers_to_transform` leaves a module in."""
     if not spec.layers_to_transform:
         return True
     layer = re.match(r".*?\.[^.]*\.(\d+)\.", module)
@@ -201,7 +252,7 @@ def _in_layers(spec: LoraSpec, module: str) -> bool:
 
 
 def _check(spec: LoraSpec, names: list[str], model: Model) -> None:
-    problems = _target_problems(spec, names)
+    problems = _target_problems(spec, names, model)
     layers = model.config.num_hidden_layers
     wrong = [layer for layer in spec.layers_to_transform or [] if not 0 <= layer < layers]
     if wrong:
@@ -219,15 +270,17 @@ def _check(spec: LoraSpec, names: list[str], model: Model) -> None:
         problems.append(
             f"adapter.target_modules: got {spec.target_modules!r}, which matches nothing"
         )
+    problems += _expert_problems(spec, adapted)
+    keys = sorted({(spec.parameter_target(name) or (name,))[0] for name in adapted})
     for key, patterns in (
         ("rank_pattern", spec.rank_pattern),
         ("alpha_pattern", spec.alpha_pattern),
     ):
         problems += [
             f"adapter.{key}: got {pattern!r}, which matches no adapted module; "
-            f"{nearest(pattern, _short_names(adapted) + adapted)}"
+            f"{nearest(pattern, short_names(keys) + keys)}"
             for pattern in patterns
-            if not any(_ends_in(pattern, name) for name in adapted)
+            if not any(ends_in(pattern, name) for name in keys)
         ]
     raise_all(problems)
 
@@ -236,8 +289,35 @@ def _is_regex(wanted: str | list[str]) -> bool:
     return isinstance(wanted, str) and wanted.lower() != "all-linear"
 
 
-def _target_problems(spec: LoraSpec, names: list[str]) -> list[str]:
+def _expert_problems(spec: LoraSpec, adapted: list[str]) -> list[str]:
+    """What routed experts cannot have: dropout (nor has PEFT), half of an odd rank."""
+    routed = [name for name in adapted if is_routed(name)]
     problems = []
+    if routed and spec.lora_dropout:
+        problems.append(
+            f"adapter.lora_dropout: got {spec.lora_dropout}, expected 0 with routed experts in "
+            f"adapter.target_modules ({routed[0]})"
+        )
+    odd = {
+        parameter_of(name)[0]: spec.whole(name)[0]
+        for name in routed
+        if spec.whole(name)[0] % spec.whole(name)[2]
+    }
+    problems += [
+        f"adapter.rank_pattern: got rank {rank} for {key}, expected an even one: half of it for "
+        "gate_proj, half for up_proj"
+        for key, rank in odd.items()
+    ]
+    return problems
+
+
+def _target_problems(spec: LoraSpec, names: list[str], model: Model) -> list[str]:
+    problems = [
+        f"adapter.target_parameters: got {wanted!r}, which matches no weight of a linear map or of "
+        "routed experts"
+        for wanted in spec.target_parameters or []
+        if not any(f".{parameter_of(name)[0]}".endswith(f".{wanted}") for name in names)
+    ]
     for key, patterns in (
         ("rank_pattern", spec.rank_pattern),
         ("alpha_pattern", spec.alpha_pattern),
@@ -263,12 +343,24 @@ def _target_problems(spec: LoraSpec, names: list[str]) -> list[str]:
     wanted_names = [] if isinstance(spec.target_modules, str) else spec.target_modules
     for wanted in wanted_names:
         if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
-            tied = "the head is the embedding (tie_word_embeddings), without a weight of its own"
-            hint = tied if wanted == "lm_head" else nearest(wanted, _short_names(names))
             problems.append(
-                f"adapter.target_modules: got {wanted!r}, which matches no linear module; {hint}"
+                f"adapter.target_modules: got {wanted!r}, which matches no linear module; "
+                + _hint(wanted, names, model)
             )
     return problems
+
+
+def _hint(wanted: str, names: list[str], model: Model) -> str:
+    """Why there is nothing of this name to adapt, or what has a name like it."""
+    if wanted == "lm_head":
+        return "the head is the embedding (tie_word_embeddings), without a weight of its own"
+    paths = {e.path for e in entries_of(model) if f".{e.hf}".endswith(f".{wanted}.weight")}
+    found = [module_at(model, path.removesuffix(".weight")) for path in paths]
+    if any(isinstance(module, Router) for module in found):
+        return "it is the experts' router, which has no adapter"
+    if any(isinstance(module, Linear) for module in found):
+        return "no gradient reaches the indexer"
+    return nearest(wanted, short_names(names))
 
 
 def _compiles(pattern: str) -> bool:
@@ -279,7 +371,8 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
-def _short_names(names: list[str]) -> list[str]:
+def short_names(names: list[str]) -> list[str]:
+    """The last parts of names."""
     return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
@@ -288,7 +381,7 @@ def initial(path: str, leaf: Leaf, model: Model, key: jax.Array) -> jax.Array:
 
     Rows of A beyond a layer's own rank are zero.
     """
-    module = _module_at(model, path.rsplit(".", 1)[0])
+    module = module_at(model, path.rsplit(".", 1)[0])
     if path.endswith(".scaling"):
         values = dict(module.scaling.get_metadata())["values"]
         return jnp.asarray(values, jnp.float32).reshape(leaf.shape)
@@ -301,51 +394,22 @@ def initial(path: str, leaf: Leaf, model: Model, key: jax.Array) -> jax.Array:
 
 
 def tensors(model: Model, spec: LoraSpec) -> dict[str, tuple[str, tuple[Any, ...]]]:
-    """Every tensor of the adapter in PEFT's file: key -> (path, index into that array)."""
+    """Both factors of every adapted module under PEFT's names: (path, index into that array)."""
     found = {}
     for path, modules in targets(model, spec).items():
-        stacked = _module_at(model, path).layers is not None
-        for layer, (name, hit) in enumerate(modules.items()):
+        lead = stack_shape(module_at(model, path))
+        for index, (name, hit) in zip(np.ndindex(*lead), modules.items(), strict=True):
             if not hit:
                 continue
             rank = slice(spec.rank_of(name))
-            lead = (layer,) if stacked else ()
             key = f"base_model.model.{name}"
-            found[f"{key}.lora_A.weight"] = (f"{path}.adapter.lora_A", (*lead, rank, slice(None)))
-            found[f"{key}.lora_B.weight"] = (f"{path}.adapter.lora_B", (*lead, slice(None), rank))
+            found[f"{key}.lora_A.weight"] = (f"{path}.adapter.lora_A", (*index, rank, slice(None)))
+            found[f"{key}.lora_B.weight"] = (f"{path}.adapter.lora_B", (*index, slice(None), rank))
     return found
 
 
-def _listed(model: Model, spec: LoraSpec) -> list[str]:
-    """The targets as a list: of the short names if they say the same, else of the whole names.
-
-    PEFT refuses an expression that also matches a module that is not linear, such as a whole MLP.
-    """
-    if not isinstance(spec.target_modules, str):
-        return spec.target_modules
-    modules = linear_modules(model).values()
-    names = [name for module in modules for name in module if _in_layers(spec, name)]
-    found = [name for name in names if _is_target(spec, name)]
-    short = _short_names(found)
-    others = [name for name in names if name not in found]
-    return sorted(found) if set(short) & set(_short_names(others)) else short
-
-
-def config_fields(model: Model, spec: LoraSpec) -> dict[str, Any]:
-    """The fields of adapter_config.json that are LoRA's own, all written out."""
-    return {
-        "r": spec.r,
-        "lora_alpha": spec.lora_alpha,
-        "lora_dropout": spec.lora_dropout,
-        "target_modules": _listed(model, spec),
-        "layers_to_transform": spec.layers_to_transform,
-        "rank_pattern": dict(spec.rank_pattern),
-        "alpha_pattern": dict(spec.alpha_pattern),
-        "use_rslora": spec.use_rslora,
-        "use_dora": False,
-        "lora_bias": False,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-    }
+def stack_shape(linear: Linear | ExpertLinear) -> tuple[int, ...]:
+    """By what a map's modules are stacked: (), (layers,) or (layers, experts)."""
+    if isinstance(linear, ExpertLinear):
+        return linear.layers, linear.experts
+    return () if linear.layers is None else (linear.layers,)

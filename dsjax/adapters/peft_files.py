@@ -16,7 +16,8 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from dsjax import config_rules
-from dsjax.adapters import lora, prefix
+from dsjax.adapters import peft_lora, prefix
+from dsjax.adapters.expert_lora import DOWN, GATE_UP
 from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
 from dsjax.config import AdapterSection
@@ -36,7 +37,6 @@ _REFUSED = (
     "fan_in_fan_out",
     "modules_to_save",
     "exclude_modules",
-    "target_parameters",
     "layer_replication",
     "layers_pattern",
     "trainable_token_indices",
@@ -84,15 +84,21 @@ def read_spec(path: str) -> LoraSpec | PrefixSpec:
             "changed base model, save it as a plain LoRA with PEFT's path_initial_model_for_weight_"
             "conversion"
         )
-    if not config.get("target_modules"):
+    if not config.get("target_modules") and not config.get("target_parameters"):
         problems.append(f"{field} target_modules: got nothing, expected a list or an expression")
+    problems += [
+        f"{field} target_parameters: got {name!r}, expected names that end in .weight, or in "
+        f"experts.{GATE_UP} and experts.{DOWN}; other parameters have no adapter here"
+        for name in config.get("target_parameters") or []
+        if not name.endswith(".weight") and name.rsplit(".", 1)[-1] not in (GATE_UP, DOWN)
+    ]
     raise_all(problems + _value_problems(field, config, "r"))
     return _lora_spec(config)
 
 
 def _lora_spec(config: Mapping[str, Any]) -> LoraSpec:
     layers = config.get("layers_to_transform")
-    wanted = config["target_modules"]
+    wanted = config.get("target_modules") or []
     return LoraSpec(
         r=config["r"],
         lora_alpha=config.get("lora_alpha") or 8,
@@ -102,6 +108,7 @@ def _lora_spec(config: Mapping[str, Any]) -> LoraSpec:
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern=config.get("alpha_pattern") or {},
         use_rslora=bool(config.get("use_rslora")),
+        target_parameters=config.get("target_parameters") or None,
     )
 
 
@@ -113,6 +120,8 @@ class _Shared(BaseModel):
 
 def _value_problems(field: str, config: Mapping[str, Any], required: str) -> list[str]:
     keys = AdapterSection.model_fields.keys() - {"peft_type", "path", "use_dora"}
+    if config.get("target_parameters"):
+        config = {key: value for key, value in config.items() if value != []}
     given = {key: config.get(key) for key in keys if key == required or config.get(key) is not None}
     try:
         _Shared.model_validate({"adapter": given})
@@ -181,6 +190,12 @@ def check_tensors(
         for key in extra
     ]
     raise_all(problems)
+    if isinstance(spec, LoraSpec) and spec.target_parameters:
+        raise_all(
+            f"{file} {key}: got a part of the rank that gate_proj and up_proj share, expected half "
+            "of it for each; merge the adapter into the model with PEFT"
+            for key in peft_lora.entangled(model, spec, _read_all(Path(path)))
+        )
 
 
 def _base_name(key: str, wanted: Mapping[str, Any]) -> str:
@@ -199,23 +214,20 @@ def read_params(
     path: str, model: Model, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
 ) -> dict[str, np.ndarray]:
     """The trained arrays of an adapter, stacked as the model's leaves are, in float32."""
-    folder = Path(path)
-    found = {
+    found = _read_all(Path(path))
+    if isinstance(spec, PrefixSpec):
+        pair = prefix.from_file(found[prefix.TENSOR], model)
+        return dict(zip(_prefix_paths(leaves), pair, strict=True))
+    return peft_lora.from_file(model, spec, leaves, found)
+
+
+def _read_all(folder: Path) -> dict[str, np.ndarray]:
+    """The file's tensors in float32, without copies of the model's own weights."""
+    return {
         name: read_tensor(folder / TENSORS, info).astype(np.float32)
         for name, info in _tensor_infos(folder).items()
         if not name.endswith(".base_layer.weight")
     }
-    if isinstance(spec, PrefixSpec):
-        pair = prefix.from_file(found[prefix.TENSOR], model)
-        return dict(zip(_prefix_paths(leaves), pair, strict=True))
-    params = {
-        name: np.zeros(leaf.shape, np.float32)
-        for name, leaf in leaves.items()
-        if leaf.kind == "adapter"
-    }
-    for key, (name, index) in lora.tensors(model, spec).items():
-        params[name][index] = found[key]
-    return params
 
 
 def _prefix_paths(leaves: Mapping[str, Leaf]) -> list[str]:
@@ -229,11 +241,7 @@ def _wanted_shapes(
     if isinstance(spec, PrefixSpec):
         layers, length, heads, size = leaves[_prefix_paths(leaves)[0]].shape
         return {prefix.TENSOR: (length, layers * 2 * heads * size)}
-    shapes = {}
-    for key, (name, index) in lora.tensors(model, spec).items():
-        empty = np.broadcast_to(np.float32(0), leaves[name].shape)
-        shapes[key] = empty[index].shape
-    return shapes
+    return peft_lora.shapes(model, spec, leaves)
 
 
 def _tensor_infos(folder: Path) -> dict[str, TensorInfo]:
@@ -254,6 +262,4 @@ def to_tensors(
         at = "model.layers.self_attn.prefix"
         key, value = (np.asarray(params[f"{at}.{name}"]) for name in ("key", "value"))
         return {prefix.TENSOR: prefix.to_file(key, value)}
-    pieces = lora.tensors(model, spec)
-    host = {path: np.asarray(params[path]) for path, _ in pieces.values()}
-    return {key: np.ascontiguousarray(host[path][index]) for key, (path, index) in pieces.items()}
+    return peft_lora.to_file(model, spec, params)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
 from dsjax import adapters
-from dsjax.adapters import lora
+from dsjax.adapters import lora, peft_lora
 from dsjax.adapters.lora import Lora, LoraSpec
 from dsjax.config import MeshSection
 from dsjax.errors import ConfigError
@@ -72,7 +72,7 @@ def _our_modules(fields: Mapping[str, Any], **shape: Any) -> tuple[Modules, dict
         )
         for name in names
     }
-    return modules, lora.config_fields(model, spec), partition.counts()[0]
+    return modules, peft_lora.config_fields(model, spec), partition.counts()[0]
 
 
 SHORT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

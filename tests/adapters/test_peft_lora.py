@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""adapter_config.json says what PEFT understands, or there is none; it reads back as the same."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import in_memory
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from dsjax import adapters
+from dsjax.adapters import expert_lora, lora, peft_files, peft_lora
+from dsjax.adapters.lora import LoraSpec
+from dsjax.config import AdapterSection
+from dsjax.errors import ConfigError
+from dsjax.models import Model
+from dsjax.partition import decide
+
+SHAPE: dict[str, Any] = {
+    "model_type": "deepseek_v2",
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "num_key_value_heads": 4,
+}
+MOE_16B: dict[str, Any] = {
+    key: value for key, value in SHAPE.items() if "rank" not in key and "head_dim" not in key
+} | {"model_type": "deepseek"}
+FEED_FORWARD = ["down_proj", "gate_proj", "up_proj"]
+
+
+def _model(spec: LoraSpec, shape: dict[str, Any]) -> Model:
+    model = in_memory.model_of(**shape)
+    adapters.attach(model, spec)
+    return model
+
+
+def _spec(targets: str | list[str], **fields: Any) -> LoraSpec:
+    return LoraSpec(**({"r": 2, "lora_alpha": 4, "target_modules": targets} | fields))
+
+
+def _random(model: Model, spec: LoraSpec) -> dict[str, jax.Array]:
+    leaves, rng = decide(model).leaves, np.random.default_rng(0)
+    values = {
+        path: np.zeros(leaf.shape, np.float32)
+        for path, leaf in leaves.items()
+        if leaf.kind == "adapter"
+    }
+    for path, index in lora.tensors(model, spec).values():
+        values[path][index] = rng.normal(size=values[path][index].shape)
+    return {path: jnp.asarray(array) for path, array in values.items()}
+
+
+def _write(directory: Path, model: Model, spec: LoraSpec, **config: Any) -> Path:
+    fields = adapters.peft_config(model, spec, "base") | config
+    (directory / "adapter_config.json").write_text(json.dumps(fields, sort_keys=True))
+    tensors = adapters.peft_tensors(model, spec, _random(model, spec))
+    save_file(tensors, directory / "adapter_model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        (SHAPE, _spec("all-linear", lora_dropout=0.1)),
+        (SHAPE, _spec(FEED_FORWARD, layers_to_transform=[2], use_rslora=True)),
+        (SHAPE, _spec(["down_proj"], rank_pattern={"layers.1.*": 3, "layers.2.mlp.ex.*": 5})),
+        (SHAPE, _spec(r".*\.experts\..*", alpha_pattern={".*(gate|up)_proj": 7})),
+        (SHAPE, _spec(["model.layers.0.mlp.up_proj", "o_proj"], layers_to_transform=[2])),
+        (MOE_16B, _spec(["experts.3.gate_proj", "v_proj"], rank_pattern={"gate_proj": 3})),
+        ({}, _spec(["q_proj"], rank_pattern={"q_proj": 3, "layers.0.self_attn.q_proj": 5})),
+    ],
+)
+def test_what_is_written_is_read(shape: dict[str, Any], spec: LoraSpec, tmp_path: Path) -> None:
+    model = _model(spec, shape)
+    path = str(_write(tmp_path, model, spec))
+
+    again = adapters.resolve(AdapterSection(path=path))
+
+    other = _model(again, shape)
+    leaves = decide(other).leaves
+    adapters.check_params(path, other, again, leaves, lambda name: np.zeros(()))
+    read = peft_files.read_params(path, other, again, leaves)
+    expected = _random(model, spec)
+    assert read.keys() == expected.keys()
+    assert all(np.array_equal(read[name], values) for name, values in expected.items())
+    assert adapters.peft_config(other, again, "base") == adapters.peft_config(model, spec, "base")
+    assert decide(other).counts() == decide(model).counts()
+
+
+def test_experts_of_moe_16b_keep_names_of_their_own() -> None:
+    spec = _spec(["experts.3.gate_proj", "v_proj"])
+    model = _model(spec, MOE_16B)
+    fields = peft_lora.config_fields(model, spec)
+    assert "target_parameters" not in fields
+    assert fields["target_modules"] == ["experts.3.gate_proj", "v_proj"]
+    names = set(adapters.peft_tensors(model, spec, _random(model, spec)))
+    assert "base_model.model.model.layers.2.mlp.experts.3.gate_proj.lora_A.weight" in names
+
+
+def test_patterns_are_written_so_that_their_order_means_nothing() -> None:
+    """The file is sorted, and PEFT takes the first pattern that fits."""
+    kept = {r"0.self_attn\.q_proj": 5, "q_proj": 3}
+    for given, written in (
+        (kept, kept),
+        ({"q_proj": 3, r"layers\.0\..*": 5}, {r"self_attn\.q_proj": 3}),
+    ):
+        spec = _spec(["q_proj"], rank_pattern=given)
+        assert peft_lora.config_fields(_model(spec, {}), spec)["rank_pattern"] == written
+
+
+def test_factors_are_by_expert_in_a_and_by_rank_then_expert_in_b() -> None:
+    gate, up = (
+        (np.full((2, 1, 3), side) + [[[1.0]], [[2]]], np.full((2, 4, 1), side) + [[[1.0]], [[2]]])
+        for side in (10, 20)
+    )
+    a, b = expert_lora.fuse(*expert_lora.side_by_side(gate, up))
+    np.testing.assert_array_equal(a[:, 0], [11, 21, 12, 22])
+    np.testing.assert_array_equal(b[0], [11, 12, 0, 0])
+    np.testing.assert_array_equal(b[7], [0, 0, 21, 22])
+    taken = expert_lora.apart(*expert_lora.split(a, b, experts=2))
+    for ours, theirs in zip((*gate, *up), (*taken[0], *taken[1]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+UNEQUAL = r"its experts, or their gate_proj and up_proj, differ in rank or alpha"
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (_spec(["experts.1.down_proj"]), UNEQUAL),
+        (_spec(r".*experts\.\d\.gate_proj"), r"gate_proj and up_proj are not both adapted"),
+        (_spec(["gate_proj", "up_proj"], rank_pattern={r"experts\.\d\.up_proj": 3}), UNEQUAL),
+        (_spec(["gate_proj", "up_proj"], alpha_pattern={r"experts\.\d\.up_proj": 3}), UNEQUAL),
+        (_spec(["down_proj"], rank_pattern={r"experts\.2\.down_proj": 1}), UNEQUAL),
+        (_spec(r".*2.mlp.experts.\d.up_proj|.*1.mlp.experts.\d.gate_proj"), UNEQUAL),
+    ],
+)
+def test_what_peft_cannot_hold_is_refused(spec: LoraSpec, reason: str) -> None:
+    model = _model(spec, SHAPE)
+    said = r"export.format: got peft, expected merged or null; PEFT has one adapter for model\.lay"
+    with pytest.raises(ConfigError, match=rf"{said}.*{reason}"):
+        adapters.check_peft_form(model, spec)
+
+
+@pytest.mark.parametrize("parameter", ["experts.gate", "embed_tokens", "mlp.experts.w1"])
+def test_other_parameters_are_refused(parameter: str, tmp_path: Path) -> None:
+    spec = _spec(["o_proj"])
+    folder = _write(tmp_path, _model(spec, SHAPE), spec, target_parameters=[parameter])
+    with pytest.raises(ConfigError, match=rf"target_parameters: got '{parameter}', expected names"):
+        adapters.resolve(AdapterSection(path=str(folder)))
+
+
+def _resolved(folder: Path, **given: Any) -> LoraSpec:
+    section = AdapterSection(path=str(folder), **given)
+    spec = adapters.resolve(section)
+    adapters.check_targets(section, spec, in_memory.model_of(**SHAPE))
+    return spec
+
+
+def test_the_yaml_may_say_the_same_in_its_own_words(tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "target_modules": FEED_FORWARD,
+        "rank_pattern": {"down_proj": 3, "up_proj": 2},
+        "alpha_pattern": {r"layers\.1\..*": 9},
+        "use_rslora": True,
+    }
+    spec = LoraSpec(r=2, lora_alpha=4, **given)
+    folder = _write(tmp_path, _model(spec, SHAPE), spec)
+    _resolved(folder, r=2, lora_alpha=4, **given)
+    for key, value in (
+        ("target_modules", ["gate_proj"]),
+        ("rank_pattern", {"down_proj": 2}),
+        ("alpha_pattern", {r"layers\.1\..*gate_proj": 9}),
+    ):
+        with pytest.raises(ConfigError, match=rf"adapter.{key}: got .*the adapter decides"):
+            _resolved(folder, **{key: value})
+
+
+def test_dropout_that_the_file_cannot_say_is_the_yamls(tmp_path: Path) -> None:
+    spec = _spec(["shared_experts.up_proj"], lora_dropout=0.1)
+    folder = _write(tmp_path, _model(spec, SHAPE), spec)
+    assert json.loads((folder / "adapter_config.json").read_text())["lora_dropout"] == 0
+    assert _resolved(folder).lora_dropout == 0
+    assert _resolved(folder, lora_dropout=0.1).lora_dropout == 0.1
