@@ -97,7 +97,8 @@ class AdapterSection(_Section):
     """LoRA: dropout on the adapter's input."""
     target_modules: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """LoRA: modules that get an adapter: all-linear, a list of names (q_proj) or ends of paths,
-    or one regular expression for the whole path."""
+    or one regular expression for the whole path. all-linear leaves out the head, routers and
+    routed experts; gate_proj in a list means the experts' too, mlp.gate_proj the dense layers'."""
     layers_to_transform: Layers | None = None
     """LoRA: indices of the layers that get an adapter; null: all."""
     rank_pattern: dict[str, Positive] = {}

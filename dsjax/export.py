@@ -197,8 +197,15 @@ def _sample_logits(parts: Assembly, trainable: Params, frozen: Params) -> np.nda
     return np.asarray(head(trainable, frozen, x_BTD), np.float32)
 
 
+PARAMETER_TARGETS = (
+    "This adapter names weights in `target_parameters`. It is for peft 0.21 and transformers 5 or "
+    "later; earlier ones may leave a part of it out without a word."
+)
+
+
 def card_facts(config: RunConfig, parts: Assembly, form: str, step: int, rows: list) -> CardFacts:
     """What the model card says of a run."""
+    by_parameter = form == "peft" and adapters.targets_parameters(parts.model, parts.spec)
     return CardFacts(
         base_model=config.model.path,
         library_name="peft" if form == "peft" else "transformers",
@@ -213,6 +220,7 @@ def card_facts(config: RunConfig, parts: Assembly, form: str, step: int, rows: l
         },
         metrics=rows,
         license=source_license(parts.source.directory, parts.source.config),
+        needs=PARAMETER_TARGETS if by_parameter else "",
     )
 
 

@@ -48,6 +48,7 @@ class CardFacts:
         hyperparameters: config keys and values, in the order to be shown.
         metrics: the rows of `metrics.jsonl`.
         license: from `source_license`.
+        needs: what a reader must be to load it; empty if any will do.
     """
 
     base_model: str
@@ -57,6 +58,7 @@ class CardFacts:
     hyperparameters: Mapping[str, object]
     metrics: Sequence[Mapping[str, Any]] = ()
     license: Mapping[str, str] = field(default_factory=dict)
+    needs: str = ""
 
 
 def write_model_card(directory: Path, facts: CardFacts) -> Path:
@@ -74,6 +76,7 @@ def card_text(facts: CardFacts) -> str:
         f"# {name}, {facts.method}",
         f"Trained from `{facts.base_model}` with dsjax ({facts.method}, {facts.step:,} steps).",
         f"## How to load\n\n```python\n{_snippet(facts)}\n```",
+        *([facts.needs] if facts.needs else []),
         f"## Hyper-parameters\n\n{_pairs('key', 'value', facts.hyperparameters)}",
         *_loss_section(facts),
         f"## Versions\n\n{_pairs('framework', 'version', _versions())}",

@@ -107,3 +107,8 @@ def test_license_falls_back_to_the_config(tmp_path, readme):
 
 def test_markdown_table_keeps_cells_out_of_its_syntax():
     assert markdown_table(("a",), [("x|y\nz",)]) == "| a |\n| --- |\n| x\\|y z |"
+
+
+def test_what_a_reader_must_be_stands_below_how_to_load(tmp_path):
+    text = write_model_card(tmp_path, facts(needs="For peft 0.21 or later.")).read_text()
+    assert text.index("## How to load") < text.index("For peft 0.21") < text.index("## Hyper")

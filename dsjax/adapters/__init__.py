@@ -205,6 +205,11 @@ def check_peft_form(model: Model, spec: Spec) -> None:
     peft_config(model, spec, base="")
 
 
+def targets_parameters(model: Model, spec: Spec | None) -> bool:
+    """Whether PEFT's file of this adapter names weights, which older readers do not know."""
+    return spec is not None and bool(peft_config(model, spec, "").get("target_parameters"))
+
+
 def peft_config(model: Model, spec: Spec, base: str) -> dict[str, Any]:
     """The adapter_config.json for these arrays, every field written out."""
     return {
