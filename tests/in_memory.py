@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,15 @@ V3: dict[str, Any] = {
     "num_key_value_heads": 4,
 }
 """What makes SHAPE a DeepSeek-V3 of a dense layer and two with experts."""
+
+# Layers and experts differ: layer 1 has 2 and 5 of rank 3, layer 2 others of rank 2; no ups.
+UNEVEN_EXPERTS = LoraSpec(
+    r=2,
+    lora_alpha=4,
+    target_modules=["experts.2.gate_proj", "experts.5.gate_proj", "down_proj", "o_proj"],
+    rank_pattern={r"layers\.1\.mlp\.experts\.\d\.gate_proj": 3},
+    alpha_pattern={r"experts\.5\.gate_proj": 7},
+)
 
 PLAIN_ADAMW: dict[str, Any] = {
     "learning_rate": 1e-2,
@@ -230,3 +239,29 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Norm of the difference over the norm of `theirs`."""
     size = float(np.linalg.norm(theirs))
     return float(np.linalg.norm(ours - theirs)) / (size or 1.0)
+
+
+class Outcome(NamedTuple):
+    """What two steps give: loss and gradients of the first, the trained arrays after the second."""
+
+    loss: float
+    gradients: dict[str, np.ndarray]
+    trained: dict[str, np.ndarray]
+
+
+def two_steps(run: Run, vocab_size: int = 64) -> Outcome:
+    """Take two steps of a fresh run."""
+    report = run.step(batch(vocab_size=vocab_size))
+    gradients = run.gradients()
+    run.step(batch(vocab_size=vocab_size, seed=1))
+    return Outcome(float(report.sums.loss), gradients, run.trainable())
+
+
+def assert_same(found: Outcome, expected: Outcome, bound: float = 1e-5) -> None:
+    """Two runs took the same steps, up to rounding; no gradient is zero."""
+    assert abs(found.loss - expected.loss) < bound * abs(expected.loss)
+    assert set(found.gradients) == set(expected.gradients)
+    for path, gradient in expected.gradients.items():
+        assert np.linalg.norm(gradient) > 0, path
+        assert distance(found.gradients[path], gradient) < bound, path
+        assert distance(found.trained[path], expected.trained[path]) < bound, path
