@@ -86,6 +86,11 @@ class Partition:
         return sum(self.trainable_count(path) for path in self.trainable), everything
 
 
+def has_experts(leaves: Mapping[str, Leaf]) -> bool:
+    """Whether a model has routed experts."""
+    return any("experts" in leaf.axes for leaf in leaves.values())
+
+
 def put(graphdef: Any, params: Mapping[str, Any]) -> Model:
     """Put arrays, by dotted path, into a module."""
     state: dict[Any, Any] = {tuple(path.split(".")): value for path, value in params.items()}

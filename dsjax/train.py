@@ -40,7 +40,7 @@ from dsjax.metrics import (
     read_metrics,
     train_flops_per_token,
 )
-from dsjax.partition import Leaf, report
+from dsjax.partition import Leaf, has_experts, report
 from dsjax.run_folder import (
     CONFIG_FILE,
     claimed,
@@ -245,7 +245,7 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
         )
     unused = adapters.unused_keys(config.adapter, parts.spec)
     unused += optimizer.unused_keys(config.optimizer)
-    if "experts" in {axis for leaf in parts.partition.leaves.values() for axis in leaf.axes}:
+    if has_experts(parts.partition.leaves):
         _warn_of_experts()
     elif config.objective.aux_loss_alpha:
         unused.append("objective.aux_loss_alpha")
