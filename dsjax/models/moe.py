@@ -4,7 +4,8 @@
 In: activations [B, T, D]. Out: the same, and how many tokens each expert took. No token is ever
 dropped: every device has room for all tokens of its expert group. Over a mesh's `expert` axis the
 tokens are gathered, each device computes its own experts for all of them, and the sums are
-scattered back; the result equals one device's for any routing. Not done here: balance losses.
+scattered back; the result equals one device's for any routing. Not done here: adding the balance
+losses to a loss (`step`).
 """
 
 from typing import Any, NamedTuple
