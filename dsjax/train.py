@@ -245,9 +245,7 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
         )
     unused = adapters.unused_keys(config.adapter, parts.spec)
     unused += optimizer.unused_keys(config.optimizer)
-    if has_experts(parts.partition.leaves):
-        _warn_of_experts()
-    elif config.objective.aux_loss_alpha:
+    if config.objective.aux_loss_alpha and not has_experts(parts.partition.leaves):
         unused.append("objective.aux_loss_alpha")
     if parts.spec is not None and config.model.param_dtype is not None:
         unused.append("model.param_dtype")
@@ -255,15 +253,6 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
         print(f"not used by this kind of training: {', '.join(unused)}", file=sys.stderr)
     print(f"one row, the trained part marked:\n{data.sample}", file=sys.stderr)
     return trainable_table(report(parts.partition), everything)
-
-
-def _warn_of_experts() -> None:
-    if jax.default_backend() == "gpu":
-        print(
-            "experts on a GPU: XLA multiplies every token by every expert; the result is right, "
-            "time and memory grow with n_routed_experts",
-            file=sys.stderr,
-        )
 
 
 def _state_bytes(parts: Assembly) -> float:

@@ -17,40 +17,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from dsjax.models.grouped_matmul import grouped_matmul
 from dsjax.models.layers import MLP, parameter, precision
-
-_BY_GROUP = lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())),
-    lhs_ragged_dimensions=[0],
-    rhs_group_dimensions=[0],
-)
-
-
-def grouped_matmul(
-    x_ZI: Float[Array, "Z I"],
-    weight_EOI: Float[Array, "E O I"],
-    sizes_E: Int[Array, " E"],
-    dtype: Any = None,
-) -> Float[Array, "Z O"]:
-    """Multiply each group of rows by its own matrix: x W_e^T; rows beyond all groups give anything.
-
-    XLA for TPU has a grouped kernel for this. XLA for CPU multiplies every row by every matrix: a
-    path for tests.
-
-    Args:
-        x_ZI: rows, sorted by group.
-        weight_EOI: a matrix for each group.
-        sizes_E: rows of each group.
-        dtype: of the result and its sums; x's if None.
-    """
-    return lax.ragged_dot_general(
-        x_ZI,
-        weight_EOI.astype(x_ZI.dtype),
-        sizes_E,
-        _BY_GROUP,
-        precision=precision(x_ZI.dtype),
-        preferred_element_type=dtype,
-    )
 
 
 class RouterConfig(NamedTuple):
