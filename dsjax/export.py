@@ -14,20 +14,16 @@ Not done here: training; deciding what to write by default (`config.export_forma
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from dsjax import adapters
+from dsjax import adapters, logit_proof
 from dsjax.adapters import peft_files
 from dsjax.assembly import (
     Assembly,
     assemble,
-    assemble_model,
     load_frozen,
     restore_trained,
     trained_sums,
@@ -48,7 +44,7 @@ from dsjax.hf_files import SafetensorsWriter
 from dsjax.merge import changed_tensors, write_checkpoint
 from dsjax.metrics import METRICS_FILE, read_metrics
 from dsjax.model_card import CardFacts, source_license, write_model_card
-from dsjax.partition import Params, has_experts
+from dsjax.partition import Params
 
 
 def to_hf(
@@ -118,7 +114,7 @@ def export_trained(
     """Write and prove an export, beside `out` first; what lies at `out` is replaced.
 
     The caller has made sure that it may be (`check_replaceable`). A merged export gives up the
-    arrays: the proof loads the merged model in their place, never beside them.
+    arrays: the proof loads what changed in their place, never beside them.
 
     Args:
         parts: the run's model.
@@ -142,63 +138,10 @@ def export_trained(
             changes = changed_tensors(parts.model, parts.spec, trainable, masks)
             again_fp8 = marker.get("dtype") == "fp8"
             write_checkpoint(parts.source, directory, changes, progress, again_fp8)
-            reference = _sample_logits(parts, trainable, frozen)
-            for array in (*trainable.values(), *frozen.values()):
-                array.delete()
-            _prove_logits(parts, reference, directory, again_fp8)
+            logit_proof.prove(parts, trainable, frozen, directory, changes.keys())
         write_model_card(directory, card)
         write_marker(directory, marker)
     return True
-
-
-LAYER_BY_LAYER = {
-    "xla_disable_hlo_passes": "while-loop-invariant-code-motion,"
-    "while-loop-expensive-invariant-code-motion"
-}
-"""Trap: XLA for CPU computes bfloat16 products in float32, and would convert all layers of a stack
-before its loop begins: twice the model's size."""
-
-LOGIT_BOUNDS = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.25, "fp8": 0.5, "experts": 1.0}
-"""Relative distance of logits that rounding to each dtype explains; a wrong file is far beyond.
-
-Rounding the attention of a tiny random V3 to FP8 blocks moves its logits by 0.25 of their norm.
-With experts, rounding to 16 bits also changes which are chosen: 0.35 for 15 layers of random
-numbers. Unrelated logits are about 1.4 apart; the tensors' bytes are proven exactly before.
-"""
-
-
-def _prove_logits(parts: Assembly, reference: np.ndarray, directory: Path, again_fp8: bool) -> None:
-    """Load the merged checkpoint as a user would; its logits must be the trained model's."""
-    section = parts.section.model_copy(update={"path": str(directory), "revision": None})
-    merged = assemble_model(section, AdapterSection(), [], parts.mesh)
-    merged = replace(merged, partition=merged.partition.all_frozen(parts.section.dtype))
-    logits = _sample_logits(merged, {}, load_frozen(merged, seed=0))
-    distance = np.linalg.norm(logits - reference) / max(np.linalg.norm(reference), 1e-30)
-    coarsest = max(
-        (LOGIT_BOUNDS.get(info.dtype.name, 0.25) for info in parts.source.tensors.values()),
-        default=0.25,
-    )
-    bound = max(coarsest, LOGIT_BOUNDS[parts.section.dtype], LOGIT_BOUNDS["fp8"] * again_fp8)
-    if bound > LOGIT_BOUNDS["float32"] and has_experts(parts.partition.leaves):
-        bound = LOGIT_BOUNDS["experts"]
-    if not distance <= bound:
-        raise RuntimeError(
-            f"{directory}: logits differ from the trained model's by {distance:.3g} of their norm, "
-            f"expected at most {bound}"
-        )
-
-
-def _sample_logits(parts: Assembly, trainable: Params, frozen: Params) -> np.ndarray:
-    """Logits of one fixed row of tokens."""
-    ids = np.random.default_rng(0).integers(0, parts.model.config.vocab_size, (1, 32), np.int32)
-    merge = parts.partition.merge
-    on_cpu = parts.mesh.devices.flat[0].platform == "cpu"
-    options = LAYER_BY_LAYER if on_cpu else None
-    # Two programs: in one, float32 copies of embedding and head would be there at the same time.
-    hidden = jax.jit(lambda t, f, ids: merge(t, f).hidden(ids).states, compiler_options=options)
-    head = jax.jit(lambda t, f, hidden: merge(t, f).head(hidden))
-    x_BTD = hidden(trainable, frozen, jnp.asarray(ids))
-    return np.asarray(head(trainable, frozen, x_BTD), np.float32)
 
 
 PARAMETER_TARGETS = (

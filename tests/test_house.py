@@ -29,7 +29,7 @@ LAYERS = (
     {"adapters", "flax_checkpoint"},
     {"convert", "checkpoint", "step", "evaluation"},
     {"assembly", "merge"},
-    {"export_folder"},
+    {"export_folder", "logit_proof"},
     {"export", "run_folder"},
     {"pretrained", "loop"},
     {"train", "evaluate", "generate"},

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The last check of a merged export: loaded as a user would, it gives the trained model's logits.
+
+In: the trained arrays, and the folder that was written. Out: nothing, or an error. Merged weights
+are rounded to the file's dtype. Where that moves the logits further than usual, the model itself
+says what is right: how far they move when its activations are rounded likewise. Not done here:
+comparing the tensors' bytes (`merge`).
+"""
+
+from collections.abc import Set
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from dsjax.assembly import Assembly, assemble_model
+from dsjax.config import AdapterSection
+from dsjax.convert import load_base
+from dsjax.fp8 import FP8, raw_of
+from dsjax.models import entries_of
+from dsjax.partition import Params
+
+TOKENS = 32
+ROUNDING = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05, FP8.name: 0.5}
+"""How far rounding the changed weights to a dtype may move the logits in any case.
+
+Unrelated logits are about 1.4 apart. FP8 blocks in a tiny random V3's attention: 0.25.
+"""
+
+SLACK = 4.0
+"""How many times what rounding the activations does, rounding the changed weights may do."""
+
+LITTLE_MEMORY = {
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion,"
+    "while-loop-expensive-invariant-code-motion",
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+}
+"""Trap: XLA for CPU computes bfloat16 products in float32, and would convert all layers of a stack
+before its loop begins: twice the model's size. Nor need a layer's matrices be there all at once."""
+
+
+def prove(
+    parts: Assembly, trainable: Params, frozen: Params, directory: Path, changed: Set[str]
+) -> None:
+    """Put what changed into the model as a user would load it: its logits must be the trained ones.
+
+    Tensors that did not change were compared byte by byte, so their arrays serve again; all others
+    are given up before the written ones are loaded, so that there is never more than one model.
+
+    Args:
+        parts: the run's model.
+        trainable: the trained arrays.
+        frozen: all other arrays.
+        directory: the merged checkpoint.
+        changed: names of its tensors that training changed.
+
+    Raises:
+        RuntimeError: the logits are further apart than rounding explains.
+    """
+    expected = sample_logits(parts, trainable, frozen, "float32")
+    section = parts.section.model_copy(update={"path": str(directory), "revision": None})
+    merged = assemble_model(section, AdapterSection(), [], parts.mesh)
+    merged = replace(merged, partition=merged.partition.all_frozen(parts.section.dtype))
+    leaves = merged.partition.leaves
+    touched = {entry.path for entry in entries_of(merged.model) if entry.hf in changed}
+    kept = {
+        path: array
+        for path, array in frozen.items()
+        if path in leaves and path not in touched and array.dtype == leaves[path].dtype
+    }
+    for path, array in (*trainable.items(), *frozen.items()):
+        if path not in kept:
+            array.delete()
+    written = raw_of(merged.source).tensors
+    missing = {path: leaf for path, leaf in leaves.items() if path not in kept}
+    arrays = kept | load_base(merged.source, merged.model, missing, merged.shardings)
+    dtypes = {info.dtype.name for name, info in written.items() if name in changed}
+    _compare(
+        merged, arrays, expected, max(dtypes | {parts.section.dtype}, key=ROUNDING.__getitem__)
+    )
+    for array in arrays.values():
+        array.delete()
+
+
+def _compare(merged: Assembly, arrays: Params, expected: np.ndarray, coarsest: str) -> None:
+    logits = sample_logits(merged, {}, arrays, "float32")
+    found, bound = distance(logits, expected), ROUNDING[coarsest]
+    if found > bound and coarsest != "float32":
+        dtype = "bfloat16" if coarsest == FP8.name else coarsest
+        rounded = sample_logits(merged, {}, arrays, dtype)
+        bound = min(1.0, max(bound, SLACK * distance(rounded, logits)))
+    if not found <= bound:
+        raise RuntimeError(
+            f"{merged.source.directory}: logits differ from the trained model's by {found:.3g} of "
+            f"their norm, expected at most {bound:.3g}"
+        )
+
+
+def distance(logits: Float[np.ndarray, "T V"], expected: Float[np.ndarray, "T V"]) -> float:
+    """The median over tokens of |logits - expected| / |expected|.
+
+    The median, since rounding may change which expert a token goes to: that token then is far off.
+    """
+    apart = np.linalg.norm(logits - expected, axis=-1)
+    return float(np.median(apart / np.maximum(np.linalg.norm(expected, axis=-1), 1e-30)))
+
+
+def sample_logits(
+    parts: Assembly, trainable: Params, frozen: Params, dtype: str
+) -> Float[np.ndarray, "T V"]:
+    """Logits of one fixed row of tokens; activations are computed in `dtype`."""
+    vocab = parts.model.config.vocab_size
+    ids = np.random.default_rng(0).integers(0, vocab, (1, TOKENS), np.int32)
+
+    def model(trainable: Params, frozen: Params):
+        merged = parts.partition.merge(trainable, frozen)
+        merged.dtype = jnp.dtype(dtype)
+        return merged
+
+    on_cpu = parts.mesh.devices.flat[0].platform == "cpu"
+    options = LITTLE_MEMORY if on_cpu else None
+    # Two programs: in one, float32 copies of embedding and head would be there at the same time.
+    hidden = jax.jit(lambda t, f, ids: model(t, f).hidden(ids).states, compiler_options=options)
+    head = jax.jit(lambda t, f, hidden: model(t, f).head(hidden))
+    x_BTD = hidden(trainable, frozen, jnp.asarray(ids))
+    return np.asarray(head(trainable, frozen, x_BTD)[0], np.float32)
