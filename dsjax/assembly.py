@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 
 from dsjax import adapters
 from dsjax.checkpoint import Checkpointer
-from dsjax.config import AdapterSection, ModelSection, RunConfig
+from dsjax.config import AdapterSection, ModelSection, ObjectiveSection, RunConfig
 from dsjax.convert import Source, check_coverage, load_base, open_checkpoint
 from dsjax.errors import ConfigError
-from dsjax.models import Model, build
+from dsjax.models import Model, build, predict_ahead
+from dsjax.objectives.requirements import check_objective, check_prediction
 from dsjax.partition import Params, Partition, decide
 from dsjax.sharding import check_experts, leaf_shardings, make_mesh
 
@@ -58,23 +59,39 @@ class Assembly:
 def assemble(config: RunConfig) -> Assembly:
     """Open, build, attach and decide, in this order; every refusal of these stages comes here."""
     mesh = make_mesh(config.mesh)
-    parts = assemble_model(config.model, config.adapter, list(config.training.freeze), mesh)
+    freeze = list(config.training.freeze)
+    parts = assemble_model(config.model, config.adapter, freeze, mesh, config.objective)
     check_experts(parts.partition.leaves, mesh)
     return parts
 
 
 def assemble_model(
-    section: ModelSection, adapter: AdapterSection, freeze: list[str], mesh: Mesh
+    section: ModelSection,
+    adapter: AdapterSection,
+    freeze: list[str],
+    mesh: Mesh,
+    objective: ObjectiveSection | None = None,
 ) -> Assembly:
-    """`assemble` from the sections that a model needs."""
+    """`assemble` from the sections that a model needs; None for a model that is only used."""
+    objective = objective or ObjectiveSection()
     source = open_checkpoint(section.path, section.revision)
     model = build(source.config, section.dtype)
-    carried = check_coverage(source, model)
     spec = adapters.resolve(adapter)
+    check_objective(objective, model, spec.peft_type if spec else None)
+    if objective.mtp_loss_weight:
+        predict_ahead(model)
+        check_prediction(objective, model, source.tensors)
+    carried = check_coverage(source, model)
     if spec is not None:
         adapters.check_targets(adapter, spec, model)
     adapters.attach(model, spec)
-    partition = decide(model, freeze=freeze, dtype=section.dtype, param_dtype=section.param_dtype)
+    partition = decide(
+        model,
+        freeze=freeze,
+        dtype=section.dtype,
+        param_dtype=section.param_dtype,
+        balance=objective.bias_update_speed > 0,
+    )
     if adapter.path is not None and spec is not None:
         adapters.check_params(adapter.path, model, spec, partition.leaves, source.read)
     return Assembly(section, source, model, spec, partition, mesh, carried, adapter.path)

@@ -144,6 +144,15 @@ class ObjectiveSection(_Section):
     aux_loss_alpha: float = Field(default=0.0, ge=0)
     """Models with experts: weight of the balance loss of the model's own kind, summed over its
     layers; 0: none. It is not in the loss that is logged."""
+    bias_update_speed: float = Field(default=0.0, ge=0)
+    """Full training of models whose router has e_score_correction_bias (V3): how far an expert's
+    bias moves after each step, up if it took fewer of the batch's tokens than the mean, down if
+    more; 0: biases stay as they are. V3's own training had 0.001."""
+    mtp_loss_weight: float = Field(default=0.0, ge=0)
+    """Full training of deepseek_v3 and deepseek_v32: weight of the loss of the token after the
+    next, which the checkpoint's module for multi-token prediction predicts and which trains it;
+    0: the module is kept as it is. V3's own training had 0.3, then 0.1. The loss is logged as
+    mtp_loss, and is not in the loss."""
 
 
 class OptimizerSection(_Section):

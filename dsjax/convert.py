@@ -65,22 +65,45 @@ def check_coverage(source: Source, model: Model) -> list[str]:
             "true if the head is the embedding, else the tensor"
         )
     raise_all(problems)
+    raise_all(_copy_problems(source, entries))
     return kept
 
 
 def _check_tied(source: Source) -> None:
     """A head beside a tied embedding is carried if it is the embedding."""
-    head, embedding = source.tensors[HEAD], source.tensors.get(EMBEDDING)
-    same = embedding is not None and head.shape == embedding.shape
-    if same:
-        for index in row_pieces(head.shape, head.dtype.itemsize):
-            same &= bool(np.array_equal(source.read(HEAD, index), source.read(EMBEDDING, index)))
-    if not same:
+    if not _are_same(source, HEAD, EMBEDDING):
         raise ConfigError(
             f"{HEAD}: got a tensor that differs from {EMBEDDING}, expected the same values or "
             "none, since config.json says tie_word_embeddings; set it to false, or remove the "
             "tensor"
         )
+
+
+def _copy_problems(source: Source, entries: Sequence[Entry]) -> list[str]:
+    """A second copy of a tensor has to be the tensor: what is computed with is one of them."""
+    own = {entry.path: entry.hf for entry in entries if not entry.copy}
+    return [
+        f"{entry.hf}: got a tensor that differs from {own[entry.path]}, expected the same values "
+        "or none: the module for multi-token prediction shares it (arXiv 2412.19437); remove the "
+        "tensor, or set objective.mtp_loss_weight=0"
+        for entry in entries
+        if entry.copy
+        and entry.hf in source.tensors
+        and not _are_same(source, entry.hf, own[entry.path])
+    ]
+
+
+def _are_same(source: Source, name: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint hold the same numbers."""
+    found, expected = source.tensors[name], source.tensors.get(other)
+    return (
+        expected is not None
+        and found.shape == expected.shape
+        and all(
+            np.array_equal(source.read(name, index), source.read(other, index))
+            for index in row_pieces(found.shape, found.dtype.itemsize)
+        )
+    )
 
 
 def row_pieces(
@@ -118,7 +141,8 @@ def load_base(
         shardings: by path.
         progress: told the bytes read so far and in all.
     """
-    return _load_entries(source, entries_of(model), leaves, shardings, progress)
+    entries = [entry for entry in entries_of(model) if not entry.copy]
+    return _load_entries(source, entries, leaves, shardings, progress)
 
 
 def _load_entries(

@@ -74,7 +74,9 @@ class Loop:
         for step, batch in enumerate(self.train.iterate(start, self.total), start + 1):
             rows = to_devices(batch, self.parts.mesh)
             state, told = self.train_step(state, self.frozen, rows)
-            meter.add(told.sums.loss, told.sums.weight, told.sums.correct, told.sums.tokens)
+            sums, ahead = told.sums, told.sums.ahead
+            after = None if ahead is None else (ahead.loss, ahead.weight)
+            meter.add(sums.loss, sums.weight, sums.correct, sums.tokens, after)
             progress.advance(step)
             if step % every == 0 or step == self.total:
                 self._check_finite(step, told)

@@ -263,6 +263,8 @@ class Meter:
             self._mfu_per_rate = flops_per_token / peak_flops
         self._since_log, self._run = _Sums(), _Sums()
         self._pending: list[tuple[SupportsFloat, SupportsFloat, SupportsFloat, SupportsInt]] = []
+        self._pending_ahead: list[tuple[SupportsFloat, SupportsFloat]] = []
+        self._ahead: tuple[float, float] | None = None  # loss and weight since the last log
         self._timed_tokens = self._tokens_here = self._steps_here = 0
         self._started = self._clock = time.monotonic()
 
@@ -272,6 +274,7 @@ class Meter:
         weight_sum: SupportsFloat,
         correct: SupportsFloat,
         tokens: SupportsInt,
+        ahead: tuple[SupportsFloat, SupportsFloat] | None = None,
     ) -> None:
         """Take one optimizer step's sums over the whole batch (floats or device scalars).
 
@@ -280,25 +283,31 @@ class Meter:
             weight_sum: sum of the weights.
             correct: sum of the weights where the most likely token was the target.
             tokens: real tokens in the batch, padding excluded, trained or not.
+            ahead: sums of loss and weight of the token after the next, where it is predicted.
         """
         self._pending.append((loss_sum, weight_sum, correct, tokens))
+        if ahead is not None:
+            self._pending_ahead.append(ahead)
 
     def values(self) -> dict[str, float | int | None]:
         """Return means since the last call and `tokens` of the whole run; start the next interval.
 
-        A mean over no trained token is NaN.
+        A mean over no trained token is NaN. `mtp_loss` is there where steps told of it.
         """
         self._drain()
         now = time.monotonic()
         rate = self._timed_tokens / max(now - self._clock, 1e-9)
         sums, self._since_log = self._since_log, _Sums()
         self._clock, self._timed_tokens = now, 0
+        ahead = {} if self._ahead is None else {"mtp_loss": _mean(*self._ahead)}
+        self._ahead = None
         return {
             "loss": _mean(sums.loss, sums.weight),
             "accuracy": _mean(sums.correct, sums.weight),
             "tokens": self._run.tokens,
             "tokens_per_second": rate,
             "mfu": None if self._mfu_per_rate is None else self._mfu_per_rate * rate,
+            **ahead,
         }
 
     def summary(self) -> dict[str, float]:
@@ -325,7 +334,10 @@ class Meter:
     def state(self) -> dict[str, dict]:
         """Return the sums for the checkpoint; exact through JSON, not through float32 arrays."""
         self._drain()
-        return {"since_log": asdict(self._since_log), "run": asdict(self._run)}
+        state = {"since_log": asdict(self._since_log), "run": asdict(self._run)}
+        if self._ahead is not None:
+            state["ahead"] = {"loss": self._ahead[0], "weight": self._ahead[1]}
+        return state
 
     def run_sums(self) -> dict[str, float]:
         """Return the sums over the whole run."""
@@ -335,6 +347,8 @@ class Meter:
         """Continue from what `state` returned."""
         self._since_log = _Sums(**state["since_log"])
         self._run = _Sums(**state["run"])
+        ahead = state.get("ahead")
+        self._ahead = None if ahead is None else (ahead["loss"], ahead["weight"])
 
     def _drain(self) -> None:
         for loss, weight, correct, tokens in self._pending:
@@ -345,6 +359,10 @@ class Meter:
             self._tokens_here += step[3]
         self._steps_here += len(self._pending)
         self._pending.clear()
+        for pair in self._pending_ahead:
+            loss, weight = self._ahead or (0.0, 0.0)
+            self._ahead = loss + float(pair[0]), weight + float(pair[1])
+        self._pending_ahead.clear()
 
 
 def _mean(total: float, weight: float) -> float:

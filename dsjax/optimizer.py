@@ -28,8 +28,9 @@ from dsjax.config import OptimizerSection
 Schedule = Callable[[ArrayLike], Float[Array, ""]]
 
 # transformers.Trainer.get_decay_parameter_names: searched anywhere in the lower-cased name. So
-# norms and biases do not decay; embeddings, LoRA factors and prefixes do, as under PEFT.
-NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+# norms and biases do not decay; embeddings, LoRA factors and prefixes do, as under PEFT. The two
+# norms of a module for multi-token prediction, which transformers does not have, are ours.
+NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)[eh]?norm(?:$|\.)|_norm(?:$|\.)")
 
 
 def make_schedule(section: OptimizerSection, total_steps: int) -> Schedule:

@@ -50,10 +50,12 @@ class Partition:
     Attributes:
         graphdef: the module without its arrays.
         leaves: every leaf by path.
-        trainable: paths that get gradients and optimizer state.
+        trainable: paths that a step changes and a run saves.
         frozen: all other paths.
         layer_masks: for a trained stack of which a part is frozen, which layers (and experts)
             train.
+        balanced: those trainable paths that move by the experts' loads, and have neither gradient
+            nor optimizer state.
     """
 
     graphdef: Any
@@ -61,6 +63,12 @@ class Partition:
     trainable: tuple[str, ...]
     frozen: tuple[str, ...]
     layer_masks: Mapping[str, np.ndarray]
+    balanced: tuple[str, ...] = ()
+
+    @property
+    def learnt(self) -> tuple[str, ...]:
+        """The trainable paths that get gradients and optimizer state."""
+        return tuple(path for path in self.trainable if path not in self.balanced)
 
     def merge(self, trainable: Params, frozen: Params) -> Model:
         """The module with its arrays put in."""
@@ -109,6 +117,7 @@ def decide(
     freeze: Sequence[str] = (),
     dtype: str = "float32",
     param_dtype: str | None = None,
+    balance: bool = False,
 ) -> Partition:
     """Decide what trains: the adapters if there are any, else the base without the frozen part.
 
@@ -119,6 +128,7 @@ def decide(
         dtype: what frozen base parameters are held in (`model.dtype`).
         param_dtype: what trained base parameters are held in (`model.param_dtype`); float32 if
             None.
+        balance: whether the routers' correction biases move (`objective.bias_update_speed`).
 
     Raises:
         ConfigError: a pattern matches nothing, or nothing is left to train.
@@ -132,8 +142,9 @@ def decide(
             "all weights of the model are frozen"
         )
     masks = _layer_masks(model, freeze)
+    balanced = _balanced(kinds) if balance and not has_adapter else ()
     for path, variable in kinds.items():
-        if not variable.get_metadata().get("trains", True):
+        if not variable.get_metadata().get("trains", True) and path not in balanced:
             masks[path] = np.zeros_like(masks[path])
     leaves, trainable = {}, []
     for path, variable in kinds.items():
@@ -144,14 +155,25 @@ def decide(
         leaves[path] = _leaf(variable, kind, jnp.dtype(held))
         if trains:
             trainable.append(path)
-    if not trainable:
+    if not set(trainable) - set(balanced):
         raise ConfigError(
             f"training.freeze: got {list(freeze)!r}, which freezes every tensor, expected at least "
             "one left to train; remove a pattern"
         )
+    if balanced and not set(trainable) & set(balanced):
+        raise ConfigError(
+            f"training.freeze: got {list(freeze)!r}, which freezes every e_score_correction_bias, "
+            "expected at least one left to move; or set objective.bias_update_speed=0"
+        )
     partial = {} if has_adapter else {p: m for p, m in masks.items() if m.any() and not m.all()}
     frozen = tuple(path for path in leaves if path not in set(trainable))
-    return Partition(nnx.graphdef(model), leaves, tuple(trainable), frozen, partial)
+    moved = tuple(path for path in trainable if path in balanced)
+    return Partition(nnx.graphdef(model), leaves, tuple(trainable), frozen, partial, moved)
+
+
+def _balanced(variables: Mapping[str, nnx.Variable]) -> tuple[str, ...]:
+    """Paths of what the experts' loads may move."""
+    return tuple(p for p, v in variables.items() if v.get_metadata().get("balances", False))
 
 
 def _kind(variable: nnx.Variable) -> str:
@@ -168,7 +190,7 @@ def _leaf(variable: nnx.Variable, kind: str, dtype: jnp.dtype) -> Leaf:
 
 def _layer_masks(model: Model, freeze: Sequence[str]) -> dict[str, np.ndarray]:
     """For every base parameter, which of its layers (and experts) train: [], [L] or [L, E]."""
-    entries = entries_of(model)
+    entries = [entry for entry in entries_of(model) if not entry.copy]
     patterns, problems = [], []
     for pattern in freeze:
         try:

@@ -2,8 +2,9 @@
 """The train step and the evaluation step: pure functions over raw pytrees, one `jax.jit` each.
 
 In: the state (trainable arrays, optimizer state, counters), the frozen arrays and a batch. Out: the
-new state and the step's sums. Gradients exist for the trainable part only, are float32 and are
-divided once by the weight of the whole batch. Not done here: loading, logging, saving.
+new state and the step's sums. Gradients exist for the learnt part only, are float32 and are
+divided once by the weight of the whole batch; routers' biases move by the experts' loads instead.
+Not done here: loading, logging, saving.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import RunConfig
 from dsjax.data import Batch
 from dsjax.objectives import OBJECTIVES
-from dsjax.objectives.sft import Forward, Sums
+from dsjax.objectives.sft import Forward, Sums, shifted
 from dsjax.optimizer import (
     Schedule,
     clip_by_global_norm,
@@ -84,6 +85,8 @@ class StepConfig:
     dropout: bool
     float16: bool
     aux_loss_alpha: float
+    bias_update_speed: float
+    mtp_loss_weight: float
 
 
 def step_config(
@@ -91,7 +94,7 @@ def step_config(
 ) -> StepConfig:
     """The parts of a run's step."""
     schedule = make_schedule(config.optimizer, total_steps)
-    mask = decay_mask(dict.fromkeys(partition.trainable))
+    mask = decay_mask(dict.fromkeys(partition.learnt))
     return StepConfig(
         partition=partition,
         objective=OBJECTIVES[config.objective.type],
@@ -104,6 +107,8 @@ def step_config(
         dropout=any(leaf.kind == "adapter" for leaf in partition.leaves.values()),
         float16=config.model.dtype == "float16",
         aux_loss_alpha=config.objective.aux_loss_alpha,
+        bias_update_speed=config.objective.bias_update_speed,
+        mtp_loss_weight=config.objective.mtp_loss_weight,
     )
 
 
@@ -130,7 +135,7 @@ def init_state(trainable: Params, config: StepConfig, seed: int) -> TrainState:
         zero = jnp.int32(0)
         key = jax.random.key_data(jax.random.key(seed))
         return (
-            config.optimizer.init(_as_float32(trainable)),
+            config.optimizer.init(_learnt(trainable, config.partition)),
             jnp.int32(0),
             key,
             LossScale(jnp.float32(scale), zero, zero),
@@ -172,7 +177,7 @@ def make_train_step(
         grads, sums = _accumulate(config, state, frozen, batch, seed)
         grads = jax.tree.map(lambda g: g / state.loss_scale.scale, grads)
         norm = optax.tree.norm(grads)
-        updated, learning_rate = _update(config, state, grads, norm)
+        updated, learning_rate = _update(config, state, grads, norm, sums)
         new_state = _keep_or_skip(config, state, updated, norm)
         if config.float16:  # the sums of a skipped step are not finite; the skip is counted
             sums = jax.tree.map(lambda s: jnp.where(jnp.isfinite(norm), s, 0).astype(s.dtype), sums)
@@ -194,24 +199,37 @@ def _accumulate(
 ) -> tuple[Params, Sums]:
     """Gradients of seed * loss sum, and the sums, over all microbatches.
 
-    The balance loss, a mean over rows, is in the gradients and not in the sum of the loss.
+    The balance loss, a mean over rows, and the loss of the token after the next, a mean over its
+    own tokens, are in the gradients and not in the sum of the loss.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     filled = jnp.sum(jnp.any(batch.segment_ids > 0, axis=1))
     balance_seed = config.aux_loss_alpha * state.loss_scale.scale / jnp.maximum(filled, 1)
-    wide = _as_float32(state.trainable)
+    ahead_seed = 0.0
+    if config.mtp_loss_weight:
+        weight = jnp.sum(shifted(batch).loss_weights)
+        scaled = config.mtp_loss_weight * state.loss_scale.scale
+        ahead_seed = scaled / jnp.where(weight > 0, weight, 1.0)
+    wide = _learnt(state.trainable, config.partition)
+    held = frozen | {path: state.trainable[path] for path in config.partition.balanced}
 
     def micro(index: jax.Array, rows: Batch) -> tuple[Params, Sums]:
         dropout_key = jax.random.fold_in(key, index) if config.dropout else None
         forward = Forward(
-            config.remat, dropout_key, rows_sharding(config.mesh), batch_shards(config.mesh)
+            config.remat,
+            dropout_key,
+            rows_sharding(config.mesh),
+            batch_shards(config.mesh),
+            config.mtp_loss_weight > 0,
         )
 
         def scaled_loss(wide: Params) -> tuple[jax.Array, Sums]:
-            sums = config.objective(config.partition.merge(wide, frozen), rows, forward)
+            sums = config.objective(config.partition.merge(wide, held), rows, forward)
             loss = sums.loss * seed
             if config.aux_loss_alpha and sums.balance is not None:
                 loss += sums.balance * balance_seed
+            if sums.ahead is not None:
+                loss += sums.ahead.loss * ahead_seed
             return loss, sums
 
         (_, sums), grads = jax.value_and_grad(scaled_loss, has_aux=True)(wide)
@@ -254,22 +272,41 @@ def _where_trained(
 
 
 def _update(
-    config: StepConfig, state: TrainState, grads: Params, norm: jax.Array
+    config: StepConfig, state: TrainState, grads: Params, norm: jax.Array, sums: Sums
 ) -> tuple[tuple[Params, Any], jax.Array]:
     """New trainable arrays and optimizer state, and the learning rate that was used."""
-    wide = _as_float32(state.trainable)
+    wide = _learnt(state.trainable, config.partition)
     clipped = clip_by_global_norm(grads, norm, config.max_grad_norm)
     updates: Any
     updates, opt_state = config.optimizer.update(clipped, state.opt_state, wide)
     # Frozen layers are copied: adding a zero to them would turn -0 into +0.
-    trainable = {
+    old = state.trainable
+    learnt = {
         path: _where_trained(
-            path, (wide[path] + updates[path]).astype(array.dtype), array, config.partition
+            path, (wide[path] + updates[path]).astype(old[path].dtype), old[path], config.partition
         )
-        for path, array in state.trainable.items()
+        for path in config.partition.learnt
     }
     learning_rate = config.schedule(state.step - state.loss_scale.skipped)
-    return (trainable, opt_state), learning_rate
+    return (learnt | _moved_biases(config, old, sums), opt_state), learning_rate
+
+
+def _moved_biases(config: StepConfig, trainable: Params, sums: Sums) -> Params:
+    """Routers' biases after a step: DeepSeek-V3's balancing without a loss.
+
+    An expert that took more of the batch's real tokens than the mean of its layer loses
+    `bias_update_speed`, one that took fewer gains it (arXiv 2412.19437, 2.1.2).
+    """
+    moved = {}
+    for path in config.partition.balanced:
+        own = sums.ahead if path.startswith("mtp.") else sums
+        assert own is not None and own.loads is not None
+        loads_LE = own.loads
+        mean_L1 = jnp.sum(loads_LE, axis=-1, keepdims=True) / loads_LE.shape[-1]
+        bias_LE = trainable[path]
+        new_LE = bias_LE + config.bias_update_speed * jnp.sign(mean_L1 - loads_LE)
+        moved[path] = _where_trained(path, new_LE, bias_LE, config.partition)
+    return moved
 
 
 def _keep_or_skip(
@@ -293,8 +330,9 @@ def _keep_or_skip(
     return TrainState(trainable, opt_state, step, state.rng, loss_scale)
 
 
-def _as_float32(params: Params) -> Params:
-    return {path: array.astype(jnp.float32) for path, array in params.items()}
+def _learnt(trainable: Params, partition: Partition) -> Params:
+    """What gradients are taken of, in float32."""
+    return {path: trainable[path].astype(jnp.float32) for path in partition.learnt}
 
 
 def make_eval_step(config: StepConfig) -> Callable[[Params, Params, Batch], Sums]:

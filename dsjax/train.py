@@ -25,6 +25,7 @@ from dsjax import config as configuration
 from dsjax.assembly import CHECKPOINTS, Assembly, assemble, load_frozen, load_trainable
 from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig, load_config, split_arguments
+from dsjax.convert import EMBEDDING, HEAD
 from dsjax.data import Loader, decode_sample, find_tokenizer, load_examples
 from dsjax.errors import ConfigError, run_command
 from dsjax.export import card_facts, check_dtype, export_trained
@@ -260,8 +261,8 @@ def _state_bytes(parts: Assembly) -> float:
     total = 0.0
     for path, leaf in parts.partition.leaves.items():
         local = math.prod(parts.shardings[path].shard_shape(leaf.shape))
-        trains = path in parts.partition.trainable
-        total += local * (leaf.dtype.itemsize + (12 if trains else 0))
+        learns = path in parts.partition.learnt
+        total += local * (leaf.dtype.itemsize + (12 if learns else 0))
     return total
 
 
@@ -269,13 +270,18 @@ def flops(parts: Assembly, config: RunConfig, loader: Loader) -> tuple[float, fl
     """FLOPs of a training token, and the devices' peak, None if unknown."""
     c, leaves = parts.model.config, parts.partition.leaves
     matmuls = {p: leaf for p, leaf in leaves.items() if len(leaf.shape) >= 2}
-    embedding = leaves["model.embed_tokens.weight"].count
+    embedding = leaves[EMBEDDING].count
     active = sum(_met(leaf.count, leaf, c) for leaf in matmuls.values())
     if parts.model.lm_head is not None:
         active -= embedding
     partition = parts.partition
-    trained = sum(_met(partition.trainable_count(p), leaves[p], c) for p in partition.trainable)
-    width = c.num_hidden_layers * c.num_attention_heads * c.qk_and_v_head_dim
+    trained = sum(_met(partition.trainable_count(p), leaves[p], c) for p in partition.learnt)
+    layers = c.num_hidden_layers
+    if parts.model.mtp is not None:  # one more layer, after which the head runs again
+        head = EMBEDDING if parts.model.lm_head is None else HEAD
+        layers, active = layers + 1, active + leaves[head].count
+        trained += partition.trainable_count(head) if head in partition.learnt else 0
+    width = layers * c.num_attention_heads * c.qk_and_v_head_dim
     per_token = train_flops_per_token(active, trained, width, float(loader.sequence_length))
     peak = device_peak_flops(jax.devices()[0].device_kind, config.model.dtype)
     return per_token, None if peak is None else peak * jax.device_count()

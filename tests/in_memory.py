@@ -22,7 +22,7 @@ from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
 from dsjax.config import MeshSection, RunConfig
 from dsjax.data import Batch
-from dsjax.models import build
+from dsjax.models import build, predict_ahead
 from dsjax.partition import Leaf, Params, decide, put
 from dsjax.sharding import leaf_shardings, make_mesh
 from dsjax.step import StepConfig, StepReport, TrainState, init_state, make_train_step, step_config
@@ -93,9 +93,15 @@ class Run:
     def step(self, batch: Batch) -> StepReport:
         """Take one optimizer step; the first one compiles, for batches of this shape."""
         if self.compiled is None:
-            self.compiled = self.lower(batch).compile(compiler_options=QUICK_COMPILE)
+            self.compile(batch)
+        assert self.compiled is not None
         self.state, report = self.compiled(self.state, self.frozen, batch)
         return report
+
+    def compile(self, batch: Batch) -> "Run":
+        """Compile the step for batches of this shape; returns the run."""
+        self.compiled = self.lower(batch).compile(compiler_options=QUICK_COMPILE)
+        return self
 
     def lower(self, batch: Batch) -> jax.stages.Lowered:
         """The step before XLA's compiler."""
@@ -137,7 +143,7 @@ def start(
     optimizer: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     values: Callable[[str, Leaf], np.ndarray] = random_array,
-    alpha: float = 0.0,
+    objective: Mapping[str, Any] | None = None,
 ) -> Run:
     """Everything up to the first step.
 
@@ -149,18 +155,19 @@ def start(
         optimizer: changes to PLAIN_ADAMW.
         training: keys of the `training` section.
         values: start of a base or adapter leaf.
-        alpha: weight of the experts' balance loss.
+        objective: keys of the `objective` section.
     """
-    config = run_config(model, optimizer, training)
-    objective = config.objective.model_copy(update={"aux_loss_alpha": alpha})
-    config = config.model_copy(update={"objective": objective})
+    config = run_config(model, optimizer, training, objective)
     module = build(SHAPE | (shape or {}), config.model.dtype)
+    if config.objective.mtp_loss_weight:
+        predict_ahead(module)
     adapters.attach(module, adapter)
     partition = decide(
         module,
         freeze=config.training.freeze,
         dtype=config.model.dtype,
         param_dtype=config.model.param_dtype,
+        balance=config.objective.bias_update_speed > 0,
     )
     section = MeshSection(**({"fsdp": 1} | (dict(mesh) if mesh else {})))
     axes = (section.data, section.fsdp, section.tensor, section.expert)
@@ -199,6 +206,7 @@ def run_config(
     model: Mapping[str, Any] | None = None,
     optimizer: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
+    objective: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """A configuration of which only these sections mean anything."""
     return RunConfig(
@@ -206,6 +214,7 @@ def run_config(
         data={"train": ["none"]},
         optimizer=PLAIN_ADAMW | dict(optimizer or {}),
         training=dict(training or {}),
+        objective=dict(objective or {}),
         output_dir="none",
     )
 

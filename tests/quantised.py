@@ -31,7 +31,7 @@ _QUANTISED = re.compile(
 
 
 def add_prediction_modules(directory: Path, first: int, count: int, seed: int = 11) -> None:
-    """Add `model.layers.<first>.*` and on: a block like the last, with an embedding and a head."""
+    """Add `model.layers.<first>.*` and on: a block like the last, with copies of both ends."""
     generator = torch.Generator().manual_seed(seed)
     last, added = f"model.layers.{first - 1}.", {}
     everything = _read(directory)
@@ -47,12 +47,14 @@ def add_prediction_modules(directory: Path, first: int, count: int, seed: int = 
         for name in ("enorm", "hnorm", "shared_head.norm"):
             shapes[f"{prefix}{name}.weight"] = ((hidden,), embedding.dtype)
         shapes[f"{prefix}eh_proj.weight"] = ((hidden, 2 * hidden), embedding.dtype)
-        for name in ("embed_tokens", "shared_head.head"):
-            shapes[f"{prefix}{name}.weight"] = (embedding.shape, embedding.dtype)
         added |= {
-            name: torch.randn(shape, generator=generator).to(dtype)
+            # Norms near 1; smaller than 1 by 1, or the router's scores would all be exactly 1.
+            name: (0.15 * torch.randn(shape, generator=generator) + ("norm" in name)).to(dtype)
             for name, (shape, dtype) in shapes.items()
         }
+        head = everything.get("lm_head.weight", embedding)
+        for name, tensor in (("embed_tokens", embedding), ("shared_head.head", head)):
+            added[f"{prefix}{name}.weight"] = tensor.clone()
     newest = max(directory.glob("*.safetensors"))
     _rewrite(directory, lambda path, tensors: tensors | added if path == newest else tensors)
 

@@ -193,6 +193,21 @@ def test_meter_over_no_trained_token_is_nan():
     assert math.isnan(meter.values()["loss"])
 
 
+def test_the_loss_ahead_is_a_mean_of_its_own_and_survives_a_restore():
+    meter, plain = Meter(), Meter()
+    plain.add(2.0, 2.0, 1.0, 2)
+    assert "mtp_loss" not in plain.values() and "ahead" not in plain.state()
+    meter.add(2.0, 2.0, 1.0, 2, (3.0, 1.0))
+    after = Meter()
+    after.restore(json.loads(json.dumps(meter.state())))
+    for each in (meter, after):
+        each.add(2.0, 2.0, 1.0, 2, (1.0, 3.0))
+        values = each.values()
+        assert (values["loss"], values["mtp_loss"]) == (1.0, 1.0)
+        each.add(2.0, 2.0, 1.0, 2, (0.0, 0.0))
+        assert math.isnan(each.values()["mtp_loss"])
+
+
 def test_meter_restored_in_the_middle_gives_the_unbroken_numbers():
     sums = np.random.default_rng(0).uniform(1, 9, (6, 3)).astype(np.float32)
     whole, before, after = Meter(), Meter(), Meter()

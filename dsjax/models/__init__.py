@@ -13,7 +13,7 @@ Dimension key, used as suffixes of array names throughout:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from dsjax.models.decoder import CausalLM
 from dsjax.models.deepseek import weights as deepseek_weights
 from dsjax.models.deepseek.config import parse_config as parse_deepseek
 from dsjax.models.deepseek.model import causal_lm as deepseek
+from dsjax.models.deepseek.model import prediction_module
 from dsjax.models.llama import weights as llama_weights
 from dsjax.models.llama.config import parse_config as parse_llama
 from dsjax.models.llama.model import causal_lm as llama
@@ -40,22 +41,26 @@ class Family:
     Attributes:
         parse_config: config.json -> the family's config.
         model: (config, compute dtype) -> the abstract model.
-        rules: config -> its weight rules.
-        carried: config -> patterns of tensors that are kept without being computed with.
+        rules: (config, whether it predicts ahead) -> its weight rules.
+        carried: the same -> patterns of tensors that are kept without being computed with.
+        ahead: config -> the abstract module for multi-token prediction; None without.
     """
 
     parse_config: Callable[[Mapping[str, Any]], Any]
     model: Callable[[Any, jnp.dtype], Model]
-    rules: Callable[[Any], Sequence[Rule]]
-    carried: Callable[[Any], Sequence[str]]
+    rules: Callable[[Any, bool], Sequence[Rule]]
+    carried: Callable[[Any, bool], Sequence[str]]
+    ahead: Callable[[Any], nnx.Module] | None = None
 
 
 _LLAMA = Family(parse_llama, llama, llama_weights.rules, llama_weights.carried)
 _DEEPSEEK = Family(parse_deepseek, deepseek, deepseek_weights.rules, deepseek_weights.carried)
+_DEEPSEEK_V3 = replace(_DEEPSEEK, ahead=prediction_module)
 
 MODELS = {
     **dict.fromkeys(("llama", "qwen2", "qwen3"), _LLAMA),
-    **dict.fromkeys(("deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32"), _DEEPSEEK),
+    **dict.fromkeys(("deepseek", "deepseek_v2"), _DEEPSEEK),
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32"), _DEEPSEEK_V3),
 }
 """config.json's model_type -> family."""
 
@@ -80,6 +85,13 @@ def build(config: Mapping[str, Any], dtype: jnp.dtype | str) -> Model:
     return family.model(family.parse_config(config), jnp.dtype(dtype))
 
 
+def predict_ahead(model: Model) -> None:
+    """Put the module for multi-token prediction into its slot in the model."""
+    family = MODELS[model.config.model_type]
+    assert family.ahead is not None
+    model.mtp = family.ahead(model.config)
+
+
 def base_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Shape of every base parameter by path; adapters are not among them."""
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -88,9 +100,10 @@ def base_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 def entries_of(model: Model) -> list[Entry]:
     """Every tensor that the model's base parameters are on disk, in disk order by layer."""
-    return expand(MODELS[model.config.model_type].rules(model.config), base_shapes(model))
+    rules = MODELS[model.config.model_type].rules(model.config, model.mtp is not None)
+    return expand(rules, base_shapes(model))
 
 
 def carried_of(model: Model) -> Sequence[str]:
     """Patterns of tensors that are kept without being computed with."""
-    return MODELS[model.config.model_type].carried(model.config)
+    return MODELS[model.config.model_type].carried(model.config, model.mtp is not None)

@@ -129,6 +129,7 @@ class CausalLM(nnx.Module):
         self.lm_head = (
             None if tied else Linear(config.hidden_size, config.vocab_size, ("vocab", "embed"))
         )
+        self.mtp: Any = nnx.data(None)  # the module that predicts ahead, where it is trained
 
     def __call__(
         self,
@@ -182,6 +183,33 @@ class CausalLM(nnx.Module):
             cache = Cache(caches, key, cache.length + input_ids.shape[1])
         return Hidden(self.model.norm(x_BTD), cache, work)
 
+    def ahead(
+        self,
+        states: Float[Array, "B T D"],
+        next_ids: Int[Array, "B T"],
+        position_ids: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        *,
+        remat: str = "none",
+        sharding: jax.sharding.NamedSharding | None = None,
+    ) -> Hidden:
+        """Run the module for multi-token prediction; its states predict the token after the next.
+
+        Args:
+            states: `hidden`'s.
+            next_ids: the token after each.
+            position_ids: position of each token in its segment.
+            segment_ids: segment of each token, 0 where the next one is not of the same.
+            remat: `training.gradient_checkpointing`.
+            sharding: of [B, T, D] activations.
+        """
+        tokens = Tokens(position_ids, segment_ids)
+        tables = rope_tables(self.config.rope, position_ids)
+        shared = Shared(*tables, tokens, tokens, None, sharding)
+        next_BTD = _constrain(self.model.embed_tokens(next_ids, self.dtype), sharding)
+        states, work = self.mtp(next_BTD, states, shared, remat)
+        return Hidden(states, None, work)
+
     def _run_stacks(
         self,
         x_BTD: jax.Array,
@@ -203,7 +231,7 @@ class CausalLM(nnx.Module):
                 dropout_key=None if keys is None else keys[here],
                 cache=None if cache is None else cache.stacks[number],
             )
-            x_BTD, new, done = _run_stack(block, x_BTD, shared, own, remat)
+            x_BTD, new, done = run_stack(block, x_BTD, shared, own, remat)
             caches.append(new)
             work = work if done is None else done  # one stack at most has experts
             first += block.layers
@@ -248,7 +276,7 @@ class CausalLM(nnx.Module):
         return Cache(stacks, tokens, jnp.int32(0))
 
 
-def _run_stack(
+def run_stack(
     block: Block, x_BTD: jax.Array, shared: Shared, own: PerLayer, remat: str
 ) -> tuple[jax.Array, Any, Any]:
     """Scan one stack; returns the activations, the stacked new caches and experts' work."""

@@ -33,7 +33,8 @@ def parameter(
         shape: of one layer.
         axes: logical axis of every dimension.
         layers: number of stacked layers, None outside a stack.
-        metadata: `trains=False` for what no gradient reaches, `dtype` where only one will do.
+        metadata: `trains=False` for what no gradient reaches, `balances=True` for what of that the
+            step may move by the experts' loads, `dtype` where only one will do.
     """
     return nnx.Param(abstract(shape, layers), axes=stacked_axes(axes, layers), **metadata)
 

@@ -72,7 +72,7 @@ class Router(nnx.Module):
         experts = config.n_routed_experts
         self.weight = parameter((experts, hidden_size), (None, "embed"), layers)
         self.e_score_correction_bias = (
-            parameter((experts,), (None,), layers, trains=False, dtype="float32")
+            parameter((experts,), (None,), layers, trains=False, balances=True, dtype="float32")
             if config.topk_method == "noaux_tc"
             else None
         )

@@ -25,11 +25,14 @@ class Rule:
         path: the parameter's path; a stack's parameter holds all layers as [L, ...], and a stack of
             experts as [L, E, ...].
         first: the number, in the checkpoint, of the stack's first layer.
+        copy: the checkpoint may hold this parameter a second time under this name: nothing is
+            loaded from there, and an export writes both alike.
     """
 
     hf: str
     path: str
     first: int = 0
+    copy: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,14 @@ class Entry:
         path: the parameter it is (part of).
         index: where in that parameter: (), (layer of the stack,) or (layer of the stack, expert).
         layer: the number of its layer in the checkpoint; None outside the layers.
+        copy: see `Rule`.
     """
 
     hf: str
     path: str
     index: tuple[int, ...]
     layer: int | None
+    copy: bool = False
 
 
 def expand(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
@@ -65,7 +70,7 @@ def expand(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]) -> list
             layer = rule.first + index[0] if stacked else None
             expert = index[1] if len(stacked) > 1 else None
             name = rule.hf.format(layer=layer, expert=expert)
-            entries.append(Entry(name, rule.path, index, layer))
+            entries.append(Entry(name, rule.path, index, layer, rule.copy))
     unnamed = sorted(set(shapes) - {entry.path for entry in entries})
     assert not unnamed, f"parameters without a weight rule: {unnamed}"
     return sorted(entries, key=lambda entry: -1 if entry.layer is None else entry.layer)
@@ -101,7 +106,8 @@ def coverage_problems(
         for name, shape in wanted.items()
         if name in found and tuple(found[name]) != shape
     ]
-    missing = [name for name in wanted if name not in found]
+    copies = {entry.hf for entry in entries if entry.copy}
+    missing = [name for name in wanted if name not in found and name not in copies]
     extra = [name for name in found if name not in wanted]
     problems += [
         f"{name}: got no such tensor, expected shape {list(wanted[name])} from config.json"

@@ -77,7 +77,9 @@ def test_all_experts_alike_give_one() -> None:
 
 def _gradients(alpha: float, mesh: dict[str, int] | None = None, pieces: int = 1) -> dict:
     training = {"batch_size": 8, "gradient_accumulation_steps": pieces}
-    run = in_memory.start(in_memory.V3, mesh=mesh, training=training, alpha=alpha)
+    run = in_memory.start(
+        in_memory.V3, mesh=mesh, training=training, objective={"aux_loss_alpha": alpha}
+    )
     report = run.step(in_memory.batch())
     return run.gradients() | {"loss": np.asarray(report.sums.loss)}
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from dsjax.models.attention import Selection, attend
 from dsjax.models.decoder import Block, CausalLM, PerLayer, Shared, append_to_cache
 from dsjax.models.deepseek.config import LATENT_EPS, DeepseekConfig
+from dsjax.models.deepseek.mtp import MTP
 from dsjax.models.layers import MLP, LayerNorm, Linear, RMSNorm, precision
 from dsjax.models.llama.model import Attention
 from dsjax.models.moe import MoE
@@ -83,8 +84,14 @@ class LatentAttention(nnx.Module):
         if self.indexer is not None and q_latent_BTQ is not None:
             selection = self.indexer.select(x_BTD, q_latent_BTQ, seen[2], shared)
         q_rope_BTNR = self._rotate(q_rope_BTNR, shared)
-        attention = self._attend_expanded if own.cache is None else self._attend_latents
-        out_BTNV = attention(q_nope_BTNP, q_rope_BTNR, seen[0], seen[1], shared, own, selection)
+        if own.cache is None:
+            qkv = self._expanded(q_nope_BTNP, q_rope_BTNR, seen[0], seen[1], key)
+        else:
+            qkv = self._as_latents(q_nope_BTNP, q_rope_BTNR, seen[0], seen[1])
+        scale = m.softmax_scale
+        out_BTNV = attend(*qkv, shared.query, shared.key, None, scale, selection)
+        if own.cache is not None:
+            out_BTNV = self._from_latents(out_BTNV)
         out_BTD = self.o_proj(out_BTNV.reshape(*x_BTD.shape[:2], -1), key)
         return out_BTD, None if own.cache is None else seen
 
@@ -105,60 +112,51 @@ class LatentAttention(nnx.Module):
         wide = x_BTNR.astype(jnp.float32) if self.mla.rope_in_float32 else x_BTNR
         return rotate(wide, shared.cos_BTH, shared.sin_BTH).astype(x_BTNR.dtype)
 
-    def _attend_expanded(
+    def _expanded(
         self,
         q_nope_BTNP: jax.Array,
         q_rope_BTNR: jax.Array,
         latent_BSC: jax.Array,
         k_rope_BSR: jax.Array,
-        shared: Shared,
-        own: PerLayer,
-        selection: Selection | None,
-    ) -> Float[Array, "B T N V"]:
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values by head."""
         m = self.mla
-        both_BSX = self.kv_b_proj(latent_BSC, own.dropout_key)
+        both_BSX = self.kv_b_proj(latent_BSC, key)
         both_BSNX = both_BSX.reshape(*latent_BSC.shape[:2], self.heads, -1)
         k_nope_BSNP, v_BSNV = jnp.split(both_BSNX, [m.qk_nope_head_dim], axis=-1)
         k_rope_BSNR = jnp.broadcast_to(
             k_rope_BSR[:, :, None], (*k_nope_BSNP.shape[:3], m.qk_rope_head_dim)
         )
-        return attend(
-            jnp.concatenate([q_nope_BTNP, q_rope_BTNR], axis=-1),
-            jnp.concatenate([k_nope_BSNP, k_rope_BSNR], axis=-1),
-            v_BSNV,
-            shared.query,
-            shared.key,
-            None,
-            m.softmax_scale,
-            selection,
-        )
+        q_BTNH = jnp.concatenate([q_nope_BTNP, q_rope_BTNR], axis=-1)
+        return q_BTNH, jnp.concatenate([k_nope_BSNP, k_rope_BSNR], axis=-1), v_BSNV
 
-    def _attend_latents(
+    def _as_latents(
         self,
         q_nope_BTNP: jax.Array,
         q_rope_BTNR: jax.Array,
         latent_BSC: jax.Array,
         k_rope_BSR: jax.Array,
-        shared: Shared,
-        own: PerLayer,
-        selection: Selection | None,
-    ) -> Float[Array, "B T N V"]:
-        m, exact = self.mla, precision(latent_BSC.dtype)
-        weight_XC = self.kv_b_proj.whole_weight(latent_BSC.dtype)
-        weight_NXC = weight_XC.reshape(self.heads, -1, m.kv_lora_rank)
-        key_NPC, value_NVC = jnp.split(weight_NXC, [m.qk_nope_head_dim], axis=1)
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries in the latent's space; one key and one value, the latent, for all heads."""
+        key_NPC, _ = self._by_head(latent_BSC.dtype)
+        exact = precision(latent_BSC.dtype)
         q_BTNC = jnp.einsum("btnp,npc->btnc", q_nope_BTNP, key_NPC, precision=exact)
-        out_BTNC = attend(
-            jnp.concatenate([q_BTNC, q_rope_BTNR], axis=-1),
-            jnp.concatenate([latent_BSC, k_rope_BSR], axis=-1)[:, :, None],
-            latent_BSC[:, :, None],
-            shared.query,
-            shared.key,
-            None,
-            m.softmax_scale,
-            selection,
-        )
+        k_BS1H = jnp.concatenate([latent_BSC, k_rope_BSR], axis=-1)[:, :, None]
+        return jnp.concatenate([q_BTNC, q_rope_BTNR], axis=-1), k_BS1H, latent_BSC[:, :, None]
+
+    def _from_latents(self, out_BTNC: Float[Array, "B T N C"]) -> Float[Array, "B T N V"]:
+        """What was attended to, from the latent's space to values by head."""
+        _, value_NVC = self._by_head(out_BTNC.dtype)
+        exact = precision(out_BTNC.dtype)
         return jnp.einsum("btnc,nvc->btnv", out_BTNC, value_NVC, precision=exact)
+
+    def _by_head(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+        """The parts of kv_b_proj that make keys and values: [N, P, C] and [N, V, C]."""
+        weight_XC = self.kv_b_proj.whole_weight(dtype)
+        weight_NXC = weight_XC.reshape(self.heads, -1, self.mla.kv_lora_rank)
+        key_NPC, value_NVC = jnp.split(weight_NXC, [self.mla.qk_nope_head_dim], axis=1)
+        return key_NPC, value_NVC
 
     def cache_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes that are kept of one token: latent, rotated key, the indexer's key."""
@@ -229,17 +227,22 @@ def causal_lm(config: DeepseekConfig, dtype: jnp.dtype) -> CausalLM:
     dense = config.dense_layers
     sizes = {"dense_layers": dense, "layers": config.num_hidden_layers - dense}
     stacks = {
-        name: Block(
-            _attention(config, layers),
-            _dense(config, layers) if name == "dense_layers" else _experts(config, layers),
-            config.hidden_size,
-            config.rms_norm_eps,
-            layers,
-        )
+        name: _block(config, layers, name == "dense_layers")
         for name, layers in sizes.items()
         if layers
     }
     return CausalLM(config, dtype, stacks)
+
+
+def prediction_module(config: DeepseekConfig) -> MTP:
+    """The abstract module for multi-token prediction: its layer is of the kind that comes next."""
+    return MTP(config, _block(config, 1, config.num_hidden_layers < config.first_k_dense_replace))
+
+
+def _block(config: DeepseekConfig, layers: int, dense: bool) -> Block:
+    mlp = _dense(config, layers) if dense else _experts(config, layers)
+    attention = _attention(config, layers)
+    return Block(attention, mlp, config.hidden_size, config.rms_norm_eps, layers)
 
 
 def _attention(config: DeepseekConfig, layers: int) -> Attention | LatentAttention:

@@ -26,32 +26,56 @@ _BLOCK = (
     *(f"mlp.shared_experts.{name}.{kind}" for name in _MAPS for kind in ("weight", "bias")),
 )
 
+_BEFORE_BLOCK = ("enorm", "hnorm", "eh_proj")
 
-def rules(config: DeepseekConfig) -> list[Rule]:
-    """The table of a model; its dense layers and its layers with experts are two stacks."""
-    found = [Rule("model.embed_tokens.weight", "model.embed_tokens.weight")]
-    for stack, first in (("dense_layers", 0), ("layers", config.dense_layers)):
-        found += [
-            Rule(f"model.layers.{{layer}}.{name}", f"model.{stack}.{name}", first)
-            for name in _BLOCK
-        ]
-        found += [
-            Rule(
-                f"model.layers.{{layer}}.mlp.experts.{{expert}}.{name}.weight",
-                f"model.{stack}.mlp.experts.{name}.weight",
-                first,
-            )
-            for name in _MAPS
-        ]
+
+def rules(config: DeepseekConfig, ahead: bool = False) -> list[Rule]:
+    """The table of a model; its dense layers and its layers with experts are two stacks.
+
+    Args:
+        config: of the model.
+        ahead: whether it has the module for multi-token prediction.
+    """
     return [
-        *found,
+        Rule("model.embed_tokens.weight", "model.embed_tokens.weight"),
+        *_stack_rules("model.dense_layers", 0),
+        *_stack_rules("model.layers", config.dense_layers),
         Rule("model.norm.weight", "model.norm.weight"),
         Rule("lm_head.weight", "lm_head.weight"),
+        *(_prediction_rules(config) if ahead else ()),
     ]
 
 
-def carried(config: DeepseekConfig) -> list[str]:
-    """Tensors that are kept without being computed with: the modules for multi-token prediction."""
-    last = config.num_hidden_layers
-    modules = [rf"model\.layers\.{last + i}\..*" for i in range(config.num_nextn_predict_layers)]
+def _stack_rules(path: str, first: int) -> list[Rule]:
+    """A stack of layers, the first of which has number `first` in the checkpoint."""
+    block = [Rule(f"model.layers.{{layer}}.{name}", f"{path}.{name}", first) for name in _BLOCK]
+    experts = [
+        Rule(
+            f"model.layers.{{layer}}.mlp.experts.{{expert}}.{name}.weight",
+            f"{path}.mlp.experts.{name}.weight",
+            first,
+        )
+        for name in _MAPS
+    ]
+    return block + experts
+
+
+def _prediction_rules(config: DeepseekConfig) -> list[Rule]:
+    """The module for multi-token prediction, which the files hold as the layer after the last."""
+    number = config.num_hidden_layers
+    layer, embedding = f"model.layers.{number}", "model.embed_tokens.weight"
+    head = embedding if config.tie_word_embeddings else "lm_head.weight"
+    return [
+        *_stack_rules("mtp.block", number),
+        *(Rule(f"{layer}.{name}.weight", f"mtp.{name}.weight") for name in _BEFORE_BLOCK),
+        Rule(f"{layer}.shared_head.norm.weight", "mtp.norm.weight"),
+        Rule(f"{layer}.embed_tokens.weight", embedding, copy=True),
+        Rule(f"{layer}.shared_head.head.weight", head, copy=True),
+    ]
+
+
+def carried(config: DeepseekConfig, ahead: bool = False) -> list[str]:
+    """Tensors that are kept without being computed with: modules for multi-token prediction."""
+    last, count = config.num_hidden_layers, 0 if ahead else config.num_nextn_predict_layers
+    modules = [rf"model\.layers\.{last + i}\..*" for i in range(count)]
     return [*modules, r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]

@@ -18,9 +18,9 @@ _BLOCK = (
 )
 
 
-def rules(config: LlamaConfig) -> list[Rule]:
+def rules(config: LlamaConfig, ahead: bool = False) -> list[Rule]:
     """The table of a model."""
-    del config
+    del config, ahead
     return [
         Rule("model.embed_tokens.weight", "model.embed_tokens.weight"),
         *(Rule(f"model.layers.{{layer}}.{name}", f"model.layers.{name}") for name in _BLOCK),
@@ -29,7 +29,7 @@ def rules(config: LlamaConfig) -> list[Rule]:
     ]
 
 
-def carried(config: LlamaConfig) -> list[str]:
+def carried(config: LlamaConfig, ahead: bool = False) -> list[str]:
     """Tensors of old checkpoints that hold nothing which config.json does not say."""
-    del config
+    del config, ahead
     return [r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]

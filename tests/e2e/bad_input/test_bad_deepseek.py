@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wrong checkpoints of DeepSeek's own architectures: routers, experts, latents, FP8."""
 
+import re
 from typing import Any
 
 import pytest
@@ -121,3 +122,80 @@ def test_a_tensor_that_is_missing_or_wrong(desk: Desk, name: str, tensor: Any, p
 )
 def test_words_that_do_not_fit_the_model(desk: Desk, words: list[str], parts: list[str]):
     assert_says(desk.refusal(*words), *parts)
+
+
+FULL = "adapter.peft_type=null"
+AHEAD = "objective.mtp_loss_weight=0.3"
+MODULE = "model.layers.3."
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (
+            [LORA, "objective.bias_update_speed=0.001"],
+            ["objective.bias_update_speed: got 0.001 with LORA, expected 0; "],
+        ),
+        ([LORA, AHEAD], ["objective.mtp_loss_weight: got 0.3 with LORA, expected 0; "]),
+        ([FULL, "objective.mtp_loss_weight=-1"], ["objective.mtp_loss_weight: got -1"]),
+        (
+            [FULL, "objective.bias_update_speed=0.1", "training.freeze=[e_score_correction_bias]"],
+            ["training.freeze: got ['e_score_correction_bias'], which freezes every"],
+        ),
+    ],
+    ids=["bias", "ahead", "negative", "frozen"],
+)
+def test_an_objective_that_cannot_be_had(desk: Desk, words: list[str], parts: list[str]):
+    assert_says(desk.refusal(*words), *parts)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_another_number_of_modules_than_one(desk: Desk, count: int):
+    desk.edit_config(num_nextn_predict_layers=count)
+    said = f"objective.mtp_loss_weight: got 0.3 for config.json num_nextn_predict_layers {count}"
+    assert_says(desk.refusal(FULL, AHEAD), said, "one module for multi-token prediction")
+
+
+def test_a_checkpoint_without_its_module(desk: Desk):
+    everything = [name for name in _names(desk) if name.startswith(MODULE)]
+    for name in everything:
+        _edit_tensor(desk, name, None)
+    said = desk.refusal(FULL, AHEAD)
+    assert_says(said, "objective.mtp_loss_weight: got 0.3, and the checkpoint lacks", MODULE, "...")
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["eh_proj.weight", "shared_head.norm.weight", "mlp.gate.weight"])
+def test_a_module_that_is_not_whole(desk: Desk, name: str):
+    _edit_tensor(desk, MODULE + name, None)
+    assert_says(
+        desk.refusal(FULL, AHEAD), "lacks 1 of the", f"prediction: {MODULE}{name}, expected"
+    )
+
+
+@pytest.mark.parametrize("name", ["embed_tokens.weight", "shared_head.head.weight"])
+def test_a_copy_that_is_none(desk: Desk, name: str):
+    _edit_tensor(desk, MODULE + name, torch.ones(288, 48, dtype=torch.bfloat16))
+    said = desk.refusal(FULL, AHEAD)
+    assert_says(said, f"{MODULE}{name}: got a tensor that differs from", "remove the tensor")
+    _edit_tensor(desk, MODULE + name, torch.ones(9, 48))
+    assert_says(desk.refusal(FULL, AHEAD), f"{MODULE}{name}: got shape [9, 48], expected [288, 48]")
+
+
+def test_a_tensor_of_the_module_that_is_not_computed_with(desk: Desk):
+    index = desk.model / "model.safetensors.index.json"
+    known = re.search(rf'"{MODULE}enorm.weight": "(.*?)"', index.read_text())
+    assert known is not None
+    file = desk.model / known[1]
+    added = {MODULE + "enorm.bias": torch.ones(48)}
+    save_file(load_file(file) | added, file, metadata={"format": "pt"})
+    line = f'"{MODULE}enorm.bias": "{known[1]}",\n    '
+    index.write_text(index.read_text().replace(known[0], line + known[0]))
+    said = desk.refusal(FULL, AHEAD)
+    assert_says(said, f"{MODULE}enorm.bias: got a tensor that config.json does not declare")
+
+
+def _names(desk: Desk) -> list[str]:
+    """Names of all tensors but scales."""
+    files = sorted(desk.model.glob("*.safetensors"))
+    return [name for file in files for name in load_file(file) if not name.endswith("_scale_inv")]
