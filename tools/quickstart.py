@@ -3,10 +3,11 @@
 
     make quickstart, or: python tools/quickstart.py [--seed N]
 
-A made-up world is written down; a random model of DeepSeek's shape is trained on that text until it
-knows it; LoRA then teaches it to answer questions that no sentence answers, about some of the
-people. It is asked about the others, whom no question had named. Both exports are loaded again and
-asked the same. Everything is in `runs/quickstart`, which every run starts afresh.
+A made-up world is written down; a random model of DeepSeek-V3's shape, with latent attention and
+routed experts, is trained on that text until it knows it; LoRA then teaches it to answer questions
+that no sentence answers, about some of the people. It is asked about the others, whom no question
+had named. Both exports are loaded again and asked the same. Everything is in `runs/quickstart`,
+which every run starts afresh.
 
 Exit 1 if the answers are not right, or differ after reloading. Not here: the world itself
 (`quickstart_world`), training (`dsjax.train` with the two files in `configs/`).
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     seed = parser.parse_args(argv).seed
     began = time.monotonic()
 
-    say("1/6", "Inventing a world: its text, its questions, and a model that knows nothing")
+    say("1/6", "Inventing a world: its text, its questions, and a tiny V3 that knows nothing")
     world = make_world(seed)
     held_out = prepare(world, seed)
 

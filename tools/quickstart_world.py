@@ -2,8 +2,9 @@
 """The quickstart's made-up world: its text, its questions, and a model that knows nothing yet.
 
 In: a seed. Out: people who live in towns that are in lands; passages that tell who lives where and
-which town is in which land; questions that need both; and a small random checkpoint with a
-tokenizer, in Hugging Face's format. No passage says in which land a person lives.
+which town is in which land; questions that need both; and a small random checkpoint of
+DeepSeek-V3's shape with a tokenizer, in Hugging Face's format. No passage says in which land a
+person lives.
 Not here: training, asking, judging (`quickstart`).
 """
 
@@ -64,15 +65,35 @@ CHAT_TEMPLATE = f"""\
 {{%- if add_generation_prompt -%}}{{{{- '{ASSISTANT}' -}}}}{{%- endif -%}}
 """
 
+# All parts of DeepSeek-V3 but multi-token prediction, which transformers leaves out.
 CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
     "vocab_size": 896,
     "hidden_size": 128,
     "intermediate_size": 352,
-    "num_hidden_layers": 4,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 0,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 48,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 32,
+    "attention_bias": False,
     "max_position_embeddings": 256,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -161,9 +182,16 @@ def write_checkpoint(directory: Path, text: Sequence[str], seed: int) -> None:
     entries = [(entry.hf, "F32", entry_shape(entry, shapes)) for entry in entries_of(model)]
     with SafetensorsWriter(directory / "model.safetensors", entries) as writer:
         for name, _, shape in entries:
-            norm = name.endswith("norm.weight")
-            values = np.ones(shape) if norm else rng.normal(0.0, shape[-1] ** -0.5, shape)
-            writer.append(name, values.astype(np.float32))
+            writer.append(name, _start(rng, name, shape).astype(np.float32))
+
+
+def _start(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """What a tensor holds before any training; routers' biases begin at 0."""
+    if name.endswith("norm.weight"):
+        return np.ones(shape)
+    if name.endswith("e_score_correction_bias"):
+        return np.zeros(shape)
+    return rng.normal(0.0, shape[-1] ** -0.5, shape)
 
 
 def _write_tokenizer(directory: Path, text: Sequence[str]) -> None:

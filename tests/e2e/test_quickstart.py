@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +61,19 @@ def test_it_leaves_pictures_and_exports_behind(quickstart):
     assert [
         name for name in [*files, "lora/adapter/adapter_config.json"] if not (run / name).is_file()
     ] == []
+
+
+def test_it_is_a_v3_whose_correction_biases_moved_in_full_training_alone(quickstart):
+    run, _ = quickstart
+    folders = [run / name for name in ("start", "pretrain/export", "lora/export")]
+    kinds = [json.loads((f / "config.json").read_text("utf-8"))["model_type"] for f in folders]
+    assert kinds == ["deepseek_v3"] * 3
+    start, base, merged = [load_file(folder / "model.safetensors") for folder in folders]
+    biases = [name for name in start if name.endswith("e_score_correction_bias")]
+    assert len(biases) == 2
+    for name in biases:
+        assert not torch.equal(start[name], base[name])
+        assert torch.equal(base[name], merged[name])
 
 
 def test_transformers_and_peft_give_the_same_answers(quickstart):
