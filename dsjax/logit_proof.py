@@ -22,6 +22,7 @@ from dsjax.convert import load_base
 from dsjax.fp8 import FP8, raw_of
 from dsjax.models import entries_of
 from dsjax.partition import Params
+from dsjax.sharding import batch_shards, replicated, rows_sharding
 
 TOKENS = 32
 ROUNDING = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05, FP8.name: 0.5}
@@ -111,19 +112,28 @@ def distance(logits: Float[np.ndarray, "T V"], expected: Float[np.ndarray, "T V"
 def sample_logits(
     parts: Assembly, trainable: Params, frozen: Params, dtype: str
 ) -> Float[np.ndarray, "T V"]:
-    """Logits of one fixed row of tokens; activations are computed in `dtype`."""
-    vocab = parts.model.config.vocab_size
-    ids = np.random.default_rng(0).integers(0, vocab, (1, TOKENS), np.int32)
+    """Logits of some fixed random tokens; activations are computed in `dtype`.
+
+    Every device that a batch is dealt to has a row, so that experts and weights stay where they
+    are; of all rows' tokens as many are looked at as one row has.
+    """
+    shards, vocab = batch_shards(parts.mesh), parts.model.config.vocab_size
+    ids = np.random.default_rng(0).integers(0, vocab, (shards, TOKENS), np.int32)
+    rows = rows_sharding(parts.mesh)
 
     def model(trainable: Params, frozen: Params):
         merged = parts.partition.merge(trainable, frozen)
         merged.dtype = jnp.dtype(dtype)
         return merged
 
+    def run(trainable: Params, frozen: Params, ids: jax.Array) -> jax.Array:
+        x_BTD = model(trainable, frozen).hidden(ids, sharding=rows).states
+        return x_BTD.reshape(-1, x_BTD.shape[-1])[::shards]
+
     on_cpu = parts.mesh.devices.flat[0].platform == "cpu"
     options = LITTLE_MEMORY if on_cpu else None
     # Two programs: in one, float32 copies of embedding and head would be there at the same time.
-    hidden = jax.jit(lambda t, f, ids: model(t, f).hidden(ids).states, compiler_options=options)
-    head = jax.jit(lambda t, f, hidden: model(t, f).head(hidden))
-    x_BTD = hidden(trainable, frozen, jnp.asarray(ids))
-    return np.asarray(head(trainable, frozen, x_BTD)[0], np.float32)
+    hidden = jax.jit(run, out_shardings=replicated(parts.mesh), compiler_options=options)
+    head = jax.jit(lambda t, f, x_TD: model(t, f).head(x_TD))
+    x_TD = hidden(trainable, frozen, jax.device_put(ids, rows))
+    return np.asarray(head(trainable, frozen, x_TD), np.float32)

@@ -10,7 +10,8 @@ import tiny
 
 from dsjax import export, logit_proof, merge, train
 
-VARIANTS = {"llama_gqa": ["q_proj", "v_proj"], "deepseek_v3_fp8_mtp_hub": ["o_proj", "kv_b_proj"]}
+TARGETS = {"llama_gqa": ["q_proj", "v_proj"], "deepseek_v3_fp8_mtp_hub": ["o_proj", "kv_b_proj"]}
+MESHES = {"llama_gqa": {}, "deepseek_v3_fp8_mtp_hub": {"expert": 2, "fsdp": 2, "data": 2}}
 WRONG = {
     "forgotten": lambda low, high: lambda rows, source: source.astype(np.float32),
     "subtracted": lambda low, high: (
@@ -19,7 +20,7 @@ WRONG = {
 }
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=TARGETS)
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of LoRA on a checkpoint in 16 bits or fewer; its export passed the proof."""
     folder = tmp_path_factory.mktemp("proof")
@@ -27,11 +28,12 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         folder,
         "lora",
         variant=request.param,
-        adapter={"target_modules": VARIANTS[request.param], "lora_dropout": 0.0},
+        adapter={"target_modules": TARGETS[request.param], "lora_dropout": 0.0},
         training={"max_steps": 6, "eval_steps": None},
         data={"eval": None},
         optimizer={"warmup_ratio": 0.0, "learning_rate": 0.05},
         export={"format": "merged"},
+        mesh=MESHES[request.param],
     )
     if request.param == "llama_gqa":
         tiny.build_checkpoint(folder / "model", request.param, dtype="bfloat16")
