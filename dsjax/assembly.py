@@ -21,7 +21,7 @@ from dsjax.config import AdapterSection, ModelSection, ObjectiveSection, RunConf
 from dsjax.convert import Source, check_coverage, load_base, open_checkpoint
 from dsjax.errors import ConfigError
 from dsjax.models import Model, build, predict_ahead
-from dsjax.objectives.requirements import check_objective, check_prediction
+from dsjax.objectives.requirements import check_biases, check_objective, check_prediction
 from dsjax.partition import Params, Partition, decide
 from dsjax.sharding import check_experts, leaf_shardings, make_mesh
 
@@ -82,6 +82,7 @@ def assemble_model(
         predict_ahead(model)
         check_prediction(objective, model, source.tensors)
     carried = check_coverage(source, model)
+    check_biases(objective, model, source.tensors)
     if spec is not None:
         adapters.check_targets(adapter, spec, model)
     adapters.attach(model, spec)

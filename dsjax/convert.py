@@ -84,8 +84,9 @@ def _copy_problems(source: Source, entries: Sequence[Entry]) -> list[str]:
     own = {entry.path: entry.hf for entry in entries if not entry.copy}
     return [
         f"{entry.hf}: got a tensor that differs from {own[entry.path]}, expected the same values "
-        "or none: the module for multi-token prediction shares it (arXiv 2412.19437); remove the "
-        "tensor, or set objective.mtp_loss_weight=0"
+        "or none: the module for multi-token prediction shares it (arXiv 2412.19437). Training "
+        "without the module leaves it behind: start from the checkpoint before that, or set "
+        "objective.mtp_loss_weight=0"
         for entry in entries
         if entry.copy
         and entry.hf in source.tensors

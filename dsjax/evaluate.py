@@ -84,7 +84,9 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
         raise ConfigError(
             "data.eval: got null, expected files or hub datasets to evaluate on; add data.eval=FILE"
         )
-    parts = assemble(config)
+    # The module for multi-token prediction has no part in what is measured.
+    main = config.objective.model_copy(update={"mtp_loss_weight": 0.0})
+    parts = assemble(config.model_copy(update={"objective": main}))
     examples = read_examples(config, parts)
     step = newest_step(config)
     if step is None:
@@ -121,10 +123,11 @@ def newest_step(config: RunConfig) -> int | None:
     file = Path(config.output_dir) / "config.yaml"
     if step is not None and file.is_file():
         held = ("model.dtype", "model.param_dtype", "model.attention")
+        trains = ("training.freeze", "objective.bias_update_speed")
         changed = [
             key
             for key in differing_keys(load_config(file), config)
-            if key.startswith(("model.", "adapter.", "training.freeze")) and key not in held
+            if key.startswith(("model.", "adapter.", *trains)) and key not in held
         ]
         if changed:
             raise ConfigError(

@@ -187,7 +187,8 @@ def expert_values(loads_LE: np.ndarray, tokens: int, chosen: int) -> dict[str, f
 
     Returns:
         `expert_imbalance`: the busiest expert's load over the mean load, averaged over the layers
-        (1 is even); `dropped_tokens`: choices that no expert computed, of all layers.
+        (1 is even; the module for multi-token prediction is not among them); `dropped_tokens`:
+        choices that no expert computed, of all layers.
     """
     means_L = loads_LE.mean(axis=1)
     return {

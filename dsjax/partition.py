@@ -34,6 +34,7 @@ class Leaf:
         dtype: what it is held in.
         kind: `base`, `adapter` or `buffer`.
         count: parameters in it, without the padding of unequal adapter ranks.
+        pinned: whether no other dtype will do.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +42,7 @@ class Leaf:
     dtype: jnp.dtype
     kind: str
     count: int
+    pinned: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,9 @@ class Partition:
 
     def all_frozen(self, dtype: str) -> "Partition":
         """The same leaves for a model that is only used, base parameters held in `dtype`."""
+        wanted = jnp.dtype(dtype)
         held = {
-            path: replace(leaf, dtype=jnp.dtype(dtype)) if leaf.kind == "base" else leaf
+            path: leaf if leaf.pinned or leaf.kind != "base" else replace(leaf, dtype=wanted)
             for path, leaf in self.leaves.items()
         }
         return Partition(self.graphdef, held, (), tuple(held), {})
@@ -184,8 +187,9 @@ def _kind(variable: nnx.Variable) -> str:
 
 def _leaf(variable: nnx.Variable, kind: str, dtype: jnp.dtype) -> Leaf:
     metadata = variable.get_metadata()
-    shape = tuple(variable.shape)
-    return Leaf(shape, metadata["axes"], dtype, kind, metadata.get("count", math.prod(shape)))
+    shape, pinned = tuple(variable.shape), "dtype" in metadata
+    count = metadata.get("count", math.prod(shape))
+    return Leaf(shape, metadata["axes"], dtype, kind, count, pinned)
 
 
 def _layer_masks(model: Model, freeze: Sequence[str]) -> dict[str, np.ndarray]:

@@ -304,6 +304,7 @@ def _moved_biases(config: StepConfig, trainable: Params, sums: Sums) -> Params:
         loads_LE = own.loads
         mean_L1 = jnp.sum(loads_LE, axis=-1, keepdims=True) / loads_LE.shape[-1]
         bias_LE = trainable[path]
+        assert bias_LE.shape == loads_LE.shape, path
         new_LE = bias_LE + config.bias_update_speed * jnp.sign(mean_L1 - loads_LE)
         moved[path] = _where_trained(path, new_LE, bias_LE, config.partition)
     return moved

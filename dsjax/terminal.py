@@ -23,6 +23,7 @@ TrainableRow = tuple[str, str, str, int, int]
 _SHOWN = {
     "epoch": "epoch {:.2f}",
     "loss": "loss {:.4f}",
+    "mtp_loss": "mtp loss {:.4f}",
     "accuracy": "accuracy {:.3f}",
     "learning_rate": "lr {:.2e}",
     "grad_norm": "grad norm {:.3f}",

@@ -136,6 +136,8 @@ def test_the_newest_checkpoint_of_a_run_is_evaluated(run, config: Path, rows: Pa
     with pytest.raises(ConfigError) as error:
         evaluate.main(["--config", str(config), "training.freeze=[embed_tokens]"])
     assert "which holds a run with other training.freeze, expected the run of" in str(error.value)
+    with pytest.raises(ConfigError, match="a run with other objective.bias_update_speed, expected"):
+        evaluate.newest_step(load_config(config, ["objective.bias_update_speed=0.001"]))
     other_data = ["--config", str(config), f"data.train={tmp_path / 'other.jsonl'}"]
     assert run(*other_data, "model.param_dtype=float32")["step"] == 3
 

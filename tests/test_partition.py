@@ -162,6 +162,12 @@ def test_a_model_that_is_only_used_trains_nothing() -> None:
     }
 
 
+def test_a_routers_bias_is_float32_whatever_the_model_is_held_in() -> None:
+    leaves = decide(in_memory.model_of(**in_memory.V3)).all_frozen("bfloat16").leaves
+    dtypes = {path.rpartition(".")[2]: leaf.dtype.name for path, leaf in leaves.items()}
+    assert dtypes == {"e_score_correction_bias": "float32", "weight": "bfloat16"}
+
+
 def test_arrays_go_in_and_come_out() -> None:
     partition = _decide(adapter=PrefixSpec(2))
     params = {

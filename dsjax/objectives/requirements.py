@@ -5,11 +5,12 @@ In: the `objective` section, the abstract model, the kind of adapter. Out: nothi
 ConfigError that names every option that cannot be had. Not done here: computing anything.
 """
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
 from dsjax.config import ObjectiveSection
 from dsjax.errors import raise_all
 from dsjax.models import MODELS, Model, base_shapes, entries_of
+from dsjax.safetensors_file import TensorInfo
 
 BIAS = "e_score_correction_bias"
 
@@ -53,6 +54,32 @@ def check_prediction(section: ObjectiveSection, model: Model, found: Container[s
                 f"objective.mtp_loss_weight: got {section.mtp_loss_weight}, and the checkpoint "
                 f"lacks {len(missing)} of the {len(names)} tensors of its module for multi-token "
                 f"prediction: {shown}, expected 0; or fetch the files that hold them"
+            ]
+        )
+
+
+def check_biases(section: ObjectiveSection, model: Model, found: Mapping[str, TensorInfo]) -> None:
+    """Refuse to move biases that the export could not hold: steps of 0.001 vanish in 16 bits.
+
+    Args:
+        section: the options.
+        model: the abstract model.
+        found: the checkpoint's tensors.
+
+    Raises:
+        ConfigError: with the first of them.
+    """
+    if not section.bias_update_speed:
+        return
+    names = [entry.hf for entry in entries_of(model) if entry.path.endswith(f".{BIAS}")]
+    coarse = [name for name in names if name in found and found[name].dtype.itemsize < 4]
+    if coarse:
+        raise_all(
+            [
+                f"{coarse[0]}: got {found[coarse[0]].dtype.name} with objective.bias_update_speed="
+                f"{section.bias_update_speed}, expected float32 (so in {len(coarse)} tensors): an "
+                "export keeps the file's dtype, which is too coarse for such steps; set it to 0, "
+                "or take the published checkpoint"
             ]
         )
 

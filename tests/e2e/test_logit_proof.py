@@ -10,6 +10,8 @@ import tiny
 
 from dsjax import export, logit_proof, merge, train
 
+pytestmark = pytest.mark.xdist_group("logit_proof")  # they share a run
+
 TARGETS = {"llama_gqa": ["q_proj", "v_proj"], "deepseek_v3_fp8_mtp_hub": ["o_proj", "kv_b_proj"]}
 MESHES = {"llama_gqa": {}, "deepseek_v3_fp8_mtp_hub": {"expert": 2, "fsdp": 2, "data": 2}}
 WRONG = {

@@ -18,6 +18,8 @@ from test_fp8_export import same, tensors
 import dsjax
 from dsjax import train
 
+pytestmark = pytest.mark.xdist_group("prediction")  # they share a run
+
 VARIANT, SPEED = "deepseek_v3_fp8_mtp_hub", 0.125
 BIAS = "mlp.gate.e_score_correction_bias"
 MODULE = "model.layers.3."
@@ -80,6 +82,7 @@ def test_its_loss_is_logged_beside_the_loss(config: Path, export: Path) -> None:
     assert rows[-1]["mtp_loss"] < rows[0]["mtp_loss"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_unbroken_one(config: Path, export: Path, tmp_path: Path) -> None:
     words = ["--config", str(config), f"output_dir={tmp_path / 'run'}", "logging.logging_steps=3"]
     assert train.main([*words, "training.max_steps=1", "export.format=null"]) == 0

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsjax.models import grouped_kernel
-from dsjax.models.grouped_matmul import LOOP_ROWS, grouped_matmul, tiles_of
+from dsjax.models.grouped_matmul import LOOP_ROWS, _ragged, grouped_matmul, tiles_of
 
 ROWS, GROUPS = 96, 4
 ENDS = st.lists(st.integers(0, ROWS), min_size=GROUPS, max_size=GROUPS).map(sorted)
@@ -25,6 +25,13 @@ def _arrays(ends: list[int], inputs: int, outputs: int) -> tuple:
     shapes = (ROWS, inputs), (GROUPS, outputs, inputs), (ROWS, outputs)
     x_ZI, weight_EOI, y_ZO = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
     return x_ZI, weight_EOI, jnp.asarray(np.diff(ends, prepend=0), jnp.int32), y_ZO
+
+
+def _narrow(arrays: tuple, rows: str) -> tuple:
+    """Rows and gradients in a dtype; matrices of float32 whose values that dtype holds too."""
+    x_ZI, weight_EOI, sizes_E, y_ZO = arrays
+    weight_EOI = weight_EOI.astype(rows).astype(jnp.float32)
+    return x_ZI.astype(rows), weight_EOI, sizes_E, y_ZO.astype(rows)
 
 
 def _group_by_group(
@@ -72,10 +79,11 @@ def test_tiles_cover_every_row_of_a_group_once(ends: list[int], most: int) -> No
     assert tiles.count == (-(-sizes // most)).sum()
 
 
+@pytest.mark.parametrize("rows", ["float32", "bfloat16"])
 @pytest.mark.parametrize("inputs, outputs", [(40, 24), (130, 8), (8, 200)])
-def test_the_kernels_for_cuda_compute_the_same(inputs: int, outputs: int) -> None:
+def test_the_kernels_for_cuda_compute_the_same(inputs: int, outputs: int, rows: str) -> None:
     """Without a GPU: their programs are interpreted. Sizes are none of the blocks' multiples."""
-    arrays = _arrays([3, 3, 80, 81], inputs, outputs)
+    arrays = _narrow(_arrays([3, 3, 80, 81], inputs, outputs), rows)
     x_ZI, weight_EOI, sizes_E, y_ZO = arrays
     tiles = tiles_of(sizes_E, x_ZI.shape[0], grouped_kernel.TILE_ROWS)[:3]
     multiply = partial(grouped_kernel.multiply, dtype=jnp.float32, interpret=True)
@@ -88,6 +96,32 @@ def test_the_kernels_for_cuda_compute_the_same(inputs: int, outputs: int) -> Non
     np.testing.assert_allclose(out[:used], expected[0][:used], atol=1e-4)
     np.testing.assert_allclose(dx[:used], expected[1][:used], atol=1e-4)
     np.testing.assert_allclose(dw, expected[2], atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", ["float32", "bfloat16"])
+def test_xlas_grouped_product_for_tpus_computes_the_same(rows: str) -> None:
+    """On a CPU, where XLA knows it too."""
+    arrays = _narrow(_arrays([3, 3, 80, 96], 40, 24), rows)
+    x_ZI, weight_EOI, sizes_E, y_ZO = arrays
+    weight = weight_EOI.astype(x_ZI.dtype)
+    found = (
+        _ragged(x_ZI, weight, sizes_E, ((1,), (2,)), [0], jnp.float32),
+        _ragged(y_ZO, weight, sizes_E, ((1,), (1,)), [0], jnp.float32),
+        _ragged(y_ZO, x_ZI, sizes_E, ((0,), (0,)), [], jnp.float32),
+    )
+    expected = _group_by_group(*(np.asarray(a) for a in arrays))
+    for got, want in zip(found, expected, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_gradients_of_float32_matrices_under_bfloat16_rows_are_float32() -> None:
+    arrays = _narrow(_arrays([3, 3, 80, 96], 40, 24), "bfloat16")
+    out, dx_ZI, dw_EOI = _product_and_gradients(*arrays)
+    assert [a.dtype.name for a in (out, dx_ZI, dw_EOI)] == ["bfloat16", "bfloat16", "float32"]
+    expected = _group_by_group(*(np.asarray(a) for a in arrays))
+    np.testing.assert_allclose(dw_EOI, expected[2], atol=1e-4)
+    for got, want in zip((out, dx_ZI), expected[:2], strict=True):
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-7, atol=1e-4)
 
 
 def test_bfloat16_is_summed_in_float32_on_the_way() -> None:

@@ -16,6 +16,8 @@ from dsjax.objectives.requirements import check_objective
 from dsjax.objectives.sft import shifted
 from dsjax.partition import decide
 
+pytestmark = pytest.mark.xdist_group("ahead")  # they share a run
+
 AHEAD: dict[str, Any] = {"mtp_loss_weight": 0.5, "bias_update_speed": 0.125}
 
 
@@ -71,7 +73,12 @@ def _compiled() -> in_memory.Run:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "pieces"), [(None, 4), ({"expert": 2, "data": 2}, 1), ({"fsdp": 2, "tensor": 2}, 2)]
+    ("mesh", "pieces"),
+    [
+        ({"expert": 2, "data": 2}, 2),
+        pytest.param(None, 4, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 2, "tensor": 2}, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_mesh_and_portions_give_the_result_of_one_device(
     mesh: dict[str, int] | None, pieces: int

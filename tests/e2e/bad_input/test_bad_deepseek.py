@@ -149,6 +149,13 @@ def test_an_objective_that_cannot_be_had(desk: Desk, words: list[str], parts: li
     assert_says(desk.refusal(*words), *parts)
 
 
+def test_biases_that_the_file_cannot_hold_as_they_move(desk: Desk):
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    _edit_tensor(desk, name, torch.zeros(16, dtype=torch.bfloat16))
+    said = desk.refusal(FULL, "objective.bias_update_speed=0.001")
+    assert_says(said, f"{name}: got bfloat16 with objective.bias_update_speed=0.001, expected floa")
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_another_number_of_modules_than_one(desk: Desk, count: int):
     desk.edit_config(num_nextn_predict_layers=count)
@@ -177,7 +184,9 @@ def test_a_module_that_is_not_whole(desk: Desk, name: str):
 def test_a_copy_that_is_none(desk: Desk, name: str):
     _edit_tensor(desk, MODULE + name, torch.ones(288, 48, dtype=torch.bfloat16))
     said = desk.refusal(FULL, AHEAD)
-    assert_says(said, f"{MODULE}{name}: got a tensor that differs from", "remove the tensor")
+    assert_says(
+        said, f"{MODULE}{name}: got a tensor that differs from", "start from the checkpoint"
+    )
     _edit_tensor(desk, MODULE + name, torch.ones(9, 48))
     assert_says(desk.refusal(FULL, AHEAD), f"{MODULE}{name}: got shape [9, 48], expected [288, 48]")
 
