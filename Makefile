@@ -8,7 +8,8 @@ VERSION_OF = -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])'
 VERSION := $(shell $(PYTHON) $(VERSION_OF))
 PACKAGE := $(VENV)/package-$(VERSION)
 TESTS := $(VENV)/tests-$(VERSION)
-PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadgroup
+# The tests of a file share their runs, so they stay in one process.
+PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: quickstart test test-slow lint format
 

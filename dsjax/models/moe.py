@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixture of experts: who goes where, and the experts' grouped matrix products.
+"""Mixture of experts: who goes where, and the experts' feed-forwards.
 
 In: activations [B, T, D]. Out: the same, and how many tokens each expert took. No token is ever
 dropped: every device has room for all tokens of its expert group. Over a mesh's `expert` axis the

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import small_run
 import tiny
+from safetensors.numpy import load_file
 
 from dsjax import export, logit_proof, merge, train
-
-pytestmark = pytest.mark.xdist_group("logit_proof")  # they share a run
 
 TARGETS = {"llama_gqa": ["q_proj", "v_proj"], "deepseek_v3_fp8_mtp_hub": ["o_proj", "kv_b_proj"]}
 MESHES = {"llama_gqa": {}, "deepseek_v3_fp8_mtp_hub": {"expert": 2, "fsdp": 2, "data": 2}}
@@ -52,6 +51,18 @@ def test_a_wrong_merge_is_refused(
     with pytest.raises(RuntimeError, match="logits differ from the trained model's by"):
         export.main([*words, "--format", "merged"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_float64_checkpoint_passes(tmp_path: Path) -> None:
+    config = small_run.write_inputs(
+        tmp_path, "lora", training={"max_steps": 1, "eval_steps": None}, data={"eval": None}
+    )
+    tiny.build_checkpoint(tmp_path / "model", "llama_gqa", dtype="float64")
+    words = ["--config", str(config), "model.dtype=float32", "export.format=merged"]
+    assert train.main(words) == 0
+    files = [*(tmp_path / "run/export").glob("*.safetensors")]
+    arrays = [array for file in files for array in load_file(file).values()]
+    assert {array.dtype.name for array in arrays} == {"float64"}
 
 
 def test_the_distance_is_that_of_the_middle_token() -> None:

@@ -16,9 +16,7 @@ import torch
 from test_fp8_export import same, tensors
 
 import dsjax
-from dsjax import train
-
-pytestmark = pytest.mark.xdist_group("prediction")  # they share a run
+from dsjax import evaluate, train
 
 VARIANT, SPEED = "deepseek_v3_fp8_mtp_hub", 0.125
 BIAS = "mlp.gate.e_score_correction_bias"
@@ -80,6 +78,17 @@ def test_its_loss_is_logged_beside_the_loss(config: Path, export: Path) -> None:
         assert row["mtp_loss"] != row["loss"]
         assert row["dropped_tokens"] == 0
     assert rows[-1]["mtp_loss"] < rows[0]["mtp_loss"]
+
+
+def test_evaluation_leaves_the_module_out(
+    config: Path, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(evaluate, "measure", lambda config, parts, *rest: seen.append(parts) or {})
+    rows = config.parent / "eval.jsonl"
+    assert evaluate.main(["--config", str(config), f"data.eval={rows}"]) == 0
+    assert seen[0].model.mtp is None
+    assert any(path.endswith(BIAS) for path in seen[0].partition.trainable)
 
 
 @pytest.mark.slow

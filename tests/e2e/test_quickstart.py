@@ -25,7 +25,6 @@ ASKED = 6  # questions that torch answers too; all of them would only take longe
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("quickstart"),
     # PEFT asks transformers in words of its last version.
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
 ]

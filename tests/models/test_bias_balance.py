@@ -15,8 +15,6 @@ from dsjax.models import build
 from dsjax.partition import decide, report
 from dsjax.step import LossScale
 
-pytestmark = pytest.mark.xdist_group("bias_balance")  # they share a run
-
 BIAS = "model.layers.mlp.gate.e_score_correction_bias"
 SPEED = 0.125
 

@@ -16,8 +16,6 @@ from dsjax.objectives.requirements import check_objective
 from dsjax.objectives.sft import shifted
 from dsjax.partition import decide
 
-pytestmark = pytest.mark.xdist_group("ahead")  # they share a run
-
 AHEAD: dict[str, Any] = {"mtp_loss_weight": 0.5, "bias_update_speed": 0.125}
 
 

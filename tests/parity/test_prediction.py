@@ -18,6 +18,7 @@ import pytest
 import runs
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3DecoderLayer,
@@ -140,6 +141,13 @@ def _batch() -> Batch:
     return batch
 
 
+def _remove(checkpoint: Path, name: str) -> None:
+    (file,) = checkpoint.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("kind", "remat"),
     [("deepseek_v3", "full"), pytest.param("deepseek_v32", "none", marks=pytest.mark.slow)],
@@ -147,6 +155,9 @@ def _batch() -> Batch:
 def test_losses_and_gradients_are_those_of_torch(kind: str, remat: str, tmp_path: Path) -> None:
     variant, changes = VARIANTS[kind]
     checkpoint = tiny.build_checkpoint(tmp_path / "model", variant, mtp=1, **changes)
+    if kind == "deepseek_v3":  # the module's copies of embedding and head may be absent
+        _remove(checkpoint, "model.layers.3.embed_tokens.weight")
+        _remove(checkpoint, "model.layers.3.shared_head.head.weight")
     batch = _batch()
     model, module = _reference(checkpoint)
     plain, ahead = _losses(model, module, batch)
