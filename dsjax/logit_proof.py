@@ -23,7 +23,7 @@ from dsjax.convert import load_base
 from dsjax.fp8 import FP8, raw_of
 from dsjax.models import entries_of
 from dsjax.partition import Params
-from dsjax.sharding import batch_shards, replicated, rows_sharding
+from dsjax.sharding import batch_shards, make_layout, replicated
 
 TOKENS = 32
 ROUNDING = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05, FP8.name: 0.5}
@@ -120,7 +120,7 @@ def sample_logits(
     """
     shards, vocab = batch_shards(parts.mesh), parts.model.config.vocab_size
     ids = np.random.default_rng(0).integers(0, vocab, (shards, TOKENS), np.int32)
-    rows = rows_sharding(parts.mesh)
+    layout = make_layout(parts.mesh)
 
     def model(trainable: Params, frozen: Params):
         merged = parts.partition.merge(trainable, frozen)
@@ -128,7 +128,7 @@ def sample_logits(
         return merged
 
     def run(trainable: Params, frozen: Params, ids: jax.Array) -> jax.Array:
-        x_BTD = model(trainable, frozen).hidden(ids, sharding=rows).states
+        x_BTD = model(trainable, frozen).hidden(ids, layout=layout).states
         return x_BTD.reshape(-1, x_BTD.shape[-1])[::shards]
 
     on_cpu = parts.mesh.devices.flat[0].platform == "cpu"
@@ -136,5 +136,5 @@ def sample_logits(
     # Two programs: in one, float32 copies of embedding and head would be there at the same time.
     hidden = jax.jit(run, out_shardings=replicated(parts.mesh), compiler_options=options)
     head = jax.jit(lambda t, f, x_TD: model(t, f).head(x_TD))
-    x_TD = hidden(trainable, frozen, jax.device_put(ids, rows))
+    x_TD = hidden(trainable, frozen, jax.device_put(ids, layout.rows))
     return np.asarray(head(trainable, frozen, x_TD), np.float32)

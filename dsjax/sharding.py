@@ -8,6 +8,7 @@ report says so. Not done here: moving data.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsjax.config import MeshSection
 from dsjax.errors import ConfigError, raise_all
+from dsjax.models.layers import Axes, Layout
 from dsjax.partition import Leaf
 
 AXES = ("data", "fsdp", "tensor", "expert", "sequence")
@@ -122,6 +124,37 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def make_layout(mesh: Mesh) -> Layout:
+    """What a model has to know of the mesh."""
+    return Layout(rows_sharding(mesh), partial(_gather, mesh))
+
+
+def _gather(mesh: Mesh, x: jax.Array, axes: Axes) -> jax.Array:
+    """Undo the division by WEIGHT_AXES; gradients are summed into the divided form again."""
+    ruled, placed = _ruled(x.shape, axes, mesh), _placed(x.shape, axes, mesh)
+    if ruled == placed:
+        return x
+    return _gathered(x, _sharding(ruled, mesh), _sharding(placed, mesh))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: jax.Array, whole: NamedSharding, divided: NamedSharding) -> jax.Array:
+    del divided
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+def _gathered_forward(x: jax.Array, whole: NamedSharding, divided: NamedSharding):
+    return _gathered(x, whole, divided), None
+
+
+def _gathered_backward(whole: NamedSharding, divided: NamedSharding, _: None, grad: jax.Array):
+    del whole
+    return (jax.lax.with_sharding_constraint(grad, divided),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """One copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -129,33 +162,42 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def leaf_sharding(leaf: Leaf, mesh: Mesh) -> NamedSharding:
     """Sharding of one leaf by its logical axes."""
-    parts = [axes[0] if len(axes) == 1 else axes or None for axes in _placed(leaf, mesh)]
+    return _sharding(_placed(leaf.shape, leaf.axes, mesh), mesh)
+
+
+Placed = list[tuple[str, ...]]
+"""For every dimension the mesh axes that divide it."""
+
+
+def _sharding(placed: Placed, mesh: Mesh) -> NamedSharding:
+    parts = [axes[0] if len(axes) == 1 else axes or None for axes in placed]
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 
-def _placed(leaf: Leaf, mesh: Mesh) -> list[tuple[str, ...]]:
-    """For every dimension the mesh axes that divide it."""
-    placed = [
+def _ruled(shape: Sequence[int], axes: Axes, mesh: Mesh) -> Placed:
+    """What RULES say alone."""
+    return [
         (RULES[axis],) if axis in RULES and size % mesh.shape[RULES[axis]] == 0 else ()
-        for axis, size in zip(leaf.axes, leaf.shape, strict=True)
+        for axis, size in zip(axes, shape, strict=True)
     ]
-    if not _is_matrix(leaf):
-        return placed
-    for free in _free_groups(leaf):
-        for i, (axis, size) in enumerate(zip(leaf.axes, leaf.shape, strict=True)):
+
+
+def _placed(shape: Sequence[int], axes: Axes, mesh: Mesh) -> Placed:
+    """What RULES say, and WEIGHT_AXES for a matrix."""
+    placed = _ruled(shape, axes, mesh)
+    for free in _free_groups(axes):
+        for i, (axis, size) in enumerate(zip(axes, shape, strict=True)):
             if axis not in ("layers", "vocab") and size % _size(placed[i] + free, mesh) == 0:
                 placed[i] += free
                 return placed
     return placed
 
 
-def _is_matrix(leaf: Leaf) -> bool:
-    return sum(axis != "layers" for axis in leaf.axes) > 1
-
-
-def _free_groups(leaf: Leaf) -> list[tuple[str, ...]]:
-    """The groups of WEIGHT_AXES without the axis that experts take."""
-    taken = RULES["experts"] if "experts" in leaf.axes else ""
+def _free_groups(axes: Axes) -> list[tuple[str, ...]]:
+    """The groups of WEIGHT_AXES for a matrix, without the axis that experts take."""
+    if sum(axis != "layers" for axis in axes) < 2:
+        return []
+    taken = RULES["experts"] if "experts" in axes else ""
     groups = [tuple(axis for axis in group if axis != taken) for group in WEIGHT_AXES]
     return [group for group in groups if group]
 
@@ -173,7 +215,7 @@ def undivided(leaves: Mapping[str, Leaf], mesh: Mesh) -> list[str]:
     """A line for everything that is replicated because mesh axes do not divide it."""
     lines = []
     for path, leaf in leaves.items():
-        placed = _placed(leaf, mesh)
+        placed = _placed(leaf.shape, leaf.axes, mesh)
         lines += [
             f"{path}: {axis} {size} is replicated, mesh.{RULES[axis]} {mesh.shape[RULES[axis]]} "
             "does not divide it"
@@ -181,7 +223,7 @@ def undivided(leaves: Mapping[str, Leaf], mesh: Mesh) -> list[str]:
             if axis in RULES and RULES[axis] not in axes
         ]
         held = {name for axes in placed for name in axes}
-        wanted = _free_groups(leaf)[0] if _is_matrix(leaf) else ()
+        wanted = next(iter(_free_groups(leaf.axes)), ())
         left = [name for name in wanted if name not in held and mesh.shape[name] > 1]
         if left:
             shape = " x ".join(map(str, leaf.shape))

@@ -32,6 +32,7 @@ from dsjax.partition import Params, Partition
 from dsjax.sharding import (
     batch_shards,
     leaf_shardings,
+    make_layout,
     replicated,
     rows_sharding,
     shardings_like,
@@ -218,7 +219,7 @@ def _accumulate(
         forward = Forward(
             config.remat,
             dropout_key,
-            rows_sharding(config.mesh),
+            make_layout(config.mesh),
             batch_shards(config.mesh),
             config.mtp_loss_weight > 0,
         )
@@ -358,8 +359,8 @@ def lower_train_step(config: StepConfig, rows: int, length: int) -> jax.stages.L
 def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
     """A batch's shapes, dtypes and shardings."""
     sharding = rows_sharding(mesh)
-    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding)
-    weights = jax.ShapeDtypeStruct((rows, length), jnp.float32, sharding=sharding)
+    ids: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding)
+    weights: Any = jax.ShapeDtypeStruct((rows, length), jnp.float32, sharding=sharding)
     return Batch(ids, ids, weights, ids, ids)
 
 
@@ -371,7 +372,7 @@ def make_eval_step(config: StepConfig) -> Callable[[Params, Params, Batch], Sums
         {path: shardings[path] for path in paths}
         for paths in (config.partition.trainable, config.partition.frozen)
     ]
-    forward = Forward("none", None, rows_sharding(mesh), batch_shards(mesh))
+    forward = Forward("none", None, make_layout(mesh), batch_shards(mesh))
 
     def eval_step(trainable: Params, frozen: Params, batch: Batch) -> Sums:
         return config.objective(config.partition.merge(trainable, frozen), batch, forward)

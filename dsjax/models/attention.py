@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.models.attention_tpu import attend_tpu
-from dsjax.models.layers import in_blocks, out_of_blocks, precision
+from dsjax.models.layers import Layout, in_blocks, out_of_blocks, precision
 
 PREFIX_SEGMENT = -1
 """Segment of trained prefix keys: every token of every segment sees them."""
@@ -81,7 +81,7 @@ def attend(
     window: Int[Array, ""] | int | None,
     scale: float,
     selection: Selection | None = None,
-    sharding: NamedSharding | None = None,
+    layout: Layout | None = None,
 ) -> Float[Array, "B T N V"]:
     """Grouped-query attention; the softmax is float32 and cast back, as in the reference.
 
@@ -96,12 +96,12 @@ def attend(
         window: see `visible`.
         scale: of the scores before the softmax.
         selection: leaves fewer keys to each query than it may see.
-        sharding: of activations; None where keys are not the queries' own rows (a cache, a prefix).
+        layout: of the mesh; None where keys are not the queries' own rows (a cache, a prefix).
     """
-    if sharding is not None and window is None and selection is None and q_BTNH.itemsize == 2:
-        kernel = KERNELS.get(sharding.mesh.devices.flat[0].platform)
+    if layout is not None and window is None and selection is None and q_BTNH.itemsize == 2:
+        kernel = KERNELS.get(layout.rows.mesh.devices.flat[0].platform)
         if kernel is not None:
-            return _by_kernel(kernel, q_BTNH, k_BSKH, v_BSKV, query.segment, scale, sharding)
+            return _by_kernel(kernel, q_BTNH, k_BSKH, v_BSKV, query.segment, scale, layout.rows)
 
     def block(piece):
         q, tokens, asking = piece

@@ -4,7 +4,7 @@
 In: token ids with the position and segment of each. Out: hidden states or logits. A stack is one
 module whose arrays hold all its layers as [L, ...]; `jax.lax.scan` runs it, so that compile time
 does not grow with depth. Not done here: attention and feed-forward of the families, loss, sampling,
-loading, sharding (the caller passes a sharding for activations, or none).
+loading, sharding (the caller passes a mesh's layout, or none).
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax.models.attention import KERNEL_NAME, PREFIX_SEGMENT, Tokens
-from dsjax.models.layers import MLP, Embedding, Linear, RMSNorm
+from dsjax.models.layers import MLP, Embedding, Layout, Linear, RMSNorm
 from dsjax.models.moe import MoE, Work
 from dsjax.models.rope import positions_like, rope_tables
 
@@ -69,7 +69,7 @@ class Shared(NamedTuple):
     query: Tokens
     key: Tokens
     length: jax.Array | None
-    sharding: Any
+    layout: Layout | None
 
 
 class PerLayer(NamedTuple):
@@ -97,7 +97,7 @@ class Block(nnx.Module):
         normed_BTD, work = self.post_attention_layernorm(x_BTD), None
         if isinstance(self.mlp, MoE):
             real_BT = shared.query.segment > 0
-            mlp_BTD, work = self.mlp(normed_BTD, real_BT, shared.sharding, own.dropout_key)
+            mlp_BTD, work = self.mlp(normed_BTD, real_BT, shared.layout, own.dropout_key)
         else:
             mlp_BTD = self.mlp(normed_BTD, own.dropout_key)
         return x_BTD + checkpoint_name(mlp_BTD, "mlp_out"), cache, work
@@ -140,6 +140,15 @@ class CausalLM(nnx.Module):
         """Float32 logits of the next token at every position of rows without a cache."""
         return self.head(self.hidden(input_ids, position_ids, segment_ids).states)
 
+    def gather_ends(self, layout: Layout | None) -> None:
+        """Bring embedding and head together once, before they are used piece by piece."""
+        for end in (self.model.embed_tokens, self.lm_head):
+            if end is not None and layout is not None:
+                axes = end.weight.get_metadata()["axes"]
+                end.weight = end.weight.replace(
+                    layout.gather(end.weight[...].astype(self.dtype), axes)
+                )
+
     def head(
         self, hidden: Float[Array, "*B D"], dropout_key: jax.Array | None = None
     ) -> Float[Array, "*B V"]:
@@ -156,7 +165,7 @@ class CausalLM(nnx.Module):
         *,
         remat: str = "none",
         dropout_key: jax.Array | None = None,
-        sharding: jax.sharding.NamedSharding | None = None,
+        layout: Layout | None = None,
         cache: Cache | None = None,
     ) -> Hidden:
         """Run the decoder up to its last norm.
@@ -167,7 +176,7 @@ class CausalLM(nnx.Module):
             segment_ids: segment of each token, 0 for padding; one segment if absent.
             remat: `training.gradient_checkpointing`.
             dropout_key: turns adapter dropout on.
-            sharding: of [B, T, D] activations.
+            layout: of the mesh, None on one device.
             cache: of the tokens before; these tokens are appended to it.
         """
         position_ids = positions_like(input_ids) if position_ids is None else position_ids
@@ -176,8 +185,8 @@ class CausalLM(nnx.Module):
         key = _key_tokens(query, cache)
         length = None if cache is None else cache.length
         tables = rope_tables(self.config.rope, query.position)
-        shared = Shared(*tables, query, self._with_prefix(key), length, sharding)
-        x_BTD = _constrain(self.model.embed_tokens(input_ids, self.dtype), sharding)
+        shared = Shared(*tables, query, self._with_prefix(key), length, layout)
+        x_BTD = _constrain(self.model.embed_tokens(input_ids, self.dtype), layout)
         x_BTD, caches, work = self._run_stacks(x_BTD, shared, remat, dropout_key, cache)
         if cache is not None:
             cache = Cache(caches, key, cache.length + input_ids.shape[1])
@@ -191,7 +200,7 @@ class CausalLM(nnx.Module):
         segment_ids: Int[Array, "B T"],
         *,
         remat: str = "none",
-        sharding: jax.sharding.NamedSharding | None = None,
+        layout: Layout | None = None,
     ) -> Hidden:
         """Run the module for multi-token prediction; its states predict the token after the next.
 
@@ -201,12 +210,12 @@ class CausalLM(nnx.Module):
             position_ids: position of each token in its segment.
             segment_ids: segment of each token, 0 where the next one is not of the same.
             remat: `training.gradient_checkpointing`.
-            sharding: of [B, T, D] activations.
+            layout: of the mesh, None on one device.
         """
         tokens = Tokens(position_ids, segment_ids)
         tables = rope_tables(self.config.rope, position_ids)
-        shared = Shared(*tables, tokens, tokens, None, sharding)
-        next_BTD = _constrain(self.model.embed_tokens(next_ids, self.dtype), sharding)
+        shared = Shared(*tables, tokens, tokens, None, layout)
+        next_BTD = _constrain(self.model.embed_tokens(next_ids, self.dtype), layout)
         states, work = self.mtp(next_BTD, states, shared, remat)
         return Hidden(states, None, work)
 
@@ -284,8 +293,9 @@ def run_stack(
 
     def body(x_BTD, xs):
         state, own = xs
+        state = _gathered(state, x_BTD.dtype, shared.layout)
         x_BTD, cache, work = nnx.merge(graphdef, state)(x_BTD, shared, own)
-        return _constrain(x_BTD, shared.sharding), (cache, work)
+        return _constrain(x_BTD, shared.layout), (cache, work)
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
@@ -315,5 +325,24 @@ def _key_tokens(query: Tokens, cache: Cache | None) -> Tokens:
     )
 
 
-def _constrain(x: jax.Array, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+def _gathered(state: Any, dtype: jnp.dtype, layout: Layout | None) -> Any:
+    """A layer's matrices as they are computed with: in `dtype`, on every device that needs them.
+
+    Said here, XLA gathers each once, cast first; left to itself it would weave the gathering into
+    every product, which takes many times as long to compile.
+    """
+
+    def whole(variable: nnx.Variable) -> nnx.Variable:
+        metadata, value = variable.get_metadata(), variable[...]
+        axes = metadata["axes"][1:]
+        if len(axes) < 2 or layout is None:
+            return variable
+        if isinstance(variable, nnx.Param) and not metadata.get("exact", False):
+            value = value.astype(dtype)
+        return variable.replace(layout.gather(value, axes))
+
+    return jax.tree.map(whole, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _constrain(x: jax.Array, layout: Layout | None) -> jax.Array:
+    return x if layout is None else jax.lax.with_sharding_constraint(x, layout.rows)

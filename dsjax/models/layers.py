@@ -7,13 +7,31 @@ of a stack holds all layers as [L, ...]. Modules are abstract (`jax.ShapeDtypeSt
 declare shape, dtype and logical axes, and are filled elsewhere. Not done here: loading, sharding.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Shaped
+
+Axes = tuple[str | None, ...]
+"""Logical axis of every dimension of a parameter."""
+
+
+class Layout(NamedTuple):
+    """How arrays lie on a mesh.
+
+    Attributes:
+        rows: sharding of activations that lead with the rows of a batch.
+        gather: (a parameter of one layer, its axes) -> the same, brought together where it is
+            divided for memory alone.
+    """
+
+    rows: NamedSharding
+    gather: Callable[[jax.Array, Axes], jax.Array]
 
 
 class AdapterParam(nnx.Variable):
@@ -34,7 +52,8 @@ def parameter(
         axes: logical axis of every dimension.
         layers: number of stacked layers, None outside a stack.
         metadata: `trains=False` for what no gradient reaches, `balances=True` for what of that the
-            step may move by the experts' loads, `dtype` where only one will do.
+            step may move by the experts' loads, `dtype` where only one will do, `exact=True` for a
+            matrix that is computed with in float32 whatever the activations are.
     """
     return nnx.Param(abstract(shape, layers), axes=stacked_axes(axes, layers), **metadata)
 

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.models.grouped_matmul import grouped_matmul
-from dsjax.models.layers import MLP, in_blocks, out_of_blocks, parameter, precision
+from dsjax.models.layers import MLP, Layout, in_blocks, out_of_blocks, parameter, precision
 
 CHUNK_BYTES = 2**29
 """Most bytes on a device of the rows that are sorted by expert, one for each expert of a token."""
@@ -74,7 +74,7 @@ class Router(nnx.Module):
     def __init__(self, config: RouterConfig, hidden_size: int, layers: int):
         self.config = config
         experts = config.n_routed_experts
-        self.weight = parameter((experts, hidden_size), (None, "embed"), layers)
+        self.weight = parameter((experts, hidden_size), (None, "embed"), layers, exact=True)
         self.e_score_correction_bias = (
             parameter((experts,), (None,), layers, trains=False, balances=True, dtype="float32")
             if config.topk_method == "noaux_tc"
@@ -177,17 +177,17 @@ class Experts(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         routing: Routing,
-        sharding: NamedSharding | None,
+        layout: Layout | None,
     ) -> Float[Array, "B T D"]:
         """Sum the chosen experts' outputs by weight, in float32, cast once."""
-        if sharding is None:
+        if layout is None:
 
             def whole(x_BTD, routing):
                 return _own_part(self, x_BTD, routing, 0).astype(x_BTD.dtype)
 
             return _by_chunks(whole, x_BTD, routing, 1)
         graphdef, state = nnx.split(self)
-        rows, mesh = sharding.spec, sharding.mesh
+        rows, mesh = layout.rows.spec, layout.rows.mesh
         specs = jax.tree.map(_weight_spec, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
         def shard(state, x_BTD, routing):
@@ -323,12 +323,12 @@ class MoE(nnx.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         real_BT: Bool[Array, "B T"],
-        sharding: NamedSharding | None,
+        layout: Layout | None,
         dropout_key: jax.Array | None,
     ) -> tuple[Float[Array, "B T D"], Work]:
         """Run the experts; returns their output and how the routed ones shared the work."""
         routing, work = self.gate(x_BTD, real_BT)
-        out_BTD = self.experts(x_BTD, routing, sharding)
+        out_BTD = self.experts(x_BTD, routing, layout)
         if self.shared_experts is not None:
             out_BTD = out_BTD + self.shared_experts(x_BTD, dropout_key)
         return out_BTD, work

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from dsjax.data import Batch
 from dsjax.models import Model
-from dsjax.models.layers import in_blocks
+from dsjax.models.layers import Layout, in_blocks
 
 TOKENS_PER_CHUNK = 2048
 """Tokens per device whose logits exist at the same time."""
@@ -28,14 +28,14 @@ class Forward(NamedTuple):
     Attributes:
         remat: `training.gradient_checkpointing`.
         dropout_key: turns adapter dropout on.
-        sharding: of activations that lead with the batch's rows.
+        layout: of the mesh, None on one device.
         row_shards: number of parts that the rows are dealt into.
         ahead: whether the token after the next is predicted too.
     """
 
     remat: str = "none"
     dropout_key: jax.Array | None = None
-    sharding: jax.sharding.NamedSharding | None = None
+    layout: Layout | None = None
     row_shards: int = 1
     ahead: bool = False
 
@@ -79,13 +79,14 @@ class Sums(NamedTuple):
 
 def sft(model: Model, batch: Batch, forward: Forward) -> Sums:
     """Sum the cross-entropy of every target times its weight, in float32."""
+    model.gather_ends(forward.layout)
     hidden = model.hidden(
         jnp.asarray(batch.input_ids),
         jnp.asarray(batch.position_ids),
         jnp.asarray(batch.segment_ids),
         remat=forward.remat,
         dropout_key=forward.dropout_key,
-        sharding=forward.sharding,
+        layout=forward.layout,
     )
     loss, correct = _head_sums(model, hidden.states, batch.targets, batch.loss_weights, forward)
     tokens = jnp.sum(batch.segment_ids > 0, dtype=jnp.int32)
@@ -126,7 +127,7 @@ def _with_ahead(
         jnp.asarray(after.position_ids),
         jnp.asarray(after.segment_ids),
         remat=forward.remat,
-        sharding=forward.sharding,
+        layout=forward.layout,
     )
     loss, _ = _head_sums(model, hidden.states, after.targets, after.loss_weights, forward)
     ahead = AheadSums(loss, jnp.sum(after.loss_weights))

@@ -61,7 +61,7 @@ class Attention(nnx.Module):
             shared.key,
             own.window,
             self.head_dim**-0.5,
-            sharding=shared.sharding if own_rows else None,
+            layout=shared.layout if own_rows else None,
         )
         out_BTD = self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1), own.dropout_key)
         return out_BTD, None if own.cache is None else seen
