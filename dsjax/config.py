@@ -88,8 +88,8 @@ class AdapterSection(_Section):
     peft_type: Literal["LORA", "PREFIX_TUNING"] | None = None
     """Kind of adapter; null: full training, or what the adapter at `path` is."""
     path: Folder | None = None
-    """PEFT adapter to continue from: a directory, or a URL of one. It then decides everything about the adapter; a key given
-    here must agree with it."""
+    """PEFT adapter to continue from: a directory, or a URL of one. It then decides everything
+    about the adapter; a key given here must agree with it."""
     r: Positive = 16
     """LoRA: rank."""
     lora_alpha: PositiveNumber = 32

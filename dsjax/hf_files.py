@@ -3,8 +3,8 @@
 
 In: a directory, a URL of one, or a hub id. Out: an `HFSource`: its config, the tensors of its
 weight files, each readable by rows, and the files that belong beside the weights. Faults of the
-files are found on opening and reported together. For export: the names and the index of the files to write.
-Not here: what a tensor means and where it goes (`convert`), one weight file by itself
+files are found on opening and reported together. For export: the names and the index of the files
+to write. Not here: what a tensor means and where it goes (`convert`), one weight file by itself
 (`safetensors_file`, `torch_file`), downloading (`hf_hub`), reading behind a URL (`storage`).
 Nothing of a checkpoint is executed.
 """

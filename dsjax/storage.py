@@ -77,6 +77,7 @@ class RemoteFile:
                 f"{self.url}: got {_reason(error)}, expected its bytes {offset} to {end}; check "
                 "the network and the permission to read, and run again"
             ) from error
+        assert isinstance(data, bytes)
         if len(data) != length:
             raise OSError(f"{self.url} ended at byte {offset + len(data)}: it changed while in use")
         return data

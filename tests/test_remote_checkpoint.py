@@ -16,7 +16,7 @@ from bucket import Bucket
 from jax.sharding import NamedSharding
 
 import dsjax
-from dsjax import config, convert
+from dsjax import config, convert, export
 from dsjax.config import MeshSection
 from dsjax.errors import ConfigError
 from dsjax.models import build
@@ -54,7 +54,7 @@ def load(path: str | Path, mesh: Mapping[str, int], ending: str = "") -> tuple[P
     return convert.load_base(source, model, leaves, shardings), list(leaves.values())[-1]
 
 
-@pytest.mark.parametrize("piece", [2**26, 1000], ids=["whole", "pieces"])
+@pytest.mark.parametrize("piece", [2**26, 4000], ids=["whole", "pieces"])
 @pytest.mark.parametrize(
     ("form", "mesh"),
     [
@@ -290,3 +290,8 @@ def test_nothing_is_written_behind_a_url(key: str, tmp_path: Path) -> None:
         f"{key}: got 'gs://bucket/run', expected a folder of a file system; URLs are only read: "
         "mount the bucket, and give the path where it is mounted"
     )
+
+
+def test_nothing_is_exported_behind_a_url() -> None:
+    with pytest.raises(ConfigError, match="--out: got 'gs://b/out', expected a folder of a file"):
+        export.main(["--run", "run", "--out", "gs://b/out", "--format", "peft"])
