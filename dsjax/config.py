@@ -32,6 +32,7 @@ from dsjax import config_rules
 from dsjax.config_yaml import read_yaml, set_overrides, to_text
 from dsjax.config_yaml import split_arguments as split_arguments
 from dsjax.errors import ConfigError, raise_all
+from dsjax.storage import is_url, written_to_url
 
 
 def _as_list(value: object) -> object:
@@ -66,8 +67,8 @@ class ModelSection(_Section):
     """Which checkpoint to start from, and in which precision to compute."""
 
     path: Folder
-    """Hugging Face checkpoint: a directory, or the id of a repository on the hub; or a
-    directory written by `convert_weights.py to-flax`."""
+    """Hugging Face checkpoint: a directory, a URL of one (gs://, s3://, hf://), or the id of a
+    repository on the hub; or a directory written by `convert_weights.py to-flax`."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository; null: its default branch."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
@@ -87,8 +88,8 @@ class AdapterSection(_Section):
     peft_type: Literal["LORA", "PREFIX_TUNING"] | None = None
     """Kind of adapter; null: full training, or what the adapter at `path` is."""
     path: Folder | None = None
-    """PEFT adapter to continue from. It then decides everything about the adapter; a key given
-    here must agree with it."""
+    """PEFT adapter to continue from: a directory, or a URL of one. It then decides everything
+    about the adapter; a key given here must agree with it."""
     r: Positive = 16
     """LoRA: rank."""
     lora_alpha: PositiveNumber = 32
@@ -324,6 +325,10 @@ def _contradictions(config: RunConfig) -> list[str]:
     if len(free) > 1:
         both = " and ".join(f"mesh.{name}" for name in free)
         problems.append(f"{both}: got -1, expected -1 on one axis; give the others a size")
+    written = {"output_dir": config.output_dir, "export.path": export.path}
+    problems += [
+        written_to_url(path, key) for key, path in written.items() if path and is_url(path)
+    ]
     return problems + _adapter_contradictions(adapter, export)
 
 

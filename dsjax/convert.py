@@ -28,6 +28,7 @@ from dsjax.models import Model, base_shapes, build, carried_of, entries_of
 from dsjax.models.weight_rules import Entry, coverage_problems
 from dsjax.partition import Leaf, Params
 from dsjax.source import Source
+from dsjax.storage import in_order
 
 PIECE_BYTES = 64 * 2**20
 """Most bytes of a parameter that are on the host at a time."""
@@ -36,7 +37,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def open_checkpoint(path: str, revision: str | None = None, weights: bool = True) -> Source:
-    """Open a Hugging Face directory, a hub id, or a directory written by `to-flax`.
+    """Open a Hugging Face directory, a URL of one, a hub id, or a directory written by `to-flax`.
 
     What is read from it are numbers, also where the files hold FP8 bytes and scales.
     """
@@ -161,7 +162,8 @@ def _load_entries(
     params, done = {}, 0
     for path, entries in by_path.items():
         read = partial(_read_as, source, leaves[path].dtype)
-        params[path] = _load_leaf(read, entries, leaves[path], shardings[path])
+        leaf, sharding = leaves[path], shardings[path]
+        params[path] = _load_leaf(read, entries, leaf, sharding, source.reads_ahead)
         done += sum(source.tensors[entry.hf].nbytes for entry in entries)
         progress(done, total)
     return params
@@ -181,68 +183,108 @@ def _read_as(source: Source, dtype: np.dtype, name: str, index: tuple[slice, ...
 
 
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]
+Bounds = tuple[tuple[int, int], ...]
+"""First and one past the last index of every axis."""
 
 
-def _load_leaf(read: Read, entries: Sequence[Entry], leaf: Leaf, sharding: Sharding) -> jax.Array:
-    """Fill the part of every local device; devices that hold the same part share its reading."""
-    parts: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+def _load_leaf(
+    read: Read, entries: Sequence[Entry], leaf: Leaf, sharding: Sharding, ahead: int
+) -> jax.Array:
+    """Fill the part of every local device; devices that need the same rows share their reading."""
+    groups: dict[Bounds, dict[Bounds, list[Any]]] = {}
+    rows = len(entries[0].index) + 1
     for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
         bounds = tuple(
             part.indices(size)[:2] for part, size in zip(index or (), leaf.shape, strict=True)
         )
-        parts.setdefault(bounds, []).append(device)
+        groups.setdefault(bounds[:rows], {}).setdefault(bounds, []).append(device)
     shards = []
-    for bounds, devices in parts.items():
-        shards += _load_part(read, entries, leaf, bounds, devices)
+    for parts in groups.values():
+        shards += _load_parts(read, entries, leaf, parts, ahead)
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 
-def _load_part(
+def _load_parts(
     read: Read,
     entries: Sequence[Entry],
     leaf: Leaf,
-    bounds: tuple[tuple[int, int], ...],
-    devices: Sequence[Any],
+    parts: Mapping[Bounds, Sequence[Any]],
+    ahead: int,
 ) -> list[jax.Array]:
-    """One part of a leaf on each of these devices: at once if it is small, else piece by piece."""
-    shape = tuple(stop - start for start, stop in bounds)
-    if math.prod(shape) * leaf.dtype.itemsize <= PIECE_BYTES:
-        whole = np.zeros(shape, leaf.dtype)
-        for start, piece in _pieces(read, entries, leaf, bounds):
-            whole[tuple(slice(s, s + n) for s, n in zip(start, piece.shape, strict=True))] = piece
-        return [jax.device_put(whole, device) for device in devices]
-    buffers = [_zeros(shape, leaf.dtype, device) for device in devices]
-    for start, piece in _pieces(read, entries, leaf, bounds):
+    """Parts of a leaf on their devices: at once if they are small, else piece by piece.
+
+    The parts differ only in the axes after the rows, so they are cut from the same pieces.
+    """
+    hull = tuple((min(axis)[0], max(axis)[1]) for axis in zip(*parts, strict=True))
+    pieces = _pieces(read, entries, leaf, hull, ahead)
+    shapes = {bounds: tuple(stop - start for start, stop in bounds) for bounds in parts}
+    if sum(map(math.prod, shapes.values())) * leaf.dtype.itemsize <= PIECE_BYTES:
+        wholes = {bounds: np.zeros(shape, leaf.dtype) for bounds, shape in shapes.items()}
+        for start, piece in pieces:
+            for bounds, whole in wholes.items():
+                own = _cut(piece, bounds, hull)
+                whole[tuple(slice(s, s + n) for s, n in zip(start, own.shape, strict=True))] = own
+        return [jax.device_put(wholes[b], device) for b, own in parts.items() for device in own]
+    places = [(bounds, device) for bounds, devices in parts.items() for device in devices]
+    buffers = [_zeros(shapes[bounds], leaf.dtype, device) for bounds, device in places]
+    for start, piece in pieces:
         # Waiting keeps the pieces in flight, and with them host memory, to one.
         buffers = [
-            _write(buffer, jax.device_put(piece, device), start)
-            for buffer, device in zip(buffers, devices, strict=True)
+            _write(buffer, jax.device_put(_cut(piece, bounds, hull), device), start)
+            for buffer, (bounds, device) in zip(buffers, places, strict=True)
         ]
         jax.block_until_ready(buffers)
     return buffers
 
 
+def _cut(piece: np.ndarray, bounds: Bounds, hull: Bounds) -> np.ndarray:
+    """What of a piece of the hull belongs to the part within these bounds.
+
+    They agree in the stacked axes and the rows, which are whole in both.
+    """
+    return piece[
+        tuple(
+            slice(None) if part == all_ else slice(part[0] - all_[0], part[1] - all_[0])
+            for part, all_ in zip(bounds, hull, strict=True)
+        )
+    ]
+
+
 def _pieces(
-    read: Read, entries: Sequence[Entry], leaf: Leaf, bounds: tuple[tuple[int, int], ...]
+    read: Read, entries: Sequence[Entry], leaf: Leaf, bounds: Bounds, ahead: int
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """Pieces of a part with their place in it: some rows of one tensor of the checkpoint."""
+    """Pieces of a part with their place in it: some rows of one tensor of the checkpoint.
+
+    A file's rows are read whole, so that pieces are bounded by whole rows.
+    """
     lead = len(entries[0].index)
     by_index = {entry.index: entry for entry in entries}
     stacked, inner = bounds[:lead], bounds[lead:]
-    shape = tuple(stop - start for start, stop in inner)
-    for position in itertools.product(*(range(stop - start) for start, stop in stacked)):
-        at = tuple(start + i for (start, _), i in zip(stacked, position, strict=True))
-        for rows in row_pieces(shape, leaf.dtype.itemsize):
-            offset = rows[0].start if rows else 0
-            index = tuple(slice(*bound) for bound in inner)
-            if rows:
-                first = inner[0][0]
-                index = (slice(first + rows[0].start, first + rows[0].stop), *index[1:])
+    shape = (*(stop - start for start, stop in inner[:1]), *leaf.shape[lead + 1 :])
+
+    def reads() -> Iterator[Callable[[], tuple[tuple[int, ...], np.ndarray]]]:
+        for position in itertools.product(*(range(stop - start) for start, stop in stacked)):
+            at = tuple(start + i for (start, _), i in zip(stacked, position, strict=True))
             if at not in by_index:  # a stack in which some tensors have no scales
                 continue
-            piece = read(by_index[at].hf, index)
-            start = (offset,) + (0,) * (len(inner) - 1) if inner else ()
-            yield (*position, *start), piece[(None,) * lead]
+            for rows in row_pieces(shape, leaf.dtype.itemsize):
+                offset = rows[0].start if rows else 0
+                index = tuple(slice(*bound) for bound in inner)
+                if rows:
+                    first = inner[0][0]
+                    index = (slice(first + rows[0].start, first + rows[0].stop), *index[1:])
+                start = (offset,) + (0,) * (len(inner) - 1) if inner else ()
+                yield partial(_read_piece, read, by_index[at].hf, index, (*position, *start))
+
+    return in_order(reads(), ahead)
+
+
+def _read_piece(
+    read: Read, name: str, index: tuple[slice, ...], start: tuple[int, ...]
+) -> tuple[tuple[int, ...], np.ndarray]:
+    """A piece with its place."""
+    piece = read(name, index)
+    return start, piece[(None,) * (len(start) - len(index))]
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> jax.Array:

@@ -45,6 +45,7 @@ from dsjax.merge import changed_tensors, write_checkpoint
 from dsjax.metrics import METRICS_FILE, read_metrics
 from dsjax.model_card import CardFacts, source_license, write_model_card
 from dsjax.partition import Params
+from dsjax.storage import is_url, written_to_url
 
 
 def to_hf(
@@ -178,6 +179,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--format", required=True, choices=("merged", "peft"))
     words = parser.parse_args(argv)
+    if is_url(words.out):
+        raise ConfigError(written_to_url(words.out, "--out"))
     run, out = Path(words.run), Path(words.out)
     # Not the run's mesh, which may be a pod's: what is here serves, and changes no byte.
     here = {"mesh": MeshSection(), "output_dir": str(run)}

@@ -140,6 +140,11 @@ class FlaxSource:
     files: list[str]
     manifest: dict[str, Any]
 
+    @property
+    def reads_ahead(self) -> int:
+        """How many reads are worth having under way at a time."""
+        return 1
+
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """Read a tensor, or the part that slices select, in the source's dtype."""
         place = self.manifest["arrays"].get(name)

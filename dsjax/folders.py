@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dsjax.errors import ConfigError
+from dsjax.storage import is_url, written_to_url
 
 
 def check_empty(path: str | Path, field: str = "output directory") -> None:
-    """Refuse to write where something else lies."""
+    """Refuse to write where something else lies, or where nothing can."""
+    if is_url(str(path)):
+        raise ConfigError(written_to_url(str(path), field))
     folder = Path(path)
     check_possible(folder, field)
     if folder.is_dir() and any(folder.iterdir()):

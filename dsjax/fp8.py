@@ -87,8 +87,13 @@ class DequantisedSource:
 
     @property
     def directory(self) -> Path:
-        """Where it lies."""
+        """Where its small files lie."""
         return self.raw.directory
+
+    @property
+    def reads_ahead(self) -> int:
+        """How many reads are worth having under way at a time."""
+        return self.raw.reads_ahead
 
     @property
     def config(self) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a Hugging Face model directory lies on disk; the only place that knows.
 
-In: a directory or a hub id. Out: an `HFSource`: its config, the tensors of its weight files, each
-readable by rows, and the files that belong beside the weights. Faults of the files are found on
-opening and reported together. For export: the names and the index of the files to write.
-Not here: what a tensor means and where it goes (`convert`), one weight file by itself
-(`safetensors_file`, `torch_file`), downloading (`hf_hub`). Nothing of a checkpoint is executed.
+In: a directory, a URL of one, or a hub id. Out: an `HFSource`: its config, the tensors of its
+weight files, each readable by rows, and the files that belong beside the weights. Faults of the
+files are found on opening and reported together. For export: the names and the index of the files
+to write. Not here: what a tensor means and where it goes (`convert`), one weight file by itself
+(`safetensors_file`, `torch_file`), downloading (`hf_hub`), reading behind a URL (`storage`).
+Nothing of a checkpoint is executed.
 """
 
 import json
@@ -13,13 +14,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
 
-from dsjax import hf_hub, torch_file
+from dsjax import hf_hub, storage, torch_file
 from dsjax.errors import ConfigError, raise_all
 from dsjax.safetensors_file import (
     SafetensorsWriter,
@@ -30,6 +32,7 @@ from dsjax.safetensors_file import (
     read_range,
     read_tensor,
 )
+from dsjax.storage import READS_AHEAD, File, Folder, RemoteFile, in_order, is_url, open_folder
 
 __all__ = [
     "HFSource",
@@ -72,7 +75,8 @@ class HFSource:
     """An opened Hugging Face directory.
 
     Attributes:
-        directory: where it lies (for a hub id, in the hub's cache).
+        directory: where its small files lie on this machine: all of it for a directory, the hub's
+            cache for a hub id, a copy of them for a URL.
         config: the parsed `config.json`.
         tensors: every tensor by name, in the order of `files` and of the bytes in each.
         files: names of the weight files, sorted; empty when opened without weights.
@@ -83,6 +87,12 @@ class HFSource:
     tensors: dict[str, TensorInfo]
     files: list[str]
     _headers: dict[str, bytes] = field(repr=False)
+    _folder: Folder = field(repr=False)
+
+    @property
+    def reads_ahead(self) -> int:
+        """How many reads are worth having under way at a time."""
+        return READS_AHEAD if self._folder.is_remote else 1
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> Shaped[np.ndarray, "..."]:
         """Read a tensor, or the part that slices of step 1 select, into a fresh array.
@@ -90,8 +100,9 @@ class HFSource:
         Reads only the rows that the first slice needs and is safe to call from several threads.
         """
         info = self.tensors[name]
-        read = read_tensor if info.start >= 0 else torch_file.read_tensor
-        return read(self.directory / info.file, info, index)
+        if info.start < 0:
+            return torch_file.read_tensor(self.directory / info.file, info, index)
+        return read_tensor(self._folder.files[info.file], info, index)
 
     def read_bytes(self, name: str, offset: int, length: int) -> bytes:
         """Read `length` bytes of a tensor from `offset` on, as they stand in its file.
@@ -101,7 +112,7 @@ class HFSource:
         info = self.tensors[name]
         if info.start < 0:
             return self.read(name).reshape(-1).view(np.uint8)[offset : offset + length].tobytes()
-        return read_range(self.directory / info.file, info, offset, length)
+        return read_range(self._folder.files[info.file], info, offset, length)
 
     def raw_header(self, file: str) -> bytes:
         """The JSON text of a safetensors file's header, padding included, length bytes not."""
@@ -113,8 +124,8 @@ class HFSource:
 
     def index_text(self) -> str | None:
         """The text of `model.safetensors.index.json`; None for one file and for `.bin` files."""
-        path = self.directory / SAFETENSORS_INDEX
-        return path.read_text("utf-8") if self._headers and path.is_file() else None
+        index = self._folder.files.get(SAFETENSORS_INDEX)
+        return storage.read_text(index) if self._headers and index is not None else None
 
     def aux_files(self) -> list[Path]:
         """The files to keep beside the weights: config, tokenizer, templates, licences, README.
@@ -130,17 +141,22 @@ class HFSource:
 
 
 def open_source(path: str | Path, revision: str | None = None, weights: bool = True) -> HFSource:
-    """Open a local model directory, or one of the Hugging Face hub, and check its files.
+    """Open a model directory, here, behind a URL or on the Hugging Face hub, and check its files.
 
     Args:
-        path: a directory with `config.json`, else a hub id, which is downloaded unless cached.
+        path: a directory with `config.json`; a URL of one, whose weights stay where they are; else
+            a hub id, which is downloaded unless cached.
         revision: branch, tag or commit of the hub repository.
         weights: False leaves the weights alone, neither downloading nor checking them.
 
     Raises:
         ConfigError: nothing there, or files that are missing, damaged or contradict one another.
     """
-    directory = _find_directory(str(path), revision, weights)
+    if is_url(str(path)):
+        folder, directory = _find_remote(str(path), revision)
+    else:
+        directory = _find_directory(str(path), revision, weights)
+        folder = open_folder(directory, "model.path")
     raise_all(
         lfs_problem(file, "model.path")
         for file in _top_level(directory)
@@ -148,11 +164,24 @@ def open_source(path: str | Path, revision: str | None = None, weights: bool = T
     )
     config = _read_json(directory / CONFIG)
     if not weights:
-        return HFSource(directory, config, {}, [], {})
-    files, weight_map = _weight_files(directory)
-    headers, infos = _read_headers(directory, files)
+        return HFSource(directory, config, {}, [], {}, folder)
+    files, weight_map = _weight_files(folder)
+    headers, infos = _read_headers(folder, files)
     raise_all(_contradictions(infos, weight_map))
-    return HFSource(directory, config, {info.name: info for info in infos}, files, headers)
+    return HFSource(directory, config, {info.name: info for info in infos}, files, headers, folder)
+
+
+def _find_remote(url: str, revision: str | None) -> tuple[Folder, Path]:
+    """The folder of a URL, and a copy of its small files."""
+    if revision is not None:
+        raise ConfigError(
+            f"model.revision: got {revision!r} with the URL {url!r}, expected null; a revision of "
+            "the hub is a part of the URL: hf://organization/name@revision"
+        )
+    folder = open_folder(url, "model.path")
+    if CONFIG not in folder.files:
+        raise ConfigError(_no_config(url, list(folder.files)))
+    return folder, storage.copied(folder, [name for name in folder.files if _is_aux(name)])
 
 
 def _find_directory(path: str, revision: str | None, weights: bool) -> Path:
@@ -192,16 +221,16 @@ def _wanted(name: str, files: Sequence[str], weights: bool) -> list[str]:
     return wanted
 
 
-def _weight_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
+def _weight_files(folder: Folder) -> tuple[list[str], dict[str, str] | None]:
     """Names of the weight files, and the index's tensor -> file map where there is an index."""
-    names = [path.name for path in _top_level(directory)]
+    names = list(folder.files)
     safetensors = any(_matches(name, _SAFETENSORS_FILES) for name in names)
     single, index = (SAFETENSORS, SAFETENSORS_INDEX) if safetensors else (_TORCH, _TORCH_INDEX)
     if index not in names:
         if single not in names:
-            raise ConfigError(_no_weights(directory, names))
+            raise ConfigError(_no_weights(folder, names))
         return [single], None
-    weight_map = _read_weight_map(directory / index)
+    weight_map = _read_weight_map(folder.files[index])
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if file not in names]
     stray = [
@@ -210,19 +239,19 @@ def _weight_files(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     problems = []
     if missing:
         problems.append(
-            f"model.path: got {directory} without {', '.join(missing)}, expected the "
+            f"model.path: got {folder} without {', '.join(missing)}, expected the "
             f"{len(files)} files that {index} names; download the missing ones"
         )
     if stray:
         problems.append(
-            f"model.path: got {', '.join(stray)} in {directory}, expected only weight files that "
+            f"model.path: got {', '.join(stray)} in {folder}, expected only weight files that "
             f"{index} names; remove what is left over from another save, or correct the index"
         )
     raise_all(problems)
     return files, weight_map
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
+def _read_weight_map(path: File) -> dict[str, str]:
     weight_map = _read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(
@@ -239,24 +268,40 @@ def _read_weight_map(path: Path) -> dict[str, str]:
 
 
 def _read_headers(
-    directory: Path, files: Sequence[str]
+    folder: Folder, files: Sequence[str]
 ) -> tuple[dict[str, bytes], list[TensorInfo]]:
     """The raw headers of the safetensors files, and every file's tensors in order."""
     headers: dict[str, bytes] = {}
     infos: list[TensorInfo] = []
     problems: list[str] = []
-    for file in files:
-        try:
-            if file.endswith(".safetensors"):
-                headers[file], tensors = read_header(directory / file)
-            else:
-                tensors = torch_file.list_tensors(directory / file)
-        except ConfigError as error:
-            problems.append(str(error))
-        else:
-            infos += tensors
+    reads = [partial(_read_header, folder.files[name]) for name in files]
+    for name, found in zip(
+        files, in_order(reads, READS_AHEAD if folder.is_remote else 1), strict=True
+    ):
+        if isinstance(found, ConfigError):
+            problems.append(str(found))
+            continue
+        header, tensors = found
+        infos += tensors
+        if header is not None:
+            headers[name] = header
     raise_all(problems)
     return headers, infos
+
+
+def _read_header(file: File) -> tuple[bytes | None, list[TensorInfo]] | ConfigError:
+    """The raw header of a safetensors file, and any file's tensors; or what is wrong with it."""
+    try:
+        if file.name.endswith(".safetensors"):
+            return read_header(file)
+        if isinstance(file, RemoteFile):
+            return ConfigError(
+                f"model.path: got {file}, expected safetensors behind a URL; copy the folder to "
+                "this machine, or convert it to safetensors"
+            )
+        return None, torch_file.list_tensors(file)
+    except ConfigError as error:
+        return error
 
 
 def _contradictions(infos: Sequence[TensorInfo], weight_map: Mapping[str, str] | None) -> list[str]:
@@ -293,22 +338,27 @@ def _no_config(place: str, found: Sequence[str]) -> str:
     return f"model.path: got {place!r}, expected a model directory with {CONFIG}{hint}"
 
 
-def _no_weights(directory: Path, names: Sequence[str]) -> str:
+def _no_weights(folder: Folder, names: Sequence[str]) -> str:
     shards = [name for name in names if _matches(name, (*_SAFETENSORS_FILES, *_TORCH_FILES))]
     if shards:
         return (
-            f"model.path: got {_some(shards)} in {directory} without an index, expected "
+            f"model.path: got {_some(shards)} in {folder} without an index, expected "
             f"{SAFETENSORS_INDEX} or {_TORCH_INDEX} beside the files; download it"
         )
+    if folder.is_remote and "dsjax_checkpoint.json" in names:
+        return (
+            f"model.path: got {folder}, which to-flax wrote, expected a Hugging Face checkpoint "
+            "behind a URL; copy the folder to this machine"
+        )
     return (
-        f"model.path: got {directory} without weights, expected {SAFETENSORS}, "
+        f"model.path: got {folder} without weights, expected {SAFETENSORS}, "
         f"{SAFETENSORS_INDEX}, {_TORCH} or {_TORCH_INDEX}; found {_some(names)}"
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: File) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(storage.read_text(path))
     except ValueError as error:
         raise ConfigError(
             f"model.path: got invalid JSON in {path} ({error}), expected a JSON object; correct it"

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from dsjax.storage import is_url
+
 LICENSE_KEYS = ("license", "license_name", "license_link")
 _PACKAGES = ("dsjax", "jax", "flax", "optax", "transformers", "safetensors")
 _MOST_ROWS = 25
@@ -81,8 +83,8 @@ def card_text(facts: CardFacts) -> str:
         *_loss_section(facts),
         f"## Versions\n\n{_pairs('framework', 'version', _versions())}",
     ]
-    if Path(facts.base_model).exists():
-        note = "`base_model` above is a directory; put the model's hub id there to publish this."
+    if is_url(facts.base_model) or Path(facts.base_model).exists():
+        note = "`base_model` above is no hub id; put the model's hub id there to publish this."
         parts.insert(3, note)
     return "\n\n".join(parts) + "\n"
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The safetensors format, one file at a time: read its header and rows of its tensors, write it.
 
-In: a path; for writing, names, dtypes and shapes first and then the values in that order.
+In: a file; for writing, names, dtypes and shapes first and then the values in that order.
 Out: `TensorInfo` records and fresh numpy arrays (ml_dtypes for bfloat16 and float8), or a file.
 Not here: which files make up a checkpoint (`hf_files`), what the tensors mean (`convert`).
 
@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from dsjax.errors import ConfigError
+from dsjax.storage import File, read_at, size_of
 
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     {
@@ -48,7 +49,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _LFS_POINTER = b"version https://git-lfs"
 _FETCH_AGAIN = "download the file again"
 _MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-_DROP_PAGES_FROM = 1 << 23
+_FIRST_READ = 1 << 17  # holds most headers
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def is_lfs_pointer(path: Path) -> bool:
         return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
-def lfs_problem(path: Path, field: str) -> str:
+def lfs_problem(path: File, field: str) -> str:
     """The message for a git-lfs pointer."""
     return (
         f"{field}: got a git-lfs pointer in {path}, expected the file itself; "
@@ -85,7 +86,7 @@ def lfs_problem(path: Path, field: str) -> str:
     )
 
 
-def read_header(path: Path, field: str = "model.path") -> tuple[bytes, list[TensorInfo]]:
+def read_header(path: File, field: str = "model.path") -> tuple[bytes, list[TensorInfo]]:
     """Read and check the header of a safetensors file.
 
     Args:
@@ -99,18 +100,19 @@ def read_header(path: Path, field: str = "model.path") -> tuple[bytes, list[Tens
     Raises:
         ConfigError: a git-lfs pointer, a truncated file, or a header that does not describe it.
     """
-    if is_lfs_pointer(path):
+    size = size_of(path)
+    head = read_at(path, 0, min(size, _FIRST_READ)).tobytes()
+    if head.startswith(_LFS_POINTER):
         raise ConfigError(lfs_problem(path, field))
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > _MOST_HEADER_BYTES or 8 + length > size:
-            raise ConfigError(
-                f"{field}: got {path} with {size} bytes, expected a safetensors file of at least "
-                f"{8 + length} bytes (8 and its header); it is truncated or not safetensors, "
-                f"{_FETCH_AGAIN}"
-            )
-        raw = file.read(length)
+    length = int.from_bytes(head[:8], "little")
+    if size < 8 or length > _MOST_HEADER_BYTES or 8 + length > size:
+        raise ConfigError(
+            f"{field}: got {path} with {size} bytes, expected a safetensors file of at least "
+            f"{8 + length} bytes (8 and its header); it is truncated or not safetensors, "
+            f"{_FETCH_AGAIN}"
+        )
+    rest = max(0, 8 + length - len(head))
+    raw = head[8 : 8 + length] + read_at(path, len(head), rest).tobytes()
     try:
         tensors = parse_header(raw, path.name)
     except (ValueError, TypeError, KeyError) as error:
@@ -166,7 +168,7 @@ def _entry_info(name: str, file: str, entry: dict[str, Any], base: int) -> Tenso
 
 
 def read_tensor(
-    path: Path, info: TensorInfo, index: tuple[slice, ...] | None = None
+    path: File, info: TensorInfo, index: tuple[slice, ...] | None = None
 ) -> Shaped[np.ndarray, "..."]:
     """Read a tensor, or the part that `index` selects, into a fresh array.
 
@@ -188,34 +190,15 @@ def read_tensor(
         rows = max(0, high - low)
         shape = (rows, *shape[1:])
         start, stop = low * row_bytes, (low + rows) * row_bytes
-    data = _read_range(path, info.start + start, stop - start).view(info.dtype).reshape(shape)
+    data = read_at(path, info.start + start, stop - start).view(info.dtype).reshape(shape)
     part = data[(slice(None), *inner)] if inner else data
     return part if part.shape == data.shape else part.copy()
 
 
-def read_range(path: Path, info: TensorInfo, offset: int, length: int) -> bytes:
+def read_range(path: File, info: TensorInfo, offset: int, length: int) -> bytes:
     """Read `length` bytes of a tensor, `offset` bytes after its first."""
     assert 0 <= offset <= offset + length <= info.nbytes
-    return _read_range(path, info.start + offset, length).tobytes()
-
-
-def _read_range(path: Path, offset: int, length: int) -> np.ndarray:
-    """Read bytes of a file into a fresh uint8 array, without a shared file position."""
-    buffer = np.empty(length, np.uint8)
-    view, done = buffer.data, 0
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        while done < length:
-            count = os.preadv(descriptor, [view[done:]], offset + done)
-            if count == 0:
-                raise OSError(f"{path} ended at byte {offset + done}: it changed while in use")
-            done += count
-        # In a container the page cache of a file read once counts against the memory limit.
-        if length >= _DROP_PAGES_FROM and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
-    return buffer
+    return read_at(path, info.start + offset, length).tobytes()
 
 
 class SafetensorsWriter:

@@ -18,7 +18,7 @@ class Source(Protocol):
 
     @property
     def directory(self) -> Path:
-        """Where it lies."""
+        """Where its small files lie on this machine: config, tokenizer, templates."""
         ...
 
     @property
@@ -29,6 +29,11 @@ class Source(Protocol):
     @property
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor in the order of the files."""
+        ...
+
+    @property
+    def reads_ahead(self) -> int:
+        """How many reads are worth having under way at a time."""
         ...
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:

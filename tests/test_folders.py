@@ -20,6 +20,11 @@ def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
     assert _files(tmp_path) == {"deep", "deep/out", "deep/out/a"}
 
 
+def test_a_url_is_no_place_to_write() -> None:
+    with pytest.raises(ConfigError, match="directory: got 'gs://b/out', expected a folder of a fi"):
+        check_empty("gs://b/out", "directory")
+
+
 def test_an_old_folder_is_replaced_whole(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")

@@ -34,6 +34,7 @@ def _source(tensors: dict[str, np.ndarray], section: Any = SECTION) -> Any:
         aux_files=list,
         file_headers=dict,
         index_text=lambda: None,
+        reads_ahead=1,
     )
 
 

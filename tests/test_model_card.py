@@ -81,7 +81,8 @@ def test_snippet_is_python_that_loads_with_the_library(tmp_path, library, loader
 
 def test_directory_as_base_model_is_pointed_out(tmp_path):
     note = "put the model's hub id there"
-    assert note in write_model_card(tmp_path, facts(base_model=str(tmp_path))).read_text()
+    for base in (str(tmp_path), "gs://bucket/model"):
+        assert note in write_model_card(tmp_path, facts(base_model=base)).read_text()
     assert note not in write_model_card(tmp_path, facts()).read_text()
 
 

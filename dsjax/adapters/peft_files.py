@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """PEFT's adapter folder: adapter_config.json and adapter_model.safetensors.
 
-In: a folder, or our arrays. Out: our spec and arrays, or PEFT's tensors by its names. PEFT drops
-unknown tensors without a word and only warns of missing ones; here both are errors, and so is every
-field of the config that changes the numbers and that we do not implement.
+In: a folder or a URL of one, or our arrays. Out: our spec and arrays, or PEFT's tensors by its
+names. PEFT drops unknown tensors without a word and only warns of missing ones; here both are
+errors, and so is every field of the config that changes the numbers and that we do not implement.
 """
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dsjax.errors import ConfigError, nearest, raise_all
 from dsjax.models import Model
 from dsjax.partition import Leaf
 from dsjax.safetensors_file import TensorInfo, read_header, read_tensor
+from dsjax.storage import READS_AHEAD, Folder, in_order, is_url, open_folder, read_text
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -59,7 +61,7 @@ def read_spec(path: str) -> LoraSpec | PrefixSpec:
         ConfigError: no such folder, not an adapter that we implement, or fields that we would have
             to ignore.
     """
-    config = _read_config(Path(path))
+    config = _read_config(_open(path))
     kind = config.get("peft_type")
     field = f"adapter.path {path}/{CONFIG}"
     if kind not in ("LORA", "PREFIX_TUNING"):
@@ -131,15 +133,19 @@ def _value_problems(field: str, config: Mapping[str, Any], required: str) -> lis
     return []
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise ConfigError(f"adapter.path: got {str(folder)!r}, expected a PEFT adapter's folder")
-    file = folder / CONFIG
-    if not file.is_file():
-        names = sorted(p.name for p in folder.iterdir())[:8]
+def _open(path: str) -> Folder:
+    if not is_url(path) and not Path(path).is_dir():
+        raise ConfigError(f"adapter.path: got {path!r}, expected a PEFT adapter's folder")
+    return open_folder(path, "adapter.path")
+
+
+def _read_config(folder: Folder) -> dict[str, Any]:
+    if CONFIG not in folder.files:
+        names = list(folder.files)[:8]
         raise ConfigError(f"adapter.path: got {folder} without {CONFIG}; found {', '.join(names)}")
+    file = folder.files[CONFIG]
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = json.loads(read_text(file))
     except ValueError as error:
         raise ConfigError(f"adapter.path: got invalid JSON in {file} ({error})") from error
     if not isinstance(config, dict):
@@ -160,7 +166,8 @@ def check_tensors(
 
     Beside an adapter on `lm_head` PEFT saves that module's own weight; it has to be the model's.
     """
-    infos = _tensor_infos(Path(path))
+    folder = _open(path)
+    infos = _tensor_infos(folder)
     found = {name: info.shape for name, info in infos.items()}
     wanted = _wanted_shapes(model, spec, leaves)
     file = f"adapter.path {path}/{TENSORS}"
@@ -173,7 +180,7 @@ def check_tensors(
     for key in [key for key in extra if _base_name(key, wanted)]:
         extra.remove(key)
         name = _base_name(key, wanted)
-        if not _same_weight(read_tensor(Path(path) / TENSORS, infos[key]), read_base(name)):
+        if not _same_weight(read_tensor(folder.files[TENSORS], infos[key]), read_base(name)):
             problems.append(
                 f"{file} {key}: got other values than the model's {name}, expected the same; "
                 "give the model that the adapter was trained on as model.path"
@@ -194,7 +201,7 @@ def check_tensors(
         raise_all(
             f"{file} {key}: got a part of the rank that gate_proj and up_proj share, expected half "
             "of it for each; merge the adapter into the model with PEFT"
-            for key in peft_lora.entangled(model, spec, _read_all(Path(path)))
+            for key in peft_lora.entangled(model, spec, _read_all(folder))
         )
 
 
@@ -214,20 +221,20 @@ def read_params(
     path: str, model: Model, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
 ) -> dict[str, np.ndarray]:
     """The trained arrays of an adapter, stacked as the model's leaves are, in float32."""
-    found = _read_all(Path(path))
+    found = _read_all(_open(path))
     if isinstance(spec, PrefixSpec):
         pair = prefix.from_file(found[prefix.TENSOR], model)
         return dict(zip(_prefix_paths(leaves), pair, strict=True))
     return peft_lora.from_file(model, spec, leaves, found)
 
 
-def _read_all(folder: Path) -> dict[str, np.ndarray]:
+def _read_all(folder: Folder) -> dict[str, np.ndarray]:
     """The file's tensors in float32, without copies of the model's own weights."""
-    return {
-        name: read_tensor(folder / TENSORS, info).astype(np.float32)
-        for name, info in _tensor_infos(folder).items()
-        if not name.endswith(".base_layer.weight")
-    }
+    infos = _tensor_infos(folder)
+    wanted = [name for name in infos if not name.endswith(".base_layer.weight")]
+    reads = [partial(read_tensor, folder.files[TENSORS], infos[name]) for name in wanted]
+    arrays = in_order(reads, READS_AHEAD if folder.is_remote else 1)
+    return {name: array.astype(np.float32) for name, array in zip(wanted, arrays, strict=True)}
 
 
 def _prefix_paths(leaves: Mapping[str, Leaf]) -> list[str]:
@@ -244,14 +251,13 @@ def _wanted_shapes(
     return peft_lora.shapes(model, spec, leaves)
 
 
-def _tensor_infos(folder: Path) -> dict[str, TensorInfo]:
-    file = folder / TENSORS
-    if not file.is_file():
+def _tensor_infos(folder: Folder) -> dict[str, TensorInfo]:
+    if TENSORS not in folder.files:
         raise ConfigError(
             f"adapter.path: got {folder} without {TENSORS}, expected PEFT's safetensors file; "
             "save the adapter with PEFT's safe_serialization"
         )
-    return {info.name: info for info in read_header(file, "adapter.path")[1]}
+    return {info.name: info for info in read_header(folder.files[TENSORS], "adapter.path")[1]}
 
 
 def to_tensors(

@@ -20,6 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from dsjax.errors import ConfigError, nearest
+from dsjax.storage import is_url
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
@@ -40,6 +41,11 @@ def read_rows(source: str, field: str, splits: tuple[str, ...]) -> Rows:
     Raises:
       ConfigError: nothing there, a folder, an unknown kind of file, or a row that does not parse.
     """
+    if is_url(source):
+        raise ConfigError(
+            f"{field}: got the URL {source}, expected a file or a hub dataset; copy it to a file "
+            "system that every host sees"
+        )
     path = Path(source).expanduser()
     if path.is_dir():
         raise ConfigError(

@@ -25,9 +25,13 @@ CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "S
         ("{folder}/no/rows.jsonl", ["data.train[0]: got", "there is no folder"]),
         ("{folder}", ["data.train[0]: got the folder", "list its files", "rows.jsonl"]),
         ("{folder}/run.yaml", ["data.train[0]: got", "run.yaml", "a file that ends in .json"]),
+        (
+            "gs://bucket/rows.jsonl",
+            ["data.train[0]: got the URL gs://bucket/rows.jsonl", "copy it"],
+        ),
         ("someone/no-such-dataset", ["data.train[0]: got someone/no-such-dataset", "hub dataset"]),
     ],
-    ids=["typo", "no_folder", "folder", "yaml", "hub_offline"],
+    ids=["typo", "no_folder", "folder", "yaml", "url", "hub_offline"],
 )
 def test_a_source_that_cannot_be_read(desk: Desk, source: str, parts: list[str]):
     assert_says(desk.refusal(f"data.train={source.format(folder=desk.folder)}"), *parts)

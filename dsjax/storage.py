@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders that are read, on this machine or behind a URL; the only place that knows which.
+
+In: a path, or a URL that fsspec opens (gs://, s3://, hf://). Out: the folder's files by name, each
+readable by byte ranges. Nothing is downloaded as a whole but by `copied`, which is for small files.
+Not done here: writing; what the files mean (`hf_files`, `peft_files`). Credentials are found by the
+store's own library (gcsfs, s3fs, huggingface_hub).
+"""
+
+import os
+import re
+import shutil
+import tempfile
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import fsspec
+import numpy as np
+
+from dsjax.errors import ConfigError
+
+READS_AHEAD = 8
+"""Reads of remote files that are under way at a time: one alone mostly waits for its answer."""
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://.")
+_EXTRAS: Mapping[str, str] = MappingProxyType({"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"})
+"""Protocol -> the extra of this package that installs its library."""
+_DROP_PAGES_FROM = 1 << 23
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file behind a URL.
+
+    Attributes:
+        url: where it lies, for messages.
+        size: its bytes when the folder was listed.
+    """
+
+    url: str
+    size: int
+    _system: fsspec.AbstractFileSystem = field(repr=False)
+    _path: str = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """Its name in the folder."""
+        return PurePosixPath(self._path).name
+
+    def __str__(self) -> str:
+        return self.url
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read a byte range with one request; safe to call from several threads.
+
+        Raises:
+            ConfigError: the store refuses or cannot be reached; its library has tried again.
+            OSError: the file is shorter than it was.
+        """
+        if not length:  # no HTTP range is empty
+            return b""
+        # Trap: a file system without ranges of its own opens the file and reads ahead by default.
+        options = {} if self._system.async_impl else {"cache_type": "none"}
+        end = offset + length
+        try:
+            data = self._system.cat_file(self._path, start=offset, end=end, **options)
+        except Exception as error:  # every store's library has its own classes
+            raise ConfigError(
+                f"{self.url}: got {_reason(error)}, expected its bytes {offset} to {end}; check "
+                "the network and the permission to read, and run again"
+            ) from error
+        assert isinstance(data, bytes)
+        if len(data) != length:
+            raise OSError(f"{self.url} ended at byte {offset + len(data)}: it changed while in use")
+        return data
+
+
+File = Path | RemoteFile
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder as it was when it was opened.
+
+    Attributes:
+        place: path or URL, as messages name it.
+        files: its files by name, sorted; folders in it are left out.
+    """
+
+    place: str
+    files: dict[str, File]
+
+    def __str__(self) -> str:
+        return self.place
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its files lie behind a URL."""
+        return any(isinstance(file, RemoteFile) for file in self.files.values())
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is a URL, and no path or hub id."""
+    return _URL.match(path) is not None
+
+
+def open_folder(path: str | Path, config_field: str) -> Folder:
+    """List the files of a folder.
+
+    Args:
+        path: a directory that exists, or a URL.
+        config_field: what the message of an error begins with.
+
+    Raises:
+        ConfigError: no such folder behind the URL, or no way to it.
+    """
+    if is_url(str(path)):
+        return _open_url(str(path).rstrip("/"), config_field)
+    found = sorted(file for file in Path(path).iterdir() if file.is_file())
+    return Folder(str(path), {file.name: file for file in found})
+
+
+def _open_url(url: str, config_field: str) -> Folder:
+    system, root = _connect(url, config_field)
+    try:
+        entries = system.ls(root, detail=True)
+    except Exception as error:
+        raise ConfigError(
+            f"{config_field}: got {url!r}, expected a folder that can be listed "
+            f"({_reason(error)}); check the address, the credentials and the network"
+        ) from error
+    files = {entry["name"]: entry["size"] for entry in entries if entry["type"] == "file"}
+    if list(files) == [root]:
+        raise ConfigError(
+            f"{config_field}: got the file {url!r}, expected the folder that holds it; "
+            f"give {url.rpartition('/')[0]!r}"
+        )
+    # A store without folders may hold an empty object of the folder's name.
+    names = {PurePosixPath(path).name: path for path in files if path.rstrip("/") != root}
+    return Folder(
+        url,
+        {
+            name: RemoteFile(f"{url}/{name}", files[names[name]], system, names[name])
+            for name in sorted(names)
+        },
+    )
+
+
+def _connect(url: str, config_field: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a URL, and the folder's path in it."""
+    protocol = url.partition("://")[0]
+    if protocol in ("http", "https"):
+        raise ConfigError(
+            f"{config_field}: got {url!r}, expected a directory, a hub id, or a URL of a store "
+            "that lists its files (gs://, s3://, hf://); a page of the hub is named "
+            "organization/name"
+        )
+    try:
+        system, root = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        fix = f"pip install 'dsjax[{extra}]'" if extra else _reason(error)
+        raise ConfigError(
+            f"{config_field}: got {url!r}, expected the library that reads {protocol}://, which is "
+            f"not installed; {fix}"
+        ) from error
+    except Exception as error:
+        raise ConfigError(
+            f"{config_field}: got {url!r}, expected a URL that fsspec opens, such as gs://, s3:// "
+            f"or hf:// ({_reason(error)})"
+        ) from error
+    return system, root.rstrip("/")
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+
+
+def written_to_url(path: str, config_field: str) -> str:
+    """The message for a URL where something is to be written."""
+    return (
+        f"{config_field}: got {path!r}, expected a folder of a file system; URLs are only read: "
+        "mount the bucket, and give the path where it is mounted"
+    )
+
+
+def size_of(file: File) -> int:
+    """Bytes of a file."""
+    return file.size if isinstance(file, RemoteFile) else file.stat().st_size
+
+
+def read_text(file: File) -> str:
+    """The whole of a UTF-8 file.
+
+    Raises:
+        UnicodeDecodeError: it is something else.
+    """
+    return read_at(file, 0, size_of(file)).tobytes().decode("utf-8")
+
+
+def read_at(file: File, offset: int, length: int) -> np.ndarray:
+    """Read bytes of a file into a fresh uint8 array, without a shared file position."""
+    if isinstance(file, RemoteFile):
+        return np.frombuffer(file.read(offset, length), np.uint8).copy()
+    buffer = np.empty(length, np.uint8)
+    view, done = buffer.data, 0
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        while done < length:
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+            if count == 0:
+                raise OSError(f"{file} ended at byte {offset + done}: it changed while in use")
+            done += count
+        # In a container the page cache of a file read once counts against the memory limit.
+        if length >= _DROP_PAGES_FROM and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+    return buffer
+
+
+def copied(folder: Folder, names: Sequence[str]) -> Path:
+    """Copy small files of a remote folder to this machine, where they lie as long as `folder` does.
+
+    Returns:
+        The directory that holds them.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="dsjax-"))
+    weakref.finalize(folder, shutil.rmtree, directory, ignore_errors=True)
+    reads = [lambda file=folder.files[name]: _whole(file) for name in names]
+    for name, content in zip(names, in_order(reads, READS_AHEAD), strict=True):
+        (directory / name).write_bytes(content)
+    return directory
+
+
+def _whole(file: File) -> bytes:
+    return read_at(file, 0, size_of(file)).tobytes()
+
+
+def in_order(reads: Iterable[Callable[[], T]], at_a_time: int) -> Iterator[T]:
+    """Results of reads in their order, while up to `at_a_time` are under way in threads."""
+    if at_a_time <= 1:
+        yield from (read() for read in reads)
+        return
+    running: deque[Any] = deque()
+    pool = ThreadPoolExecutor(at_a_time)
+    try:
+        for read in reads:
+            running.append(pool.submit(read))
+            if len(running) == at_a_time:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
