@@ -36,31 +36,6 @@ TRAIN_KEYS = (
 )
 EVAL_KEYS = ("eval_loss", "eval_perplexity", "eval_tokens")
 
-# Dense bfloat16 peaks in FLOP/s per jax device, without sparsity. Sources: Google's Cloud TPU pages
-# (system architecture: v4, v5e, v5p, v6e), NVIDIA's datasheets of A100, A10, L4, L40S, H100, H200
-# (halved where the sheet states the rate with sparsity) and the Ada whitepaper (RTX 4090, float32
-# accumulation). Names are matched whole, so that a MIG slice ("... MIG 1g.10gb") is unknown.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA A10": 125e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA GeForce RTX 4090": 165.2e12,
-}
-
 
 class MetricsLog:
     """Appends to `metrics.jsonl` and TensorBoard; a context manager.
@@ -191,18 +166,6 @@ def cut_lines(path: Path, resume_step: int) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-
-
-def device_peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Return a device's published dense peak in FLOP/s, or None where none is known.
-
-    Args:
-        device_kind: `jax.Device.device_kind`.
-        dtype: the compute dtype's name. float32 has no one published peak (TPUs and tensor cores
-            run it in several passes); float16 has bfloat16's rate on GPUs, none on TPUs.
-    """
-    native = dtype == "bfloat16" or (dtype == "float16" and device_kind.startswith("NVIDIA"))
-    return PEAK_FLOPS.get(device_kind) if native else None
 
 
 def train_flops_per_token(

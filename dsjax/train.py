@@ -27,6 +27,7 @@ from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig, load_config, split_arguments
 from dsjax.convert import EMBEDDING, HEAD
 from dsjax.data import Loader, decode_sample, find_tokenizer, load_examples
+from dsjax.devices import peak_flops
 from dsjax.errors import ConfigError, run_command
 from dsjax.export import card_facts, check_dtype, export_trained
 from dsjax.export_folder import export_marker
@@ -36,7 +37,6 @@ from dsjax.metrics import (
     PICTURE,
     Meter,
     MetricsLog,
-    device_peak_flops,
     plot_loss,
     read_metrics,
     train_flops_per_token,
@@ -283,7 +283,7 @@ def flops(parts: Assembly, config: RunConfig, loader: Loader) -> tuple[float, fl
         trained += partition.trainable_count(head) if head in partition.learnt else 0
     width = layers * c.num_attention_heads * c.qk_and_v_head_dim
     per_token = train_flops_per_token(active, trained, width, float(loader.sequence_length))
-    peak = device_peak_flops(jax.devices()[0].device_kind, config.model.dtype)
+    peak = peak_flops(jax.devices()[0].device_kind, config.model.dtype)
     return per_token, None if peak is None else peak * jax.device_count()
 
 

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dsjax import metrics
 from dsjax.config import LoggingSection
-from dsjax.metrics import Meter, MetricsLog, device_peak_flops, plot_loss, read_metrics
+from dsjax.metrics import Meter, MetricsLog, plot_loss, read_metrics
 
 SILENT = LoggingSection(report_to=[])
 BOARD = LoggingSection(report_to=["tensorboard"])
@@ -241,22 +241,6 @@ def test_meter_without_a_known_peak_has_no_mfu():
     meter = Meter(flops_per_token=3.0, peak_flops=None)
     meter.add(1.0, 1.0, 1.0, 40)
     assert meter.values()["mfu"] is None
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype", "peak"),
-    [
-        ("TPU v5p", "bfloat16", 459e12),
-        ("TPU v5 lite", "bfloat16", 197e12),
-        ("TPU v5p", "float16", None),
-        ("NVIDIA H100 80GB HBM3", "float16", 989e12),
-        ("NVIDIA H100 80GB HBM3", "float32", None),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
-        ("cpu", "bfloat16", None),
-    ],
-)
-def test_device_peaks(kind, dtype, peak):
-    assert device_peak_flops(kind, dtype) == peak
 
 
 def test_training_flops_are_six_per_parameter_and_four_where_frozen():
