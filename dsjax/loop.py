@@ -67,6 +67,7 @@ class Loop:
     ) -> TrainState:
         """Run the steps until the last, or until a signal is caught."""
         every = self.config.logging.logging_steps
+        meter.start()
         # A signal may have cut off the evaluation that belongs to the step before.
         self._evaluate_if_due(state, start, meter, log, progress, caught)
         if caught:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of a run on disk: metrics.jsonl, TensorBoard, the loss picture; and throughput.
+"""The numbers of a run on disk: metrics.jsonl, TensorBoard, the loss picture; and their sums.
 
 In: sums and texts that the run has already computed. Out: `metrics.jsonl`, `tensorboard/` and
 `training_loss.png` in the output directory. Not done here: computing a loss, printing to the
@@ -168,30 +168,6 @@ def cut_lines(path: Path, resume_step: int) -> None:
         beside.replace(path)
 
 
-def train_flops_per_token(
-    active_parameters: float | int,
-    trained_parameters: float | int,
-    attention_width: int,
-    context: float,
-) -> float:
-    """Return the model FLOPs of one training token, without rematerialisation.
-
-    Forward 2 per matmul parameter, as much again for the gradients of the activations, and 2 per
-    trained parameter only for the gradients of the weights: full training gives the usual 6 N, LoRA
-    about 4 N. Causal attention scores half of `context` x `context`, in both of its products,
-    forward once and backward twice (Chowdhery et al. 2022, appendix B, with the causal half).
-
-    Args:
-        active_parameters: matmul parameters that a token meets (lm_head, not the embedding).
-        trained_parameters: those among them that train, adapters included. Of experts both count
-            those that one token is sent to.
-        attention_width: sum over layers of heads x (query head size + value head size).
-        context: mean length of the sequences that attention sees.
-    """
-    dense = 4 * active_parameters + 2 * trained_parameters
-    return float(dense + 3 * attention_width * context)
-
-
 @dataclass
 class _Sums:
     loss: float = 0.0
@@ -214,7 +190,7 @@ class Meter:
     the values are asked for.
 
     Args:
-        flops_per_token: from `train_flops_per_token`; None gives no `mfu`.
+        flops_per_token: what a token needs (`throughput.token_flops`); None gives no `mfu`.
         peak_flops: of all devices together; None gives no `mfu`.
     """
 
@@ -229,6 +205,10 @@ class Meter:
         self._pending_ahead: list[tuple[SupportsFloat, SupportsFloat]] = []
         self._ahead: tuple[float, float] | None = None  # loss and weight since the last log
         self._timed_tokens = self._tokens_here = self._steps_here = 0
+        self._started = self._clock = time.monotonic()
+
+    def start(self) -> None:
+        """Start the clocks: what came before the first step is not its time."""
         self._started = self._clock = time.monotonic()
 
     def add(

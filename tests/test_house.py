@@ -25,7 +25,7 @@ LAYERS = (
     {"safetensors_file", "hf_hub", "folders", "models", "data", "optimizer", "metrics"},
     {"sampling", "text_stream", "source"},
     {"torch_file", "fp8", "partition", "objectives", "terminal", "model_card"},
-    {"hf_files", "sharding", "decoding"},
+    {"hf_files", "sharding", "decoding", "throughput"},
     {"adapters", "flax_checkpoint"},
     {"convert", "checkpoint", "step", "evaluation"},
     {"assembly", "merge"},
