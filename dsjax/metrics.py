@@ -23,7 +23,7 @@ from typing import Any, SupportsFloat, SupportsInt
 
 from dsjax.config import LoggingSection
 
-METRICS_FILE, PICTURE = "metrics.jsonl", "training_loss.png"
+METRICS_FILE, PICTURE, BOARD = "metrics.jsonl", "training_loss.png", "tensorboard"
 TRAIN_KEYS = (
     "epoch",
     "loss",
@@ -67,7 +67,7 @@ class MetricsLog:
             # Imported here: it takes seconds, which a run that does not report would pay as well.
             from dsjax.tensorboard_file import EventFile
 
-            self._board = EventFile(output_dir / "tensorboard", resume_step)
+            self._board = EventFile(output_dir / BOARD, resume_step)
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "dsjax"
 # A module imports from the rows above its own only. A folder counts as one module.
 LAYERS = (
     {"errors"},
-    {"config_rules", "tensorboard_file", "command_line", "devices"},
+    {"config_rules", "tensorboard_file", "command_line", "devices", "profiling"},
     {"config_yaml"},
     {"config"},
     {"safetensors_file", "hf_hub", "folders", "models", "data", "optimizer", "metrics"},
