@@ -68,6 +68,14 @@ def test_a_line_is_readable_as_soon_as_it_is_logged(tmp_path):
         assert len(lines(tmp_path)) == 1
 
 
+def test_a_line_waits_for_the_disk_once(tmp_path, monkeypatch):
+    synced = []
+    with MetricsLog(tmp_path, BOARD, 0) as log:
+        monkeypatch.setattr("os.fsync", synced.append)
+        log.log(1, train_values())
+        assert len(synced) == 1
+
+
 def test_missing_contract_key_is_our_error(tmp_path):
     with MetricsLog(tmp_path, SILENT, 0) as log, pytest.raises(KeyError, match="loss"):
         log.log(1, {"epoch": 0.0})
