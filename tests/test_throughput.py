@@ -18,6 +18,7 @@ from dsjax.partition import decide
 from dsjax.throughput import TokenFlops, token_flops
 
 POLICIES = ("none", "dots", "names", "full")
+OTHERS = ("none", "dots", "full")
 ALL = LoraSpec(r=4, lora_alpha=8)
 QV = LoraSpec(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 QKV_LATENTS = LoraSpec(r=4, lora_alpha=8, target_modules=["q_a_proj", "kv_a_proj_with_mqa"])
@@ -93,13 +94,16 @@ def test_executed_flops_are_those_of_the_traced_step(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", OTHERS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_executed_flops_are_those_of_the_traced_step_under_every_policy(case, remat):
     assert_executed(case, 24, remat)
 
 
-@pytest.mark.parametrize("remat", POLICIES)
+@pytest.mark.parametrize(
+    "remat",
+    ["names", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "dots", "full"))],
+)
 @pytest.mark.parametrize("name", ["llama", "llama_lora_on_q_and_v"])
 def test_long_rows_compute_their_scores_again(name, remat):
     assert_executed(CASES[name], 2048, remat)
@@ -149,13 +153,14 @@ def test_needed_flops_are_what_xla_counts(case, below, monkeypatch):
     monkeypatch.setattr(
         moe, "grouped_matmul", lambda x, weight, sizes: jnp.einsum("zi,oi->zo", x, weight[0])
     )
+    # Whether XLA sees that the head's recomputation is its forward product depends on its version.
+    monkeypatch.setattr("jax.checkpoint", lambda function: function)
     rows, length = 8, 64
     batch = in_memory.batch(rows, length)
     compiled: Any = start(case, "none").compile(batch).compiled
     found = compiled.cost_analysis()["flops"] / (rows * length)
     needed = flops(case, 2 * length).needed - below
-    # XLA also counts norms, rope, softmax and AdamW; the head's recomputation it finds to be the
-    # same as the forward product, because the loop over the tokens has one turn.
+    # XLA also counts norms, rope, softmax and AdamW.
     assert 1.0 < found / needed < 1.035
 
 
