@@ -238,6 +238,8 @@ class LoggingSection(_Section):
     """Steps between two lines of metrics."""
     report_to: Reporters = ["tensorboard"]
     """Where metrics also go; []: nowhere."""
+    profile_steps: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    """[a, b]: trace steps a + 1 to b for TensorBoard's profiler and Perfetto; null: none."""
 
 
 class ExportSection(_Section):
@@ -320,6 +322,12 @@ def _contradictions(config: RunConfig) -> list[str]:
         problems.append(
             f"training.eval_steps: got {training.eval_steps} without data.eval, "
             "expected null; or name files in data.eval"
+        )
+    traced = config.logging.profile_steps
+    if traced and traced[0] >= traced[1]:
+        problems.append(
+            f"logging.profile_steps: got {traced}, expected a first number below the second; "
+            "[a, b] traces steps a + 1 to b"
         )
     free = [name for name in ("data", "fsdp", "tensor", "expert") if getattr(mesh, name) == -1]
     if len(free) > 1:

@@ -151,6 +151,8 @@ def _choices(schema: Mapping[str, Any]) -> list[str]:
         return [value if isinstance(value, str) else _show(value) for value in values]
     kind = schema["type"]
     if kind == "array":
+        if "minItems" in schema and schema["minItems"] == schema.get("maxItems"):
+            return [f"a list of {schema['minItems']}, each {_rule(schema['items'])}"]
         return [f"a list of {_rule(schema['items']).removeprefix('an ')}"]
     if kind == "object":
         return [f"a mapping from text to {_rule(schema['additionalProperties'])}"]

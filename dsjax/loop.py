@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from dsjax.assembly import Assembly
@@ -23,8 +24,9 @@ from dsjax.config import RunConfig
 from dsjax.data import Loader
 from dsjax.errors import ConfigError
 from dsjax.evaluation import StoppedError, evaluate_loss, to_devices
-from dsjax.metrics import Meter, MetricsLog
+from dsjax.metrics import BOARD, Meter, MetricsLog
 from dsjax.partition import Params
+from dsjax.profiling import Profile
 from dsjax.run_folder import EVAL_RESULTS, is_evaluated, write_whole
 from dsjax.step import StepReport, TrainState
 from dsjax.terminal import Progress
@@ -49,11 +51,13 @@ class Loop:
         self, state: TrainState, start: int, meter: Meter, log: MetricsLog, progress: Progress
     ) -> tuple[TrainState, int | None]:
         """Run the steps from `start`; returns the state and the signal that ended them early."""
+        traced, folder = self.config.logging.profile_steps, Path(self.config.output_dir)
+        profile = Profile(traced, start, self.total, folder / BOARD, jax.process_index() == 0)
         with signals_caught() as caught:
             # Inside: a save that still runs is waited for before a signal can end the process, and
             # also when a step raises.
-            with closing(self.checkpointer):
-                state = self._steps(state, start, meter, log, progress, caught)
+            with closing(self.checkpointer), profile:
+                state = self._steps(state, start, meter, log, progress, profile, caught)
             return state, caught[0] if caught else None
 
     def _steps(
@@ -63,10 +67,12 @@ class Loop:
         meter: Meter,
         log: MetricsLog,
         progress: Progress,
+        profile: Profile,
         caught: list[int],
     ) -> TrainState:
         """Run the steps until the last, or until a signal is caught."""
         every = self.config.logging.logging_steps
+        meter.start()
         # A signal may have cut off the evaluation that belongs to the step before.
         self._evaluate_if_due(state, start, meter, log, progress, caught)
         if caught:
@@ -87,6 +93,7 @@ class Loop:
             if step == self.total or caught or self.checkpointer.due(step):
                 self._check_finite(step, told)
                 self._save(step, state, meter)
+            profile.reached(step, told)
             if caught:
                 break
         return state

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of a run on disk: metrics.jsonl, TensorBoard, the loss picture; and throughput.
+"""The numbers of a run on disk: metrics.jsonl, TensorBoard, the loss picture; and their sums.
 
 In: sums and texts that the run has already computed. Out: `metrics.jsonl`, `tensorboard/` and
 `training_loss.png` in the output directory. Not done here: computing a loss, printing to the
@@ -23,7 +23,7 @@ from typing import Any, SupportsFloat, SupportsInt
 
 from dsjax.config import LoggingSection
 
-METRICS_FILE, PICTURE = "metrics.jsonl", "training_loss.png"
+METRICS_FILE, PICTURE, BOARD = "metrics.jsonl", "training_loss.png", "tensorboard"
 TRAIN_KEYS = (
     "epoch",
     "loss",
@@ -35,31 +35,6 @@ TRAIN_KEYS = (
     "mfu",
 )
 EVAL_KEYS = ("eval_loss", "eval_perplexity", "eval_tokens")
-
-# Dense bfloat16 peaks in FLOP/s per jax device, without sparsity. Sources: Google's Cloud TPU pages
-# (system architecture: v4, v5e, v5p, v6e), NVIDIA's datasheets of A100, A10, L4, L40S, H100, H200
-# (halved where the sheet states the rate with sparsity) and the Ada whitepaper (RTX 4090, float32
-# accumulation). Names are matched whole, so that a MIG slice ("... MIG 1g.10gb") is unknown.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA A10": 125e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA GeForce RTX 4090": 165.2e12,
-}
 
 
 class MetricsLog:
@@ -92,7 +67,7 @@ class MetricsLog:
             # Imported here: it takes seconds, which a run that does not report would pay as well.
             from dsjax.tensorboard_file import EventFile
 
-            self._board = EventFile(output_dir / "tensorboard", resume_step)
+            self._board = EventFile(output_dir / BOARD, resume_step)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -193,42 +168,6 @@ def cut_lines(path: Path, resume_step: int) -> None:
         beside.replace(path)
 
 
-def device_peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Return a device's published dense peak in FLOP/s, or None where none is known.
-
-    Args:
-        device_kind: `jax.Device.device_kind`.
-        dtype: the compute dtype's name. float32 has no one published peak (TPUs and tensor cores
-            run it in several passes); float16 has bfloat16's rate on GPUs, none on TPUs.
-    """
-    native = dtype == "bfloat16" or (dtype == "float16" and device_kind.startswith("NVIDIA"))
-    return PEAK_FLOPS.get(device_kind) if native else None
-
-
-def train_flops_per_token(
-    active_parameters: float | int,
-    trained_parameters: float | int,
-    attention_width: int,
-    context: float,
-) -> float:
-    """Return the model FLOPs of one training token, without rematerialisation.
-
-    Forward 2 per matmul parameter, as much again for the gradients of the activations, and 2 per
-    trained parameter only for the gradients of the weights: full training gives the usual 6 N, LoRA
-    about 4 N. Causal attention scores half of `context` x `context`, in both of its products,
-    forward once and backward twice (Chowdhery et al. 2022, appendix B, with the causal half).
-
-    Args:
-        active_parameters: matmul parameters that a token meets (lm_head, not the embedding).
-        trained_parameters: those among them that train, adapters included. Of experts both count
-            those that one token is sent to.
-        attention_width: sum over layers of heads x (query head size + value head size).
-        context: mean length of the sequences that attention sees.
-    """
-    dense = 4 * active_parameters + 2 * trained_parameters
-    return float(dense + 3 * attention_width * context)
-
-
 @dataclass
 class _Sums:
     loss: float = 0.0
@@ -251,7 +190,7 @@ class Meter:
     the values are asked for.
 
     Args:
-        flops_per_token: from `train_flops_per_token`; None gives no `mfu`.
+        flops_per_token: what a token needs (`throughput.token_flops`); None gives no `mfu`.
         peak_flops: of all devices together; None gives no `mfu`.
     """
 
@@ -266,6 +205,10 @@ class Meter:
         self._pending_ahead: list[tuple[SupportsFloat, SupportsFloat]] = []
         self._ahead: tuple[float, float] | None = None  # loss and weight since the last log
         self._timed_tokens = self._tokens_here = self._steps_here = 0
+        self._started = self._clock = time.monotonic()
+
+    def start(self) -> None:
+        """Start the clocks: what came before the first step is not its time."""
         self._started = self._clock = time.monotonic()
 
     def add(

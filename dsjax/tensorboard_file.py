@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorBoard's event file, each event on its way to disk before the next line of code runs.
+"""TensorBoard's event file; what is added is on disk before the next line of code runs.
 
 In: scalars and texts by step. Out: a file in the folder that TensorBoard reads. Not done here:
 deciding what is shown.
@@ -35,19 +35,21 @@ class EventFile:
         self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}.{resume_step:09d}")
         start = _PROTOS.SessionLog(status=_PROTOS.SessionLog.START)
         self._write(resume_step + 1, session_log=start)
+        self._file.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to each of the curves."""
         for tag, value in values.items():
             self._write(step, summary=summary.scalar(tag, value))
+        self._file.flush()  # once: it waits for the disk, milliseconds where that is busy
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         """Add a text."""
         self._write(step, summary=summary.text(tag, markdown))
+        self._file.flush()
 
     def _write(self, step: int, **content: Any) -> None:
         self._file.write_event(_PROTOS.Event(wall_time=time.time(), step=step, **content))
-        self._file.flush()
 
     def close(self) -> None:
         """Close the file."""

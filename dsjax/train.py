@@ -25,8 +25,8 @@ from dsjax import config as configuration
 from dsjax.assembly import CHECKPOINTS, Assembly, assemble, load_frozen, load_trainable
 from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig, load_config, split_arguments
-from dsjax.convert import EMBEDDING, HEAD
 from dsjax.data import Loader, decode_sample, find_tokenizer, load_examples
+from dsjax.devices import peak_flops
 from dsjax.errors import ConfigError, run_command
 from dsjax.export import card_facts, check_dtype, export_trained
 from dsjax.export_folder import export_marker
@@ -36,12 +36,10 @@ from dsjax.metrics import (
     PICTURE,
     Meter,
     MetricsLog,
-    device_peak_flops,
     plot_loss,
     read_metrics,
-    train_flops_per_token,
 )
-from dsjax.partition import Leaf, has_experts, report
+from dsjax.partition import has_experts, report
 from dsjax.run_folder import (
     CONFIG_FILE,
     claimed,
@@ -60,6 +58,7 @@ from dsjax.step import (
     step_config,
 )
 from dsjax.terminal import Loading, Progress, banner, trainable_table
+from dsjax.throughput import token_flops
 
 USAGE = """usage: python -m dsjax.train --config FILE [section.key=value ...]
 
@@ -137,7 +136,7 @@ def train(config: RunConfig) -> int:
     with claimed(run):
         # ---- 8. State: the newest complete checkpoint's, or the first
         checkpointer = Checkpointer(run / CHECKPOINTS, config.checkpoint)
-        meter = Meter(*flops(parts, config, data.train))
+        meter = Meter(*speed_limits(parts, config, data.train))
         if start:
             state = checkpointer.restore(start, abstract_state(step))
             meter.restore(checkpointer.meta(start)["meter"])
@@ -266,32 +265,12 @@ def _state_bytes(parts: Assembly) -> float:
     return total
 
 
-def flops(parts: Assembly, config: RunConfig, loader: Loader) -> tuple[float, float | None]:
-    """FLOPs of a training token, and the devices' peak, None if unknown."""
-    c, leaves = parts.model.config, parts.partition.leaves
-    matmuls = {p: leaf for p, leaf in leaves.items() if len(leaf.shape) >= 2}
-    embedding = leaves[EMBEDDING].count
-    active = sum(_met(leaf.count, leaf, c) for leaf in matmuls.values())
-    if parts.model.lm_head is not None:
-        active -= embedding
-    partition = parts.partition
-    trained = sum(_met(partition.trainable_count(p), leaves[p], c) for p in partition.learnt)
-    layers = c.num_hidden_layers
-    if parts.model.mtp is not None:  # one more layer, after which the head runs again
-        head = EMBEDDING if parts.model.lm_head is None else HEAD
-        layers, active = layers + 1, active + leaves[head].count
-        trained += partition.trainable_count(head) if head in partition.learnt else 0
-    width = layers * c.num_attention_heads * c.qk_and_v_head_dim
-    per_token = train_flops_per_token(active, trained, width, float(loader.sequence_length))
-    peak = device_peak_flops(jax.devices()[0].device_kind, config.model.dtype)
-    return per_token, None if peak is None else peak * jax.device_count()
-
-
-def _met(count: int, leaf: Leaf, model: Any) -> float:
-    """How many of a leaf's parameters one token meets: all, or those of its experts."""
-    if "experts" not in leaf.axes:
-        return float(count)
-    return count * model.router.num_experts_per_tok / model.router.n_routed_experts
+def speed_limits(parts: Assembly, config: RunConfig, loader: Loader) -> tuple[float, float | None]:
+    """FLOPs that a training token needs, and the devices' peak, None if unknown."""
+    remat = config.training.gradient_checkpointing
+    flops = token_flops(parts.model, parts.partition, loader.sequence_length, remat)
+    peak = peak_flops(jax.devices()[0].device_kind, config.model.dtype)
+    return flops.needed, None if peak is None else peak * jax.device_count()
 
 
 def compile_step(step: StepConfig, loader: Loader) -> Any:

@@ -172,6 +172,10 @@ mesh: 8
         ("training.gradient_checkpointing=true", "got true, expected none, dots, names or full"),
         ("mesh.tensor=0", "got 0, expected -1 or an integer >= 1"),
         ("logging.report_to=[wandb]", 'got ["wandb"], expected a list of tensorboard'),
+        (
+            "logging.profile_steps=[3]",
+            "got [3], expected a list of 2, each an integer >= 1 or null",
+        ),
         ("export.format=gguf", 'got "gguf", expected merged, peft or null'),
         ("output_dir=2024-01-01", 'got "2024-01-01", expected text; put it in quotes'),
         ("output_dir=''", 'got "", expected text, and not empty'),
@@ -194,6 +198,11 @@ def test_a_wrong_value_is_named_with_the_rule(smallest: Path, override: str, mes
             ["training.eval_steps=5"],
             "training.eval_steps: got 5 without data.eval, expected null; "
             "or name files in data.eval",
+        ),
+        (
+            ["logging.profile_steps=[3,3]"],
+            "logging.profile_steps: got [3, 3], expected a first number below the second; "
+            "[a, b] traces steps a + 1 to b",
         ),
         (
             ["mesh.data=-1"],

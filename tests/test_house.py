@@ -19,13 +19,13 @@ PACKAGE = ROOT / "dsjax"
 # A module imports from the rows above its own only. A folder counts as one module.
 LAYERS = (
     {"errors"},
-    {"config_rules", "tensorboard_file", "command_line", "storage"},
+    {"config_rules", "tensorboard_file", "command_line", "devices", "profiling", "storage"},
     {"config_yaml"},
     {"config"},
     {"safetensors_file", "hf_hub", "folders", "models", "data", "optimizer", "metrics"},
     {"sampling", "text_stream", "source"},
     {"torch_file", "fp8", "partition", "objectives", "terminal", "model_card"},
-    {"hf_files", "sharding", "decoding"},
+    {"hf_files", "sharding", "decoding", "throughput"},
     {"adapters", "flax_checkpoint"},
     {"convert", "checkpoint", "step", "evaluation"},
     {"assembly", "merge"},

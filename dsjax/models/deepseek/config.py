@@ -126,12 +126,12 @@ class DeepseekConfig:
         return min(self.first_k_dense_replace, self.num_hidden_layers)
 
     @property
-    def qk_and_v_head_dim(self) -> int:
-        """Size of a query's head and a value's head together."""
+    def head_sizes(self) -> tuple[int, int]:
+        """Size of a query's head and of a value's head."""
         m = self.mla
         if m is None:
-            return 2 * self.head_dim
-        return m.qk_nope_head_dim + m.qk_rope_head_dim + m.v_head_dim
+            return self.head_dim, self.head_dim
+        return m.qk_nope_head_dim + m.qk_rope_head_dim, m.v_head_dim
 
     @property
     def windows(self) -> tuple[int | None, ...]:

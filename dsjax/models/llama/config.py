@@ -56,9 +56,9 @@ class LlamaConfig:
     rope: Rope
 
     @property
-    def qk_and_v_head_dim(self) -> int:
-        """Size of a query's head and a value's head together."""
-        return 2 * self.head_dim
+    def head_sizes(self) -> tuple[int, int]:
+        """Size of a query's head and of a value's head."""
+        return self.head_dim, self.head_dim
 
     @property
     def windows(self) -> tuple[int | None, ...]:
