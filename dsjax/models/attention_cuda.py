@@ -134,7 +134,7 @@ _attend.defvjp(_forward, _backward)
 
 def _query_gradient(arrays: tuple[jax.Array, ...], scale: float, interpret: bool) -> jax.Array:
     q_BTNH, segment_BT = arrays[0], arrays[4]
-    tile = _tile(64, 64, 4, q_BTNH)
+    tile = _tile(64, 64, 8, q_BTNH)
     first_BQ, _ = _reach(segment_BT, tile)
     return pl.pallas_call(
         functools.partial(_differentiate_queries, scale=scale, tile=tile),
@@ -181,7 +181,7 @@ def _key_gradients(
     arrays: tuple[jax.Array, ...], scale: float, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
     k_BTKH, v_BTKV, segment_BT = arrays[1], arrays[2], arrays[4]
-    tile = _tile(64, 64, 8, k_BTKH)
+    tile = _tile(32, 64, 8, k_BTKH)
     _, end_BR = _reach(segment_BT, tile)
     dk_BTKH, dv_BTKV = pl.pallas_call(
         functools.partial(_differentiate_keys, scale=scale, tile=tile),
