@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
@@ -41,6 +42,7 @@ def attend_cuda(
     v_BTKV: Float[Array, "B T K V"],
     segment_BT: Int[Array, "B T"],
     scale: float,
+    name: str | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T N V"]:
@@ -55,17 +57,18 @@ def attend_cuda(
         v_BTKV: values, of any head size.
         segment_BT: segment of each token, 0 or more.
         scale: of the scores before the softmax.
+        name: under which a remat policy may keep what the gradients need of the kernel.
         interpret: run without a GPU, slowly.
     """
-    return _attend(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, interpret)
+    return _attend(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, name, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, interpret):
-    return _forward(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attend(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, name, interpret):
+    return _forward(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, name, interpret)[0]
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, interpret):
+def _forward(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, name, interpret):
     batch, length, heads, _ = q_BTNH.shape
     tile = _tile(128, 64, 8, q_BTNH)
     first_BQ, _ = _reach(segment_BT, tile)
@@ -80,6 +83,8 @@ def _forward(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, interpret):
         name="attention",
         interpret=interpret,
     )(q_BTNH, k_BTKH, v_BTKV, segment_BT, first_BQ)
+    if name is not None:
+        out_BTNV, log_BNT = checkpoint_name(out_BTNV, name), checkpoint_name(log_BNT, name)
     return out_BTNV, (q_BTNH, k_BTKH, v_BTKV, segment_BT, out_BTNV, log_BNT)
 
 
@@ -121,7 +126,8 @@ def _attend_queries(
     )
 
 
-def _backward(scale, interpret, residuals, dout_BTNV):
+def _backward(scale, name, interpret, residuals, dout_BTNV):
+    del name
     q_BTNH, k_BTKH, v_BTKV, segment_BT, out_BTNV, log_BNT = residuals
     product_BTN = jnp.sum(out_BTNV.astype(jnp.float32) * dout_BTNV.astype(jnp.float32), -1)
     arrays = (q_BTNH, k_BTKH, v_BTKV, dout_BTNV, segment_BT, log_BNT, product_BTN)

@@ -181,3 +181,20 @@ def test_forward_and_gradients_are_kernels_on_cuda() -> None:
     with jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(run).trace(q, k, v, dout).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__gpu$xla.gpu.triton") + text.count("@triton_kernel_call") == 3
+
+
+def test_a_remat_policy_that_keeps_the_name_runs_the_kernel_once() -> None:
+    arrays, segment_BT = _arrays(SHAPES["tiny"])[:3], jnp.ones((1, 9), jnp.int32)
+
+    def loss(keep: list[str], *qkv: jax.Array) -> jax.Array:
+        policy = jax.checkpoint_policies.save_only_these_names(*keep)
+        attention = functools.partial(attend_cuda, name="kept", interpret=True)
+        block = jax.checkpoint(lambda *qkv: attention(*qkv, segment_BT, 0.3), policy=policy)
+        return jnp.sum(jnp.sin(block(*qkv)))
+
+    def loops(keep: list[str]) -> int:
+        gradient = jax.jit(jax.grad(functools.partial(loss, keep), (0, 1, 2)))
+        compiled = gradient.lower(*arrays).compile(in_memory.QUICK_COMPILE)
+        return compiled.as_text().count(" while(")
+
+    assert loops(["kept"]) < loops(["another"])
