@@ -56,11 +56,21 @@ class Assembly:
         return leaf_shardings(self.partition.leaves, self.mesh)
 
 
-def assemble(config: RunConfig) -> Assembly:
-    """Open, build, attach and decide, in this order; every refusal of these stages comes here."""
-    mesh = make_mesh(config.mesh)
+def assemble(
+    config: RunConfig, devices: Sequence[Any] | None = None, *, weights: bool = True
+) -> Assembly:
+    """Open, build, attach and decide, in this order; every refusal of these stages comes here.
+
+    Args:
+        config: the run's.
+        devices: of the mesh, all that there are if None.
+        weights: False leaves the checkpoint's tensors alone: config.json is enough to plan.
+    """
+    mesh = make_mesh(config.mesh, devices)
     freeze = list(config.training.freeze)
-    parts = assemble_model(config.model, config.adapter, freeze, mesh, config.objective)
+    parts = assemble_model(
+        config.model, config.adapter, freeze, mesh, config.objective, weights=weights
+    )
     check_experts(parts.partition.leaves, mesh)
     return parts
 
@@ -71,18 +81,18 @@ def assemble_model(
     freeze: list[str],
     mesh: Mesh,
     objective: ObjectiveSection | None = None,
+    *,
+    weights: bool = True,
 ) -> Assembly:
     """`assemble` from the sections that a model needs; None for a model that is only used."""
     objective = objective or ObjectiveSection()
-    source = open_checkpoint(section.path, section.revision)
+    source = open_checkpoint(section.path, section.revision, weights)
     model = build(source.config, section.dtype)
     spec = adapters.resolve(adapter)
     check_objective(objective, model, spec.peft_type if spec else None)
     if objective.mtp_loss_weight:
         predict_ahead(model)
-        check_prediction(objective, model, source.tensors)
-    carried = check_coverage(source, model)
-    check_biases(objective, model, source.tensors)
+    carried = _check_weights(objective, model, source) if weights else []
     if spec is not None:
         adapters.check_targets(adapter, spec, model)
     adapters.attach(model, spec)
@@ -93,9 +103,18 @@ def assemble_model(
         param_dtype=section.param_dtype,
         balance=objective.bias_update_speed > 0,
     )
-    if adapter.path is not None and spec is not None:
+    if weights and adapter.path is not None and spec is not None:
         adapters.check_params(adapter.path, model, spec, partition.leaves, source.read)
     return Assembly(section, source, model, spec, partition, mesh, carried, adapter.path)
+
+
+def _check_weights(objective: ObjectiveSection, model: Model, source: Source) -> list[str]:
+    """Hold the model against the checkpoint's tensors; returns those that it only carries."""
+    if objective.mtp_loss_weight:
+        check_prediction(objective, model, source.tensors)
+    carried = check_coverage(source, model)
+    check_biases(objective, model, source.tensors)
+    return carried
 
 
 CHECKPOINTS = "checkpoints"

@@ -23,15 +23,18 @@ BATCH_AXES = ("data", "fsdp", "expert")
 """Mesh axes over which the rows of a batch are dealt."""
 
 RULES = {
-    "embed": "fsdp",
-    "latent": "fsdp",
     "experts": "expert",
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
 }
-"""Logical axis -> mesh axis; every other axis is replicated."""
+"""Logical axis -> the mesh axis that divides it."""
+
+WEIGHT_AXES = (("fsdp", "expert"), ("fsdp",), ("expert",))
+"""Mesh axes that divide a matrix besides, for memory alone: the first group that fits is taken. It
+divides the first dimension that it can, since XLA for CUDA would hold a transposed copy of a whole
+stack if it had to gather another one; never the vocabulary, which logits are computed by."""
 
 
 def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
@@ -104,10 +107,13 @@ def check_experts(leaves: Mapping[str, Leaf], mesh: Mesh) -> None:
         (axis, size) for leaf in experts for axis, size in zip(leaf.axes, leaf.shape, strict=True)
     }
     raise_all(
-        f"mesh.{RULES[axis]}: got {mesh.shape[RULES[axis]]}, expected a divisor of {field} ({size})"
-        for axis, field in (("experts", "n_routed_experts"), ("mlp", "moe_intermediate_size"))
+        f"mesh.{divisor}: got {mesh.shape[divisor]}, expected a divisor of {field} ({size})"
+        for axis, divisor, field in (
+            ("experts", "expert", "n_routed_experts"),
+            ("mlp", "tensor", "moe_intermediate_size"),
+        )
         for name, size in sorted(sizes, key=str)
-        if name == axis and size % mesh.shape[RULES[axis]]
+        if name == axis and size % mesh.shape[divisor]
     )
 
 
@@ -123,11 +129,39 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def leaf_sharding(leaf: Leaf, mesh: Mesh) -> NamedSharding:
     """Sharding of one leaf by its logical axes."""
-    spec = [
-        RULES[axis] if axis in RULES and size % mesh.shape[RULES[axis]] == 0 else None
+    parts = [axes[0] if len(axes) == 1 else axes or None for axes in _placed(leaf, mesh)]
+    return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+def _placed(leaf: Leaf, mesh: Mesh) -> list[tuple[str, ...]]:
+    """For every dimension the mesh axes that divide it."""
+    placed = [
+        (RULES[axis],) if axis in RULES and size % mesh.shape[RULES[axis]] == 0 else ()
         for axis, size in zip(leaf.axes, leaf.shape, strict=True)
     ]
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    if not _is_matrix(leaf):
+        return placed
+    for free in _free_groups(leaf):
+        for i, (axis, size) in enumerate(zip(leaf.axes, leaf.shape, strict=True)):
+            if axis not in ("layers", "vocab") and size % _size(placed[i] + free, mesh) == 0:
+                placed[i] += free
+                return placed
+    return placed
+
+
+def _is_matrix(leaf: Leaf) -> bool:
+    return sum(axis != "layers" for axis in leaf.axes) > 1
+
+
+def _free_groups(leaf: Leaf) -> list[tuple[str, ...]]:
+    """The groups of WEIGHT_AXES without the axis that experts take."""
+    taken = RULES["experts"] if "experts" in leaf.axes else ""
+    groups = [tuple(axis for axis in group if axis != taken) for group in WEIGHT_AXES]
+    return [group for group in groups if group]
+
+
+def _size(axes: Sequence[str], mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def leaf_shardings(leaves: Mapping[str, Leaf], mesh: Mesh) -> dict[str, NamedSharding]:
@@ -136,14 +170,27 @@ def leaf_shardings(leaves: Mapping[str, Leaf], mesh: Mesh) -> dict[str, NamedSha
 
 
 def undivided(leaves: Mapping[str, Leaf], mesh: Mesh) -> list[str]:
-    """A line for every dimension that is replicated because its mesh axis does not divide it."""
-    return [
-        f"{path}: {axis} {size} is replicated, mesh.{RULES[axis]} {mesh.shape[RULES[axis]]} "
-        "does not divide it"
-        for path, leaf in leaves.items()
-        for axis, size in zip(leaf.axes, leaf.shape, strict=True)
-        if axis in RULES and size % mesh.shape[RULES[axis]]
-    ]
+    """A line for everything that is replicated because mesh axes do not divide it."""
+    lines = []
+    for path, leaf in leaves.items():
+        placed = _placed(leaf, mesh)
+        lines += [
+            f"{path}: {axis} {size} is replicated, mesh.{RULES[axis]} {mesh.shape[RULES[axis]]} "
+            "does not divide it"
+            for axis, size, axes in zip(leaf.axes, leaf.shape, placed, strict=True)
+            if axis in RULES and RULES[axis] not in axes
+        ]
+        held = {name for axes in placed for name in axes}
+        wanted = _free_groups(leaf)[0] if _is_matrix(leaf) else ()
+        left = [name for name in wanted if name not in held and mesh.shape[name] > 1]
+        if left:
+            shape = " x ".join(map(str, leaf.shape))
+            named = " x ".join(f"mesh.{name} {mesh.shape[name]}" for name in wanted)
+            lines.append(
+                f"{path}: {shape} is held {_size(left, mesh)} times, {named} divides none of its "
+                "dimensions"
+            )
+    return lines
 
 
 def shardings_like(tree: Any, by_path: Mapping[str, NamedSharding], mesh: Mesh) -> Any:

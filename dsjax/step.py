@@ -336,6 +336,33 @@ def _learnt(trainable: Params, partition: Partition) -> Params:
     return {path: trainable[path].astype(jnp.float32) for path in partition.learnt}
 
 
+def lower_train_step(config: StepConfig, rows: int, length: int) -> jax.stages.Lowered:
+    """The step on abstract arrays, ready to be compiled for the mesh's devices.
+
+    Args:
+        config: the parts.
+        rows: B, of the whole batch.
+        length: T.
+    """
+    shardings = leaf_shardings(config.partition.leaves, config.mesh)
+    frozen = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
+        for path, leaf in config.partition.leaves.items()
+        if path in config.partition.frozen
+    }
+    state = abstract_state(config)
+    batch = abstract_batch(rows, length, config.mesh)
+    return make_train_step(config, state).lower(state, frozen, batch)
+
+
+def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
+    """A batch's shapes, dtypes and shardings."""
+    sharding = rows_sharding(mesh)
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding)
+    weights = jax.ShapeDtypeStruct((rows, length), jnp.float32, sharding=sharding)
+    return Batch(ids, ids, weights, ids, ids)
+
+
 def make_eval_step(config: StepConfig) -> Callable[[Params, Params, Batch], Sums]:
     """The jitted sums of a batch, without dropout."""
     leaves, mesh = config.partition.leaves, config.mesh

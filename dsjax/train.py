@@ -50,13 +50,13 @@ from dsjax.run_folder import (
     is_complete,
     write_whole,
 )
-from dsjax.sharding import check_batch, rows_sharding, undivided
+from dsjax.sharding import check_batch, undivided
 from dsjax.step import (
     StepConfig,
     abstract_state,
     init_state,
+    lower_train_step,
     make_eval_step,
-    make_train_step,
     step_config,
 )
 from dsjax.terminal import Loading, Progress, banner, trainable_table
@@ -127,7 +127,7 @@ def train(config: RunConfig) -> int:
 
     # ---- 6. The step: one function, compiled before there is anything to hold
     step = step_config(config, parts.partition, parts.mesh, total)
-    train_step = compile_step(step, parts, data.train) if start < total else None
+    train_step = compile_step(step, data.train) if start < total else None
     eval_step = make_eval_step(step) if data.eval else None
 
     # ---- 7. Parameters: from the files onto the devices
@@ -294,23 +294,11 @@ def _met(count: int, leaf: Leaf, model: Any) -> float:
     return count * model.router.num_experts_per_tok / model.router.n_routed_experts
 
 
-def compile_step(step: StepConfig, parts: Assembly, loader: Loader) -> Any:
+def compile_step(step: StepConfig, loader: Loader) -> Any:
     """Compile the step ahead of the loop, so that its time and memory are seen as what they are."""
     began = time.monotonic()
-    sharding, shardings = rows_sharding(parts.mesh), parts.shardings
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            (x.shape[0] * jax.process_count(), *x.shape[1:]), x.dtype, sharding=sharding
-        ),
-        loader.batch(0),
-    )
-    frozen = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
-        for path, leaf in parts.partition.leaves.items()
-        if path in parts.partition.frozen
-    }
-    state = abstract_state(step)
-    compiled = make_train_step(step, state).lower(state, frozen, batch).compile()
+    rows, length = loader.batch_size, loader.sequence_length
+    compiled = lower_train_step(step, rows, length).compile()
     used = compiled.memory_analysis()
     peak = used.argument_size_in_bytes + used.temp_size_in_bytes
     print(

@@ -82,9 +82,10 @@ def test_every_leaf_has_the_sharding_of_its_axes() -> None:
     shardings = sharding.leaf_shardings(leaves, _mesh(fsdp=2, tensor=2, data=2))
 
     attention, mlp = "model.layers.self_attn", "model.layers.mlp"
-    column, row = P(None, "tensor", "fsdp"), P(None, "fsdp", "tensor")
+    shards = ("fsdp", "expert")
+    column, row = P(None, ("tensor", *shards), None), P(None, shards, "tensor")
     assert {path: s.spec for path, s in shardings.items()} == {
-        "model.embed_tokens.weight": P("tensor", "fsdp"),
+        "model.embed_tokens.weight": P("tensor", shards),
         "model.layers.input_layernorm.weight": P(None, None),
         "model.layers.post_attention_layernorm.weight": P(None, None),
         f"{attention}.q_proj.weight": column,
@@ -94,22 +95,22 @@ def test_every_leaf_has_the_sharding_of_its_axes() -> None:
         f"{attention}.q_proj.bias": P(None, "tensor"),
         f"{attention}.k_proj.bias": P(None, "tensor"),
         f"{attention}.v_proj.bias": P(None, "tensor"),
-        f"{attention}.o_proj.bias": P(None, "fsdp"),
+        f"{attention}.o_proj.bias": P(None, None),
         f"{attention}.q_norm.weight": P(None, None),
         f"{attention}.k_norm.weight": P(None, None),
         f"{mlp}.gate_proj.weight": column,
         f"{mlp}.up_proj.weight": column,
         f"{mlp}.down_proj.weight": row,
         "model.norm.weight": P(None),
-        "lm_head.weight": P("tensor", "fsdp"),
-        f"{attention}.q_proj.adapter.lora_A": P(None, None, "fsdp"),
-        f"{attention}.q_proj.adapter.lora_B": P(None, "tensor", None),
+        "lm_head.weight": P("tensor", shards),
+        f"{attention}.q_proj.adapter.lora_A": P(None, shards, None),
+        f"{attention}.q_proj.adapter.lora_B": column,
         f"{attention}.q_proj.adapter.scaling": P(None),
-        f"{mlp}.down_proj.adapter.lora_A": P(None, None, "tensor"),
-        f"{mlp}.down_proj.adapter.lora_B": P(None, "fsdp", None),
+        f"{mlp}.down_proj.adapter.lora_A": row,
+        f"{mlp}.down_proj.adapter.lora_B": P(None, shards, None),
         f"{mlp}.down_proj.adapter.scaling": P(None),
-        "lm_head.adapter.lora_A": P(None, "fsdp"),
-        "lm_head.adapter.lora_B": P("tensor", None),
+        "lm_head.adapter.lora_A": P(shards, None),
+        "lm_head.adapter.lora_B": P("tensor", shards),
         "lm_head.adapter.scaling": P(),
     }
 

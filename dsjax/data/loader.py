@@ -54,6 +54,7 @@ class Loader:
       process_count: number of processes; must divide `batch_size`.
 
     Attributes:
+      batch_size: rows of a whole batch.
       sequence_length: T of every batch: `max_length` with packing; else the longest example,
         rounded up to a multiple of 8, at most `max_length`.
       rows_in_epoch: packed rows, the same in every epoch.
@@ -74,7 +75,7 @@ class Loader:
                 f"processes ({process_count})"
             )
         self._examples = examples
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._local_size = batch_size // process_count
         self._first_row = process_index * self._local_size
         self.sequence_length = _sequence_length(examples, section)
@@ -88,7 +89,7 @@ class Loader:
     def steps_in_epoch(self, epoch: int = 0) -> int:
         """Return the steps of an epoch; the last batch may be short of rows, none is dropped."""
         del epoch  # every epoch has the same number of packed rows
-        return -(-self.rows_in_epoch // self._batch_size)
+        return -(-self.rows_in_epoch // self.batch_size)
 
     def total_steps(self, num_train_epochs: int | float, max_steps: int | None) -> int:
         """Return the length of a run: `max_steps` if given, else that of the epochs."""
@@ -100,7 +101,7 @@ class Loader:
     def position(self, step: int) -> dict[str, int]:
         """Return where in the data a step starts: the epoch and its first packed row."""
         epoch, place = divmod(step, self.steps_in_epoch())
-        return {"epoch": epoch, "row": place * self._batch_size}
+        return {"epoch": epoch, "row": place * self.batch_size}
 
     def epoch(self, step: int) -> float:
         """Return how many epochs are done after `step` steps."""

@@ -2,8 +2,9 @@
 """Softmax attention over packed rows: who sees whom, and the weighted sum.
 
 In: queries, keys and values by head, with position and segment of every token. Out: the attended
-values. The mask is never stored for a whole row: long rows are taken a block of queries at a time.
-Not done here: projections, rope, caches.
+values. Scores and mask are never stored for a whole long row: a platform's kernel makes them piece
+by piece, and where there is none a block of queries is taken at a time. Not done here: projections,
+rope, caches.
 """
 
 from collections.abc import Callable
@@ -11,15 +12,26 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
-from dsjax.models.layers import precision
+from dsjax.models.attention_tpu import attend_tpu
+from dsjax.models.layers import in_blocks, out_of_blocks, precision
 
 PREFIX_SEGMENT = -1
 """Segment of trained prefix keys: every token of every segment sees them."""
 
 QUERY_BLOCK = 1024
 """Rows longer than this are attended to in blocks of this many queries."""
+
+
+KERNEL_NAME = "attention_kernel"
+"""What a remat policy calls the kernels' outputs and statistics."""
+
+Kernel = Callable[..., Float[Array, "B T N V"]]
+
+KERNELS: dict[str, Kernel] = {"tpu": attend_tpu}
+"""Platform of a mesh's devices -> causal attention of packed rows in 16 bits."""
 
 
 class Tokens(NamedTuple):
@@ -69,8 +81,11 @@ def attend(
     window: Int[Array, ""] | int | None,
     scale: float,
     selection: Selection | None = None,
+    sharding: NamedSharding | None = None,
 ) -> Float[Array, "B T N V"]:
     """Grouped-query attention; the softmax is float32 and cast back, as in the reference.
+
+    Whole rows that only see themselves, in 16 bits, go through the kernel of the mesh's platform.
 
     Args:
         q_BTNH: queries.
@@ -81,7 +96,12 @@ def attend(
         window: see `visible`.
         scale: of the scores before the softmax.
         selection: leaves fewer keys to each query than it may see.
+        sharding: of activations; None where keys are not the queries' own rows (a cache, a prefix).
     """
+    if sharding is not None and window is None and selection is None and q_BTNH.itemsize == 2:
+        kernel = KERNELS.get(sharding.mesh.devices.flat[0].platform)
+        if kernel is not None:
+            return _by_kernel(kernel, q_BTNH, k_BSKH, v_BSKV, query.segment, scale, sharding)
 
     def block(piece):
         q, tokens, asking = piece
@@ -94,15 +114,32 @@ def attend(
     if q_BTNH.shape[1] <= QUERY_BLOCK:
         return block((q_BTNH, query, asking))
     pieces = jax.tree.map(lambda x: in_blocks(x, QUERY_BLOCK), (q_BTNH, query, asking))
-    out = jnp.moveaxis(jax.lax.map(jax.checkpoint(block), pieces), 0, 1)
-    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, : q_BTNH.shape[1]]
+    return out_of_blocks(jax.lax.map(jax.checkpoint(block), pieces))[:, : q_BTNH.shape[1]]
 
 
-def in_blocks(x: Shaped[Array, "B T *rest"], size: int) -> Shaped[Array, "blocks B size *rest"]:
-    """Cut the tokens of every row into blocks, the last one filled up with zeros."""
-    pad = -x.shape[1] % size
-    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+def _by_kernel(
+    kernel: Kernel,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKV: jax.Array,
+    segment_BT: jax.Array,
+    scale: float,
+    sharding: NamedSharding,
+) -> jax.Array:
+    """Every device runs the kernel on its rows and its heads."""
+    heads, kv_heads, shards = q_BTNH.shape[2], k_BTKH.shape[2], sharding.mesh.shape["tensor"]
+    axis = "tensor" if heads % shards == 0 else None
+    if axis is not None and kv_heads % shards:
+        k_BTKH, v_BTKV = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k_BTKH, v_BTKV))
+    rows = sharding.spec[0]
+    by_head = PartitionSpec(rows, None, axis, None)
+    return jax.shard_map(
+        lambda *arrays: kernel(*arrays, scale, KERNEL_NAME),
+        mesh=sharding.mesh,
+        in_specs=(by_head, by_head, by_head, PartitionSpec(rows)),
+        out_specs=by_head,
+        check_vma=False,
+    )(q_BTNH, k_BTKH, v_BTKV, segment_BT)
 
 
 def _attend_block(

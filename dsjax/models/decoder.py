@@ -17,12 +17,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsjax.models.attention import PREFIX_SEGMENT, Tokens
+from dsjax.models.attention import KERNEL_NAME, PREFIX_SEGMENT, Tokens
 from dsjax.models.layers import MLP, Embedding, Linear, RMSNorm
 from dsjax.models.moe import MoE, Work
 from dsjax.models.rope import positions_like, rope_tables
 
-SAVED_NAMES = ("attention_out", "mlp_out")
+SAVED_NAMES = (KERNEL_NAME, "attention_out", "mlp_out")
 """Activations that the remat policy `names` keeps."""
 
 REMAT = {

@@ -2,8 +2,9 @@
 """The experts' matrix product: each group of rows by its own matrix, on every platform.
 
 In: rows sorted by group, a matrix for each group, the groups' sizes. Out: the products. No platform
-multiplies a row by another group's matrix: TPU has `ragged_dot`, CUDA the kernels of
-`grouped_kernel`, every other platform a loop over tiles of rows. Not done here: sorting the rows.
+multiplies a row by another group's matrix: TPU has jax's megablox kernels, and `ragged_dot` where
+they are not exact enough; CUDA has `grouped_kernel`; every other platform a loop over tiles of
+rows. Not done here: sorting the rows.
 """
 
 import functools
@@ -12,10 +13,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.models import grouped_kernel
 from dsjax.models.layers import precision
+
+MEGABLOX_TILE = (256, 1024, 1024)
+"""Rows, inner size and columns that megablox multiplies at a time. Its matrices stay in the layout
+that they are held in; XLA's `ragged_dot` would copy the stacks of all layers into another one."""
 
 LOOP_ROWS = 32
 """Rows that the loop over tiles multiplies at a time."""
@@ -93,8 +99,13 @@ def _by_rows(
     """x W^T, or x W, for each group; zeros beyond the groups."""
 
     def tpu(x_ZK, weight, sizes_E):
+        weight = weight.astype(x_ZK.dtype)
+        if x_ZK.dtype == jnp.bfloat16:
+            rows = _whole_tiles(x_ZK)
+            y_ZN = gmm(rows, weight, sizes_E, dtype, MEGABLOX_TILE, transpose_rhs=transposed)
+            return y_ZN[: x_ZK.shape[0]]
         contract = ((1,), (2 if transposed else 1,))
-        return _ragged(x_ZK, weight.astype(x_ZK.dtype), sizes_E, contract, [0], dtype)
+        return _ragged(x_ZK, weight, sizes_E, contract, [0], dtype)
 
     def cuda(x_ZK, weight, sizes_E):
         tiles = tiles_of(sizes_E, x_ZK.shape[0], grouped_kernel.TILE_ROWS)
@@ -111,6 +122,9 @@ def _by_weights(x_ZI: jax.Array, y_ZO: jax.Array, sizes_E: jax.Array, dtype: Any
     """y x^T summed over the rows of each group: [E, O, I]."""
 
     def tpu(x_ZI, y_ZO, sizes_E):
+        if x_ZI.dtype == jnp.bfloat16:
+            x_ZI, y_ZO = _whole_tiles(x_ZI), _whole_tiles(y_ZO)
+            return tgmm(y_ZO.T, x_ZI, sizes_E, dtype, MEGABLOX_TILE)
         return _ragged(y_ZO, x_ZI, sizes_E, ((0,), (0,)), [], dtype)
 
     def cuda(x_ZI, y_ZO, sizes_E):
@@ -120,6 +134,11 @@ def _by_weights(x_ZI: jax.Array, y_ZO: jax.Array, sizes_E: jax.Array, dtype: Any
         return _loop_over_weights(x_ZI, y_ZO, sizes_E).astype(dtype)
 
     return lax.platform_dependent(x_ZI, y_ZO, sizes_E, tpu=tpu, cuda=cuda, default=loop)
+
+
+def _whole_tiles(x_ZK: jax.Array) -> jax.Array:
+    """Add rows that no group has, up to a multiple of megablox's tile."""
+    return jnp.pad(x_ZK, [(0, -x_ZK.shape[0] % MEGABLOX_TILE[0]), (0, 0)])
 
 
 def _ragged(

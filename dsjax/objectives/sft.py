@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from dsjax.data import Batch
 from dsjax.models import Model
-from dsjax.models.attention import in_blocks
+from dsjax.models.layers import in_blocks
 
 TOKENS_PER_CHUNK = 2048
 """Tokens per device whose logits exist at the same time."""

@@ -88,8 +88,10 @@ class LatentAttention(nnx.Module):
             qkv = self._expanded(q_nope_BTNP, q_rope_BTNR, seen[0], seen[1], key)
         else:
             qkv = self._as_latents(q_nope_BTNP, q_rope_BTNR, seen[0], seen[1])
-        scale = m.softmax_scale
-        out_BTNV = attend(*qkv, shared.query, shared.key, None, scale, selection)
+        sharding = shared.sharding if own.cache is None else None
+        out_BTNV = attend(
+            *qkv, shared.query, shared.key, None, m.softmax_scale, selection, sharding
+        )
         if own.cache is not None:
             out_BTNV = self._from_latents(out_BTNV)
         out_BTD = self.o_proj(out_BTNV.reshape(*x_BTD.shape[:2], -1), key)

@@ -52,8 +52,16 @@ class Attention(nnx.Module):
         k_BSKH = rotate(k_BSKH, shared.cos_BTH, shared.sin_BTH)
         seen = append_to_cache(own.cache, (k_BSKH, v_BSKH), shared.length)
         k_BSKH, v_BSKH = seen if self.prefix is None else self.prefix(*seen)
+        own_rows = own.cache is None and self.prefix is None
         out_BTNH = attend(
-            q_BTNH, k_BSKH, v_BSKH, shared.query, shared.key, own.window, self.head_dim**-0.5
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            shared.query,
+            shared.key,
+            own.window,
+            self.head_dim**-0.5,
+            sharding=shared.sharding if own_rows else None,
         )
         out_BTD = self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1), own.dropout_key)
         return out_BTD, None if own.cache is None else seen
