@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from dsjax.models import attention_cuda
+from dsjax.config import MeshSection
+from dsjax.models import attention, attention_cuda
 from dsjax.models.attention import Tokens, attend
 from dsjax.models.attention_cuda import attend_cuda
+from dsjax.sharding import make_mesh, rows_sharding
 
 
 class Shape(NamedTuple):
@@ -120,6 +122,38 @@ def test_narrow_numbers_cost_no_more_than_their_rounding(dtype: str) -> None:
     for got, want in zip(ours, expected, strict=True):
         assert got.dtype == dtype
         assert in_memory.distance(np.asarray(got, np.float32), np.asarray(want)) < bound
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"fsdp": 2, "tensor": 2},
+        {"tensor": 4},  # more than kv heads
+        {"data": 2, "tensor": 3},  # does not divide the heads
+    ],
+    ids=str,
+)
+def test_every_device_runs_the_kernel_on_its_rows_and_heads(
+    mesh: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = Shape(2, 20, 4, 2, 8, 8)
+    arrays, segment_BT = _arrays(shape, jnp.bfloat16), _packed(shape, [6, 18])
+    kernel = functools.partial(attend_cuda, interpret=True)
+    monkeypatch.setattr(attention, "KERNELS", {"cpu": kernel})
+    devices = jax.devices()[: int(np.prod(list(mesh.values())))]
+    sharding = rows_sharding(make_mesh(MeshSection(**{"fsdp": 1} | mesh), devices))
+    tokens = Tokens(jnp.broadcast_to(jnp.arange(20), (2, 20)), segment_BT)
+
+    def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend(q, k, v, tokens, tokens, None, 8**-0.5, sharding=sharding)
+
+    ours = jax.jit(functools.partial(_both, by_kernel), compiler_options=in_memory.QUICK_COMPILE)(
+        *arrays
+    )
+    for got, want in zip(ours, _ours(arrays, segment_BT), strict=True):
+        got, want = (np.asarray(x, np.float32) for x in (got, want))
+        # A kv head's gradients, if several devices have it, are rounded before they are summed.
+        assert in_memory.distance(got, want) < float(jnp.finfo(jnp.bfloat16).eps)
 
 
 def test_padding_is_finite_and_changes_no_token() -> None:
