@@ -1,5 +1,6 @@
 # Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml
 # changes. PYTHON=/path/to/python picks the interpreter; another version than .venv's rebuilds it.
+# Only the CUDA compiler, which is large, has an environment of its own, .venv-cuda.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,10 +9,12 @@ VERSION_OF = -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])'
 VERSION := $(shell $(PYTHON) $(VERSION_OF))
 PACKAGE := $(VENV)/package-$(VERSION)
 TESTS := $(VENV)/tests-$(VERSION)
+CUDA := .venv-cuda
+CUDA_TESTS := $(CUDA)/tests-$(VERSION)
 # The tests of a file share their runs, so they stay in one process.
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test test-slow lint format
+.PHONY: quickstart test test-slow test-cuda lint format
 
 quickstart: $(PACKAGE)
 	$(BIN)/python tools/quickstart.py
@@ -21,6 +24,9 @@ test: $(TESTS)
 
 test-slow: $(TESTS)
 	$(PYTEST) -m slow
+
+test-cuda: $(CUDA_TESTS)
+	JAX_PLATFORMS=cpu $(CUDA)/bin/python -m pytest tests/cuda
 
 lint: $(TESTS)
 	$(BIN)/ruff check .
@@ -43,4 +49,10 @@ $(PACKAGE): pyproject.toml
 $(TESTS): pyproject.toml $(PACKAGE)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+$(CUDA_TESTS): pyproject.toml
+	@test "`$(CUDA)/bin/python $(VERSION_OF) 2>/dev/null`" = "$(VERSION)" || \
+	  $(PYTHON) -m venv --clear $(CUDA)
+	$(CUDA)/bin/python -m pip install --quiet --editable '.[test-cuda]'
 	@touch $@

@@ -2,9 +2,10 @@
 """The machine that tests run on: eight simulated CPU devices, no network, one compile cache.
 
 Every function of the package is checked against its annotations while tests run. A test marked
-`gpu` or `tpu` is left out where there is no such device, and the last lines say how many were.
+with a need (`NEEDS`) is left out where it is not met, and the last lines say how many were.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",  # torch and BLAS; the test processes share the cores
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # else the CUDA compiler asks for a driver
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     # With a bound, JAX writes the cache under a lock: processes share it without torn entries.
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 * 2**30),
@@ -40,7 +42,13 @@ jaxtyping.install_import_hook("dsjax", "beartype.beartype")
 hypothesis.settings.register_profile("dsjax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("dsjax")
 
-DEVICES = {"gpu": "gpu", "tpu": "tpu"}  # marker: the backend that it needs
+NEEDS: dict[str, Callable[[], bool]] = {
+    "gpu": lambda: jax.default_backend() == "gpu",
+    "tpu": lambda: jax.default_backend() == "tpu",
+    "cuda_compiler": lambda: importlib.util.find_spec("jax_cuda13_plugin") is not None,
+}
+"""Marker -> whether what it names is here."""
+
 ABSENT = pytest.StashKey[dict[str, int]]()
 
 
@@ -50,10 +58,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out tests whose device is absent, and count them."""
-    for marker, backend in DEVICES.items():
+    """Leave out tests that need what is absent, and count them."""
+    for marker, is_here in NEEDS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
-        if marked and jax.default_backend() != backend:
+        if marked and not is_here():
             config.hook.pytest_deselected(items=marked)
             items[:] = [item for item in items if item not in marked]
             config.stash[ABSENT][marker] = len(marked)
@@ -75,9 +83,10 @@ def pytest_testnodedown(node: object, error: object) -> None:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Say how many tests were left out for want of a device."""
+    """Say how many tests were left out, and for want of what."""
     for marker, count in config.stash[ABSENT].items():
-        terminalreporter.write_line(f"{count} tests were left out: there is no {marker} here")
+        absent = marker.replace("_", " ")
+        terminalreporter.write_line(f"{count} tests were left out: there is no {absent} here")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from dsjax.models.attention_cuda import attend_cuda
 from dsjax.models.attention_tpu import attend_tpu
 from dsjax.models.layers import Layout, in_blocks, out_of_blocks, precision
 
@@ -30,7 +31,7 @@ KERNEL_NAME = "attention_kernel"
 
 Kernel = Callable[..., Float[Array, "B T N V"]]
 
-KERNELS: dict[str, Kernel] = {"tpu": attend_tpu}
+KERNELS: dict[str, Kernel] = {"tpu": attend_tpu, "gpu": attend_cuda}
 """Platform of a mesh's devices -> causal attention of packed rows in 16 bits."""
 
 

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The LoRA step of a V2-Lite goes through the CUDA compiler, for one GPU and for eight."""
+
+import h100
+import in_memory
+import pytest
+
+from dsjax import adapters
+from dsjax.adapters.lora import LoraSpec
+from dsjax.config import MeshSection
+from dsjax.models import build
+from dsjax.partition import decide
+from dsjax.sharding import make_mesh
+from dsjax.step import lower_train_step, step_config
+
+pytestmark = pytest.mark.cuda_compiler
+
+V2_LITE = {
+    "model_type": "deepseek_v2",
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "first_k_dense_replace": 3,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "max_position_embeddings": 163840,
+    "rms_norm_eps": 1e-6,
+}
+"""DeepSeek-V2-Lite but for its 27 layers, of which 1 is dense."""
+
+STACKS = {3, 5}  # dense layers, layers with experts: no other dimension is 3 or 5
+LENGTH = 4608  # no width is a multiple of it
+
+
+@pytest.mark.parametrize("count, mesh", [(1, {}), (8, {"fsdp": 2, "expert": 4})])
+def test_the_lora_step_runs_the_kernels_and_gathers_a_layer_at_a_time(
+    count: int, mesh: dict[str, int]
+) -> None:
+    config = in_memory.run_config(
+        {"dtype": "bfloat16"}, training={"gradient_checkpointing": "full", "batch_size": count}
+    )
+    model = build(V2_LITE, "bfloat16")
+    adapters.attach(model, LoraSpec(r=16, lora_alpha=32))
+    on = make_mesh(MeshSection(**mesh), h100.devices(count))
+    parts = step_config(config, decide(model, dtype="bfloat16"), on, total_steps=10)
+    program = h100.compiled(lower_train_step(parts, count, LENGTH))
+
+    # Both stacks, dense and sparse, attend once forward and once more for the gradients.
+    assert program.kernels() == {
+        "attention": 4,
+        "attention_query_gradient": 2,
+        "attention_key_gradients": 2,
+        "grouped_matmul": 9,  # three products: forward, again, and back to the rows
+    }
+    shapes = program.shapes()
+    assert h100.squares(shapes, LENGTH) == []
+    assert h100.by_tokens(shapes, LENGTH, 64 * LENGTH * 1408) == []
+    assert h100.by_tokens(shapes, LENGTH, LENGTH * 2048) != []
+    gathered = program.gathered()
+    assert (gathered == set()) == (count == 1)
+    assert [shape for shape in gathered if STACKS & set(shape)] == []
