@@ -132,15 +132,30 @@ def make_layout(mesh: Mesh) -> Layout:
 def _gather(mesh: Mesh, x: jax.Array, axes: Axes) -> jax.Array:
     """Undo the division by WEIGHT_AXES; gradients are summed into the divided form again."""
     ruled, placed = _ruled(x.shape, axes, mesh), _placed(x.shape, axes, mesh)
-    if ruled == placed:
+    if _size([axis for extra in placed for axis in extra], mesh) == 1 or ruled == placed:
         return x
     return _gathered(x, _sharding(ruled, mesh), _sharding(placed, mesh))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gathered(x: jax.Array, whole: NamedSharding, divided: NamedSharding) -> jax.Array:
-    del divided
-    return jax.lax.with_sharding_constraint(x, whole)
+    dim = next(i for i, axes in enumerate(divided.spec) if axes != whole.spec[i])
+    kept, held = (_names(sharding.spec[dim]) for sharding in (whole, divided))
+
+    # The barrier keeps XLA from gathering the slice of a stack before its layer's axis is dropped,
+    # in a layout for which it would copy the whole stack.
+    def gather(part: jax.Array) -> jax.Array:
+        part = jax.lax.optimization_barrier(part)
+        return jax.lax.all_gather(part, held[len(kept) :], axis=dim, tiled=True)
+
+    return jax.shard_map(
+        gather, mesh=whole.mesh, in_specs=divided.spec, out_specs=whole.spec, check_vma=False
+    )(x)
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one dimension of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def _gathered_forward(x: jax.Array, whole: NamedSharding, divided: NamedSharding):
@@ -148,7 +163,9 @@ def _gathered_forward(x: jax.Array, whole: NamedSharding, divided: NamedSharding
 
 
 def _gathered_backward(whole: NamedSharding, divided: NamedSharding, _: None, grad: jax.Array):
-    del whole
+    # First summed, then divided: asked for the latter alone, XLA for TPU weaves both into a loop
+    # around the product, which takes long to compile.
+    grad = jax.lax.with_sharding_constraint(grad, whole)
     return (jax.lax.with_sharding_constraint(grad, divided),)
 
 
