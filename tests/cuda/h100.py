@@ -23,6 +23,8 @@ TARGETS = Path(__file__).resolve().parents[2] / "dsjax" / "gpu_targets"
 UNTIMED = {"xla_gpu_autotune_level": 0}
 """Without a device there is nothing to choose kernels by."""
 
+_FLOATS = "bf16|f16|f32"
+
 Shape = tuple[int, ...]
 
 
@@ -50,13 +52,20 @@ class Program:
 
     def gathered(self) -> set[Shape]:
         """Of all arrays of floats that devices put together from their parts."""
-        ends = re.compile(r" = (.*) all-gather(?:-start)?\(")
+        return self._results("all-gather(?:-start)?")
+
+    def rearranged(self, dtype: str) -> set[Shape]:
+        """Of all arrays that are another in another layout or place."""
+        return self._results("(?:transpose|copy|copy-start)", dtype)
+
+    def _results(self, operation: str, dtype: str = _FLOATS) -> set[Shape]:
+        ends = re.compile(rf" = (.*) {operation}\(")
         results = (ends.search(line) for line in self.text.splitlines())
-        return set().union(*(_shapes(match[1]) for match in results if match))
+        return set().union(*(_shapes(match[1], dtype) for match in results if match))
 
 
-def _shapes(text: str) -> set[Shape]:
-    found = re.findall(r"\b(?:bf16|f16|f32)\[([\d,]+)\]", text)
+def _shapes(text: str, dtype: str = _FLOATS) -> set[Shape]:
+    found = re.findall(rf"\b(?:{dtype})\[([\d,]+)\]", text)
     return {tuple(map(int, shape.split(","))) for shape in found}
 
 

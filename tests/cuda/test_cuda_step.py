@@ -48,7 +48,7 @@ LENGTH = 4608  # no width is a multiple of it
 
 
 @pytest.mark.parametrize("count, mesh", [(1, {}), (8, {"fsdp": 2, "expert": 4})])
-def test_the_lora_step_runs_the_kernels_and_gathers_a_layer_at_a_time(
+def test_the_lora_step_runs_the_kernels_and_takes_weights_a_layer_at_a_time(
     count: int, mesh: dict[str, int]
 ) -> None:
     config = in_memory.run_config(
@@ -74,3 +74,5 @@ def test_the_lora_step_runs_the_kernels_and_gathers_a_layer_at_a_time(
     gathered = program.gathered()
     assert (gathered == set()) == (count == 1)
     assert [shape for shape in gathered if STACKS & set(shape)] == []
+    # What is frozen is bfloat16 and stays as it lies; adapters are float32 and small.
+    assert [shape for shape in program.rearranged("bf16") if STACKS & set(shape)] == []

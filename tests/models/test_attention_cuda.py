@@ -20,7 +20,7 @@ from dsjax.config import MeshSection
 from dsjax.models import attention, attention_cuda
 from dsjax.models.attention import Tokens, attend
 from dsjax.models.attention_cuda import attend_cuda
-from dsjax.sharding import make_mesh, rows_sharding
+from dsjax.sharding import make_layout, make_mesh
 
 
 class Shape(NamedTuple):
@@ -141,11 +141,11 @@ def test_every_device_runs_the_kernel_on_its_rows_and_heads(
     kernel = functools.partial(attend_cuda, interpret=True)
     monkeypatch.setattr(attention, "KERNELS", {"cpu": kernel})
     devices = jax.devices()[: int(np.prod(list(mesh.values())))]
-    sharding = rows_sharding(make_mesh(MeshSection(**{"fsdp": 1} | mesh), devices))
+    layout = make_layout(make_mesh(MeshSection(**{"fsdp": 1} | mesh), devices))
     tokens = Tokens(jnp.broadcast_to(jnp.arange(20), (2, 20)), segment_BT)
 
     def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attend(q, k, v, tokens, tokens, None, 8**-0.5, sharding=sharding)
+        return attend(q, k, v, tokens, tokens, None, 8**-0.5, layout=layout)
 
     ours = jax.jit(functools.partial(_both, by_kernel), compiler_options=in_memory.QUICK_COMPILE)(
         *arrays
