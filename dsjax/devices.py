@@ -21,6 +21,10 @@ Sources:
 
 from dataclasses import dataclass
 
+GPU_MEMORY_SHARE = 0.92
+"""Part of a GPU's memory that a run takes for itself (XLA_PYTHON_CLIENT_MEM_FRACTION); the rest is
+for CUDA's context and NCCL."""
+
 
 @dataclass(frozen=True)
 class Device:

@@ -227,7 +227,9 @@ def _accumulate(
         def scaled_loss(wide: Params) -> tuple[jax.Array, Sums]:
             sums = config.objective(config.partition.merge(wide, held), rows, forward)
             loss = sums.loss * seed
-            if config.aux_loss_alpha and sums.balance is not None:
+            if not config.aux_loss_alpha:  # then it need not be computed
+                sums = sums._replace(balance=None)
+            elif sums.balance is not None:
                 loss += sums.balance * balance_seed
             if sums.ahead is not None:
                 loss += sums.ahead.loss * ahead_seed

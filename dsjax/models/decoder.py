@@ -19,18 +19,23 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.models.attention import KERNEL_NAME, PREFIX_SEGMENT, Tokens
 from dsjax.models.layers import MLP, Embedding, Layout, Linear, RMSNorm
-from dsjax.models.moe import MoE, Work
+from dsjax.models.moe import ROUTING, MoE, Work
 from dsjax.models.rope import positions_like, rope_tables
 
-SAVED_NAMES = (KERNEL_NAME, "attention_out", "mlp_out")
+SAVED_NAMES = (KERNEL_NAME, "attention_out", "mlp_out", ROUTING)
 """Activations that the remat policy `names` keeps."""
 
+_ROUTING = jax.checkpoint_policies.save_only_these_names(ROUTING)
+
 REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ROUTING
+    ),
     "names": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "full": _ROUTING,
 }
-"""training.gradient_checkpointing -> what a block keeps for its backward pass."""
+"""training.gradient_checkpointing -> what a block keeps for its backward pass. A token's experts
+are always kept: a few numbers, which are dear to choose again."""
 
 
 class Cache(NamedTuple):

@@ -15,11 +15,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.models.grouped_matmul import grouped_matmul
 from dsjax.models.layers import MLP, Layout, in_blocks, out_of_blocks, parameter, precision
+
+ROUTING = "routing"
+"""What a remat policy calls the choice of experts."""
 
 CHUNK_BYTES = 2**29
 """Most bytes on a device of the rows that are sorted by expert, one for each expert of a token."""
@@ -97,6 +101,7 @@ class Router(nnx.Module):
         _, experts_BTA = lax.top_k(
             lax.stop_gradient(self._choice(scores_BTE)), c.num_experts_per_tok
         )
+        experts_BTA = checkpoint_name(experts_BTA, ROUTING)
         weights_BTA = jnp.take_along_axis(scores_BTE, experts_BTA, axis=-1)
         if c.norm_topk_prob:
             weights_BTA = weights_BTA / (weights_BTA.sum(-1, keepdims=True) + 1e-20)

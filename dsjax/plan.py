@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plan: whether a run fits on devices that are not here, by their own compiler.
+
+    python -m dsjax.plan --config FILE --topology v5p:2x4x4 [section.key=value ...]
+
+--config FILE      the run's configuration; of the model its config.json is enough, of data nothing
+--topology NAME    v5p:2x4x4 (also v4, v5e, v6e), h100:8, h200:8x4 (also a100, l40s), cpu:8
+--json             print the plan as JSON on stdout, and nothing else there
+--verbose          also list every array: shape, sharding, bytes on a device
+--search           find the largest batch and the cheapest remat policy that fit
+--suggest          list the smallest slices, and meshes for them, that fit
+--help             print this, and stop
+
+Calls the stages that training calls, on abstract arrays, and compiles the step. Not fitting is an
+answer (exit 0, `fits` false). Not done here: the compilers' devices (`topologies`), the estimate
+of time (`estimate`), trying variants (`plan_search`).
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from dsjax import plan_report, plan_search
+from dsjax.config import load_config, split_arguments
+from dsjax.errors import ConfigError, run_command
+from dsjax.planning import make_plan
+from dsjax.topologies import open_topology
+
+_SWITCHES = ("--json", "--verbose", "--search", "--suggest")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print what was asked for."""
+    switches, topology, rest = _own_words(argv)
+    path, overrides, wanted = split_arguments(rest)
+    if "--help" in wanted:
+        print(__doc__)
+        return 0
+    config = load_config(path, overrides)
+    if topology is None and "--suggest" not in switches:
+        raise ConfigError("--topology: got nothing, expected one such as v5p:2x4x4 or h100:8")
+    if "--suggest" in switches:
+        found: Any = plan_search.suggest(config, topology, _say)
+        lines = plan_report.suggestion_lines(found)
+    elif "--search" in switches:
+        found = plan_search.search(config, open_topology(topology or ""), _say)
+        lines = plan_report.search_lines(found)
+    else:
+        found = make_plan(config, open_topology(topology or ""))
+        lines = plan_report.plan_lines(found, "--verbose" in switches)
+    if "--json" in switches:
+        print(json.dumps(_plain(found), indent=2))
+    else:
+        print("\n".join(lines))
+    return 0
+
+
+def _own_words(argv: Sequence[str]) -> tuple[set[str], str | None, list[str]]:
+    """Take this command's options out of its words."""
+    switches, topologies, rest = set(), [], []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--topology":
+            topologies.append(value if equals else next(words, ""))
+        elif word in _SWITCHES:
+            switches.add(word)
+        else:
+            rest.append(word)
+    if len(topologies) > 1:
+        raise ConfigError(f"--topology: got {' and '.join(topologies)}, expected one")
+    if {"--search", "--suggest"} <= switches:
+        raise ConfigError("--search: got it beside --suggest, expected one of the two")
+    return switches, topologies[0] if topologies else None, rest
+
+
+def _plain(found: Any) -> Any:
+    """What JSON can say: plans as objects, lists as lists."""
+    if isinstance(found, list):
+        return [_plain(item) for item in found]
+    return dataclasses.asdict(found)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

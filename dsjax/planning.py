@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's plan: its step, compiled for devices that need not be there, and what that says.
+
+In: a `RunConfig` and a `Topology`. Out: a `Plan`. The stages are those of training, on abstract
+arrays. Not done here: printing (`plan_report`), trying variants (`plan_search`).
+"""
+
+import math
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from dsjax.assembly import assemble
+from dsjax.config import RunConfig
+from dsjax.estimate import Estimate, estimate
+from dsjax.program import Collective, Memory, collectives_of, memory_of
+from dsjax.sharding import check_batch, undivided
+from dsjax.step import StepConfig, abstract_batch, abstract_state, lower_train_step, step_config
+from dsjax.throughput import token_flops
+from dsjax.topologies import Topology
+
+ANY_LENGTH = 1000
+"""Optimizer steps of the planned run: its schedule's length changes nothing else."""
+
+
+@dataclass(frozen=True)
+class ArrayPlan:
+    """One array of the model: what a device holds of it."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: str
+    trainable: bool
+    bytes_per_device: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs.
+
+    Attributes:
+        fits: whether a device's memory holds the step.
+        topology: the devices' name.
+        platform: tpu, cuda or cpu.
+        device_kind: jax's name of them.
+        devices: their number.
+        mesh: size of every axis.
+        batch_size: rows of a step.
+        gradient_accumulation_steps: portions they are computed in.
+        max_length: tokens of a row.
+        gradient_checkpointing: the remat policy.
+        peak_bytes_per_device: the most that is needed at a time; None if the compiler gave up.
+        hbm_bytes_per_device: what a program can have.
+        headroom_bytes: the difference; None as above.
+        classes: bytes per device by what they are for; `temporaries` among them.
+        compiler_says: its words, where it refused the program for want of memory.
+        total_params: of the model with its adapter.
+        trainable_params: those that train.
+        flops_per_step: that the loss and its gradients need, over all devices.
+        executed_flops_per_step: with what is computed again.
+        collectives: of one step, on one device.
+        time: the estimate; None for a device whose figures are not known.
+        replicated: what mesh axes do not divide, a line each.
+        arrays: every array of the model.
+        compile_seconds: what compiling took here.
+    """
+
+    fits: bool
+    topology: str
+    platform: str
+    device_kind: str
+    devices: int
+    mesh: dict[str, int]
+    batch_size: int
+    gradient_accumulation_steps: int
+    max_length: int
+    gradient_checkpointing: str
+    peak_bytes_per_device: int | None
+    hbm_bytes_per_device: int
+    headroom_bytes: int | None
+    classes: dict[str, int]
+    compiler_says: str | None
+    total_params: int
+    trainable_params: int
+    flops_per_step: float
+    executed_flops_per_step: float
+    collectives: list[Collective]
+    time: Estimate | None
+    replicated: list[str]
+    arrays: list[ArrayPlan]
+    compile_seconds: float
+
+
+def make_plan(config: RunConfig, topology: Topology) -> Plan:
+    """Compile a run's step for a topology.
+
+    Raises:
+        ConfigError: the configuration cannot run on these devices.
+    """
+    training, length = config.training, config.data.max_length
+    parts = assemble(config, topology.devices, weights=False)
+    accumulation = training.gradient_accumulation_steps
+    check_batch(training.batch_size, accumulation, parts.mesh)
+    step = step_config(config, parts.partition, parts.mesh, ANY_LENGTH)
+    began = time.monotonic()
+    memory, collectives, refusal = _compile(step, training.batch_size, length, topology)
+    seconds = time.monotonic() - began
+    remat = training.gradient_checkpointing
+    flops = token_flops(parts.model, parts.partition, length, remat)
+    tokens = training.batch_size * length
+    trainable, total = parts.partition.counts()
+    classes = state_bytes(step, training.batch_size, length)
+    if memory is not None:
+        classes["temporaries"] = memory.peak - memory.arguments
+    needed = None if memory is None else memory.peak
+    room = topology.memory_bytes
+    return Plan(
+        fits=needed is not None and needed <= room,
+        topology=topology.name,
+        platform=topology.platform,
+        device_kind=topology.kind,
+        devices=len(topology.devices),
+        mesh=dict(parts.mesh.shape),
+        batch_size=training.batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_length=length,
+        gradient_checkpointing=remat,
+        peak_bytes_per_device=needed,
+        hbm_bytes_per_device=room,
+        headroom_bytes=None if needed is None else room - needed,
+        classes=classes,
+        compiler_says=refusal,
+        total_params=total,
+        trainable_params=trainable,
+        flops_per_step=flops.needed * tokens,
+        executed_flops_per_step=flops.executed * tokens,
+        collectives=collectives,
+        time=estimate(
+            topology.kind,
+            config.model.dtype,
+            flops.needed * tokens / len(topology.devices),
+            flops.executed * tokens / len(topology.devices),
+            _traffic(parts, step, remat),
+            collectives,
+            tokens,
+        ),
+        replicated=undivided(parts.partition.leaves, parts.mesh),
+        arrays=array_plans(parts),
+        compile_seconds=seconds,
+    )
+
+
+def _compile(
+    step: StepConfig, rows: int, length: int, topology: Topology
+) -> tuple[Memory | None, list[Collective], str | None]:
+    """Compile the step; memory, collectives, or what the compiler says of too little memory."""
+    lowered = lower_train_step(step, rows, length)
+    try:
+        compiled = lowered.compile(compiler_options=topology.compiler_options or None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None, [], re.sub(r"\s+", " ", str(error)).split(" Largest ")[0][:300]
+    return memory_of(compiled), collectives_of(compiled.as_text()), None
+
+
+def state_bytes(step: StepConfig, rows: int, length: int) -> dict[str, int]:
+    """Bytes that a device is given for a step, by what they are for."""
+    state, leaves = abstract_state(step), step.partition.leaves
+    shardings = {path: array.sharding for path, array in state.trainable.items()}
+    frozen = [plan.bytes_per_device for plan in _planned(step) if plan.path not in shardings]
+    kinds = {
+        "frozen weights": sum(frozen),
+        "trainable weights": _local_bytes(state.trainable),
+        "optimizer": _local_bytes(state.opt_state),
+        "batch": _local_bytes(abstract_batch(rows, length, step.mesh)),
+    }
+    assert set(shardings) <= set(leaves)
+    return kinds
+
+
+def _local_bytes(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
