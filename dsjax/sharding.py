@@ -7,7 +7,7 @@ report says so. Not done here: moving data.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -114,6 +114,25 @@ def check_experts(leaves: Mapping[str, Leaf], mesh: Mesh) -> None:
 def rows_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays that lead with the rows of a batch: [B, T] and [B, T, D]."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def process_rows(
+    mesh: Mesh, batch_size: int, devices: Iterable[Any] | None = None
+) -> tuple[int, ...]:
+    """The rows of a batch that a process provides: those that its devices hold, sorted.
+
+    Devices along the other axes hold the same rows, also where they belong to several processes;
+    each of these then provides them.
+
+    Args:
+        mesh: the devices.
+        batch_size: rows of the whole batch.
+        devices: the process's; those of this one if None.
+    """
+    sharding = rows_sharding(mesh)
+    held = sharding.devices_indices_map((batch_size,))
+    mine = sharding.addressable_devices if devices is None else devices
+    return tuple(sorted({row for device in mine for row in range(batch_size)[held[device][0]]}))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -19,8 +19,8 @@ PACKAGE = ROOT / "dsjax"
 # A module imports from the rows above its own only. A folder counts as one module.
 LAYERS = (
     {"errors"},
-    {"config_rules", "tensorboard_file", "command_line"},
-    {"config_yaml"},
+    {"config_rules", "tensorboard_file", "command_line", "rendezvous"},
+    {"config_yaml", "hosts"},
     {"config"},
     {"safetensors_file", "hf_hub", "folders", "models", "data", "optimizer", "metrics"},
     {"sampling", "text_stream", "source"},
@@ -28,6 +28,7 @@ LAYERS = (
     {"hf_files", "sharding", "decoding"},
     {"adapters", "flax_checkpoint"},
     {"convert", "checkpoint", "step", "evaluation"},
+    {"gather"},
     {"assembly", "merge"},
     {"export_folder", "logit_proof"},
     {"export", "run_folder"},
