@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import jax
 from jax._src.distributed import global_state  # the one way to the coordinator's store
@@ -36,6 +36,7 @@ _FAILURE, _STOP = f"{_TOLD}failure", f"{_TOLD}stop"
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Store(Protocol):
     """What is used of jax's client of the coordinator."""
 
