@@ -82,6 +82,11 @@ class Hosts:
         assert self._client is not None, "a process alone has nobody to tell"
         return self._client
 
+    def say(self, text: str) -> None:
+        """Print a line on stderr, once for all processes."""
+        if self.primary:
+            print(text, file=sys.stderr)
+
     # What all decide together: every process calls these in the same order.
 
     def exchange(self, text: str) -> list[str]:

@@ -22,7 +22,8 @@ from typing import Any
 import jax
 from absl import flags
 
-from dsjax import __version__, adapters, optimizer
+import dsjax
+from dsjax import adapters, optimizer
 from dsjax import config as configuration
 from dsjax.assembly import CHECKPOINTS, Assembly, assemble, load_frozen, load_trainable
 from dsjax.checkpoint import Checkpointer
@@ -116,10 +117,7 @@ def train(config: RunConfig, hosts: Hosts | None = None) -> int:
     hosts.agree(same_start(config))
     # ---- 1. Devices and 2. model: the checkpoint against its config.json, the adapter, the parts
     parts = assemble(config)
-    check_dtype(config, parts)
-    form = configuration.export_format(config.export, parts.spec.peft_type if parts.spec else None)
-    if form == "peft" and parts.spec is not None:
-        adapters.check_peft_form(parts.model, parts.spec)
+    form = export_form(config, parts)
 
     # ---- 3. Data: rows to tokens, order and packing of the whole run
     data = read_data(config, parts)
@@ -135,21 +133,21 @@ def train(config: RunConfig, hosts: Hosts | None = None) -> int:
 
     # ---- 5. Announcement: what will happen, before it takes long
     table = announce(config, parts, data, total) if hosts.primary else ""
-    evaluates = data.eval is not None
-    if hosts.decide(lambda: is_complete(config, evaluates, form, earlier, total)):
-        if hosts.primary:
-            say_complete(run, total)
+    if hosts.decide(lambda: is_complete(config, data.eval is not None, form, earlier, total)):
+        if hosts.primary and not (run / PICTURE).is_file():
+            plot_loss(run)
+        hosts.say(f"nothing to do: {total} steps and all results are there")
         return 0
 
     # ---- 6. The step: one function, compiled before there is anything to hold
     step = step_config(config, parts.partition, parts.mesh, total)
-    train_step = compile_step(step, parts, data.train, hosts.primary) if start < total else None
+    train_step = compile_step(step, parts, data.train, hosts) if start < total else None
     eval_step = make_eval_step(step) if data.eval else None
 
     # ---- 7. Parameters: from the files onto the devices
-    loading = [Loading(primary=hosts.primary) for _ in range(2)]
-    frozen = load_frozen(parts, config.training.seed, loading[0])
-    trainable = {} if start else load_trainable(parts, config.training.seed, loading[1])
+    seed, primary = config.training.seed, hosts.primary
+    frozen = load_frozen(parts, seed, Loading(primary=primary))
+    trainable = {} if start else load_trainable(parts, seed, Loading(primary=primary))
 
     with claimed(run, hosts):
         # ---- 8. State: the newest complete checkpoint's, or the first
@@ -158,12 +156,11 @@ def train(config: RunConfig, hosts: Hosts | None = None) -> int:
         if start:
             state = checkpointer.restore(start, abstract_state(step))
             meter.restore(checkpointer.meta(start)["meter"])
-            if hosts.primary:
-                print(f"resuming after step {start} of {total}", file=sys.stderr)
+            hosts.say(f"resuming after step {start} of {total}")
         else:
-            state = init_state(trainable, step, config.training.seed)
+            state = init_state(trainable, step, seed)
         del trainable
-        if hosts.primary:
+        if primary:
             write_whole(run / CONFIG_FILE, configuration.to_yaml(config))
 
         # ---- 9. The loop
@@ -181,28 +178,26 @@ def train(config: RunConfig, hosts: Hosts | None = None) -> int:
             hosts,
         )
         with (
-            MetricsLog(run, config.logging, start, hosts.primary) as log,
-            Progress(total, start, hosts.primary) as progress,
+            MetricsLog(run, config.logging, start, primary) as log,
+            Progress(total, start, primary) as progress,
         ):
             log.log_start(configuration.to_yaml(config), table)
             state, stopped = loop.run(state, start, meter, log, progress)
             if stopped is not None:
-                if hosts.primary:
-                    print(f"stopped by signal {stopped}; run again to continue", file=sys.stderr)
+                hosts.say(f"stopped by signal {stopped}; run again to continue")
                 return 128 + stopped
             finish_evaluation(run, loop, state, log, progress)
             log.log_summary(total, meter.summary())
 
         # ---- 10. Results: the picture and the export
-        if hosts.primary:
+        if primary:
             plot_loss(run)
         if form is not None:
             facts = card_facts(config, parts, form, total, read_metrics(run / METRICS_FILE))
             out, marker = export_path(config), export_marker(config, form, total, meter.run_sums())
-            writing = Loading("writing", hosts.primary)
-            export_trained(parts, state.trainable, frozen, out, marker, facts, writing, hosts)
-            if hosts.primary:
-                print(f"exported {form} to {out}", file=sys.stderr)
+            progress = Loading("writing", primary)
+            export_trained(parts, state.trainable, frozen, out, marker, facts, progress, hosts)
+            hosts.say(f"exported {form} to {out}")
     return 0
 
 
@@ -214,15 +209,21 @@ def same_start(config: RunConfig) -> dict[str, Any]:
         for key, value in (values.items() if isinstance(values, dict) else [("", values)])
     }
     kinds = sorted({device.device_kind for device in jax.local_devices()})
-    versions = {"dsjax": __version__, "jax": jax.__version__}
+    versions = {"dsjax": dsjax.__version__, "jax": jax.__version__}
     return keys | versions | {"devices": ", ".join(kinds)}
 
 
-def say_complete(run: Path, total: int) -> None:
-    """End a run that was finished before."""
-    if not (run / PICTURE).is_file():
-        plot_loss(run)
-    print(f"nothing to do: {total} steps and all results are there", file=sys.stderr)
+def export_form(config: RunConfig, parts: Assembly) -> str | None:
+    """What to export.
+
+    Raises:
+        ConfigError: this model or adapter has no such form.
+    """
+    check_dtype(config, parts)
+    form = configuration.export_format(config.export, parts.spec.peft_type if parts.spec else None)
+    if form == "peft" and parts.spec is not None:
+        adapters.check_peft_form(parts.model, parts.spec)
+    return form
 
 
 @dataclass(frozen=True)
@@ -345,7 +346,7 @@ def _met(count: int, leaf: Leaf, model: Any) -> float:
     return count * model.router.num_experts_per_tok / model.router.n_routed_experts
 
 
-def compile_step(step: StepConfig, parts: Assembly, loader: Loader, primary: bool = True) -> Any:
+def compile_step(step: StepConfig, parts: Assembly, loader: Loader, hosts: Hosts) -> Any:
     """Compile the step ahead of the loop, so that its time and memory are seen as what they are."""
     began = time.monotonic()
     sharding, shardings = rows_sharding(parts.mesh), parts.shardings
@@ -364,12 +365,10 @@ def compile_step(step: StepConfig, parts: Assembly, loader: Loader, primary: boo
     compiled = make_train_step(step, state).lower(state, frozen, batch).compile()
     used = compiled.memory_analysis()
     peak = used.argument_size_in_bytes + used.temp_size_in_bytes
-    if primary:
-        print(
-            f"compiled the step in {time.monotonic() - began:.1f} s; it needs "
-            f"{peak / 2**30:.2f} GiB per device",
-            file=sys.stderr,
-        )
+    hosts.say(
+        f"compiled the step in {time.monotonic() - began:.1f} s; it needs {peak / 2**30:.2f} GiB "
+        "per device"
+    )
     return compiled
 
 
