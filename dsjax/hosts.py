@@ -7,6 +7,7 @@ What is told goes through the key-value store of jax's coordinator; a thread of 
 there twice a second, so that no step waits for it. Not done here: moving arrays (`gather`).
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -20,10 +21,10 @@ from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 import jax
 from jax._src.distributed import global_state  # the one way to the coordinator's store
 
-from dsjax.errors import ConfigError
+from dsjax.errors import ConfigError, raise_all
 from dsjax.rendezvous import Seat, meet, numbered
 
-SILENT = 20.0
+SILENT = 30.0
 """Seconds without a sign of life after which a process is gone."""
 
 JAX_SILENT = 100
@@ -60,9 +61,15 @@ class Hosts:
         count: how many there are.
     """
 
-    def __init__(self, index: int = 0, count: int = 1, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        index: int = 0,
+        count: int = 1,
+        store: Store | None = None,
+        keeps_store: bool = False,
+    ) -> None:
         self.index, self.count = index, count
-        self._client = store
+        self._client, self._keeps_store = store, keeps_store
         self._rounds = 0
         self._asked: int | None = None
         self._tick, self._stop_at, self._stop_signal = 0, -1, 0
@@ -122,8 +129,10 @@ class Hosts:
         Raises:
             ConfigError: on every process, with a line for each fact that differs.
         """
-        mine = {name: str(value) for name, value in facts.items()}
-        everyone = [json.loads(text) for text in self.exchange(json.dumps(mine))]
+        mine = json.dumps({name: str(value) for name, value in facts.items()})
+        if len(set(self.exchange(hashlib.blake2b(mine.encode(), digest_size=16).hexdigest()))) == 1:
+            return
+        everyone = [json.loads(text) for text in self.exchange(mine)]
         problems = []
         for name in dict.fromkeys(name for theirs in everyone for name in theirs):
             values: dict[str, list[int]] = {}
@@ -132,8 +141,7 @@ class Hosts:
             if len(values) > 1:
                 got = " and ".join(f"{v} on {numbered(who)}" for v, who in values.items())
                 problems.append(f"{name}: got {got}, expected the same on all processes")
-        if problems:
-            raise ConfigError("\n".join(problems))
+        raise_all(problems)
 
     # Stopping: at the same step, without asking anybody at any other.
 
@@ -208,7 +216,7 @@ class Hosts:
     def _exit(self, code: int) -> NoReturn:
         """Leave without jax's farewell, which waits for processes that may never come."""
         self._tell(f"{_GONE}{self.index}", "")
-        if self.primary:  # the store ends with this process
+        if self._keeps_store:  # it ends with this process
             deadline = time.monotonic() + _LINGER
             with suppress(jax.errors.JaxRuntimeError):
                 while len(self._store.key_value_dir_get(_GONE)) < self.count:
@@ -303,11 +311,14 @@ def joined(seat: Seat | None) -> Iterator[Hosts]:
         seat.processes,
         seat.process,
         seat.local_devices,
+        cluster_detection_method="deactivate",  # else it asks the environment again
         initialization_timeout=60,
         heartbeat_timeout_seconds=JAX_SILENT,
         shutdown_timeout_seconds=60,
     )
-    hosts = Hosts(jax.process_index(), jax.process_count(), global_state.client)
+    # A TPU numbers its processes itself.
+    index, count = jax.process_index(), jax.process_count()
+    hosts = Hosts(index, count, global_state.client, keeps_store=seat.process == 0)
     hosts.start()
     try:
         yield hosts

@@ -9,6 +9,7 @@ here: what they do together (`hosts`).
 """
 
 import json
+import re
 import socket
 import sys
 import time
@@ -148,19 +149,24 @@ def _detected(environment: Mapping[str, str], wait: float) -> Seat | None:
         port = environment.get("JAX_COORDINATOR_PORT")
         address = environment.get("JAX_COORDINATOR_ADDRESS")
         address = address or cluster.get_coordinator_address(int(wait), port)
-        local = None if "tpu" in cluster.name else cluster.get_local_process_id()
-        return Seat(
-            address,
-            cluster.get_process_count(),
-            cluster.get_process_id(),
-            None if local is None else [local],
-            wait,
-        )
+        processes, process = cluster.get_process_count(), cluster.get_process_id()
+        return Seat(address, processes, process, _local_devices(cluster, environment), wait)
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         raise ConfigError(
             f"processes: got an environment of {cluster.__name__} that could not be read "
             f"({error}), expected one; or give --coordinator, --processes and --process"
         ) from error
+
+
+def _local_devices(cluster: type[ClusterEnv], environment: Mapping[str, str]) -> list[int] | None:
+    """One device for each of several processes of a machine; all for the only one on it.
+
+    jax by itself would give one device also to the only process of a machine.
+    """
+    here = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    here = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", here)
+    local = None if "tpu" in cluster.name else cluster.get_local_process_id()
+    return None if local is None or re.fullmatch(r"1(\(x\d+\))?", here) else [local]
 
 
 def _clusters(environment: Mapping[str, str]) -> list[type[ClusterEnv]]:

@@ -208,9 +208,9 @@ def same_start(config: RunConfig) -> dict[str, Any]:
         for section, values in config.model_dump(mode="json").items()
         for key, value in (values.items() if isinstance(values, dict) else [("", values)])
     }
-    kinds = sorted({device.device_kind for device in jax.local_devices()})
+    devices = jax.local_devices()
     versions = {"dsjax": dsjax.__version__, "jax": jax.__version__}
-    return keys | versions | {"devices": ", ".join(kinds)}
+    return keys | versions | {"devices": f"{len(devices)} x {devices[0].device_kind}"}
 
 
 def export_form(config: RunConfig, parts: Assembly) -> str | None:

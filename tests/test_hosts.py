@@ -59,7 +59,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
 
     def some(count: int) -> list[Hosts]:
         store = DictStore()
-        made.extend(Hosts(index, count, store) for index in range(count))
+        made.extend(Hosts(index, count, store, index == 0) for index in range(count))
         return made
 
     monkeypatch.setattr(module, "_BEAT", 0.02)

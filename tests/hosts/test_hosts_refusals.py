@@ -79,6 +79,10 @@ def test_slurm_tells_where(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv(name, value)
     port = 4711 % 2**12 + 65535 - 2**12 + 1
     assert find_seat({}, SLURM) == Seat(f"node07:{port}", 3, 2, [0])
+    one_each = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x3)"}  # then all devices of the machine
+    assert find_seat({}, one_each) == Seat(f"node07:{port}", 3, 2, None)
+    two_each = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2,1"}
+    assert find_seat({}, two_each) == Seat(f"node07:{port}", 3, 2, [0])
     with pytest.raises(ConfigError, match="processes: got 3, expected 1; dsjax.evaluate runs as"):
         evaluate.main(["--model", "m", "--data", "d"])
     monkeypatch.setenv("SLURM_NTASKS", "1")
