@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
@@ -255,7 +254,7 @@ def _tensor_infos(folder: Path) -> dict[str, TensorInfo]:
 
 
 def to_tensors(
-    model: Model, spec: LoraSpec | PrefixSpec, params: Mapping[str, jax.Array]
+    model: Model, spec: LoraSpec | PrefixSpec, params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """Our arrays as the tensors of PEFT's file, float32."""
     if isinstance(spec, PrefixSpec):

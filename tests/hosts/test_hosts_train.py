@@ -153,7 +153,7 @@ def test_kinds_and_exports(tmp_path: Path, kind: str, variant: str, form: str):
     targets = {"target_modules": r".*\.(q_b_proj|o_proj|experts\.\d+\.(gate|up|down)_proj)"}
     more = {"export": {"format": form}}
     if (kind, form) == ("lora", "peft"):
-        more["adapter"] = targets
+        more["adapter"] = targets | {"lora_dropout": 0.0}
     config = small_run.write_inputs(tmp_path, kind, variant=variant, **more)
     experts = ["mesh.expert=2"] if variant == "deepseek_v3" else []
     mesh = ["mesh.tensor=2", *experts]
