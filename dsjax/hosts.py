@@ -193,8 +193,9 @@ class Hosts:
             print(f"error: {error}", file=sys.stderr)
         elif self._cause is None and code == 1:
             traceback.print_exception(error)
-        if self._cause is not None and self._cause["process"] != self.index:
-            code = self._say_cause(self._cause)
+        cause = self._cause
+        if cause is not None and cause["process"] != self.index and cause["message"] != message:
+            code = self._say_cause(cause)
         self._exit(code)
 
     def _await_cause(self, message: str) -> None:

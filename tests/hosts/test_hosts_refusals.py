@@ -106,6 +106,13 @@ def test_nobody_at_the_coordinator():
     assert str(error.value).startswith(told)
 
 
+def test_an_unreachable_coordinator_ends_the_command(config: Path, run_cli):
+    seat = ["--coordinator", f"localhost:{several.free_port()}", "--processes=2", "--process=1"]
+    done = run_cli("train", "--config", config, *seat, "--wait", "1", timeout=60)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: --coordinator: got localhost:")
+
+
 def test_the_others_do_not_come(capsys: pytest.CaptureFixture[str]):
     port = several.free_port()
     with pytest.raises(

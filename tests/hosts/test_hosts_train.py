@@ -118,6 +118,28 @@ def test_killed_processes_end_all(lora: Path, undisturbed: Path, victims: list[i
 
 
 @pytest.mark.slow
+def test_an_error_in_one_process_ends_all(lora: Path):
+    code = """
+import sys
+from dsjax import errors, train
+from dsjax.data import Loader
+batch = Loader.batch
+def broken(self, step):
+    if step == 9 and sys.argv[-1] == "1":
+        raise OSError("the disk is gone")
+    return batch(self, step)
+Loader.batch = broken
+errors.run_command(train.main)
+"""
+    words = ["-c", code, "--config", str(lora), f"output_dir={lora.parent / 'broken'}"]
+    run = several.start(lora.parent, words, 2, 2)
+    assert run.codes(300) == [1, 1]
+    assert "Traceback" in run.said(1) and "OSError: the disk is gone" in run.said(1)
+    assert "process 1 failed: OSError: the disk is gone" in run.said(0)
+    assert "Traceback" not in run.said(0)
+
+
+@pytest.mark.slow
 def test_other_processes_and_meshes_continue(lora: Path, undisturbed: Path):
     folder = lora.parent / "elastic"
     chance = random.Random(5)
