@@ -33,6 +33,8 @@ def host_part(array: Any, index: Index = ()) -> np.ndarray:
         index: for the leading dimensions; the others are taken whole.
     """
     if is_here(array):
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            array = array.addressable_data(0)  # of the copies that all processes hold, one here
         return np.asarray(array[index])
     bounds = _bounds(index, array.shape)
     sizes = tuple(stop - start for start, stop in bounds)

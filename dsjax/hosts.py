@@ -246,8 +246,10 @@ class Hosts:
     def _look_for_silent(self) -> None:
         """As process 0: tell of a process whose beats have ended."""
         now = time.monotonic()
+        for index in range(self.count):  # also one that has never been heard of
+            self._beats.setdefault(f"{_ALIVE}{index}", ("", now))
         for key, beat in self._store.key_value_dir_get(_ALIVE):
-            if self._beats.get(key, ("", 0.0))[0] != beat:
+            if self._beats[key][0] != beat:
                 self._beats[key] = (beat, now)
         for key, (_, since) in self._beats.items():
             if now - since > SILENT:

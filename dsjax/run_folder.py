@@ -145,16 +145,31 @@ def claimed(run: Path, hosts: Hosts | None = None) -> Iterator[None]:
     hosts = hosts or Hosts()
     if not hosts.primary:
         hosts.barrier()
+        _await_folder(run / CHECKPOINTS)
         yield
         return
     run.mkdir(parents=True, exist_ok=True)
     folder = os.open(run, os.O_RDONLY)
     try:
         _lock(folder, run)
+        if hosts.count > 1:
+            (run / CHECKPOINTS).mkdir(exist_ok=True)
         hosts.barrier()
         yield
     finally:
         os.close(folder)
+
+
+def _await_folder(folder: Path, within: float = 90.0) -> None:
+    """Wait for what process 0 has made: NFS remembers for a while that it was not there."""
+    deadline = time.monotonic() + within
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"output_dir: got no {str(folder)!r} here {within:g} s after process 0 made it, "
+                "expected a folder that all processes share"
+            )
+        time.sleep(0.1)
 
 
 def _lock(folder: int, run: Path) -> None:

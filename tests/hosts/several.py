@@ -47,8 +47,10 @@ class Run:
 
     def wait_until(self, reached: Callable[[], Any]) -> None:
         """Poll until it is true; no process may end first."""
-        assert small_run.wait_for(self.processes[0], reached), self.said(0)[-3000:]
-        assert all(process.poll() is None for process in self.processes)
+        there = small_run.wait_for(self.processes[0], reached)
+        if not there or any(process.poll() is not None for process in self.processes):
+            self.kill()
+            raise AssertionError([self.said(i)[-3000:] for i in range(len(self.logs))])
 
 
 def start(

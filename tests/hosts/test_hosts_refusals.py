@@ -10,7 +10,7 @@ import pytest
 import several
 import small_run
 
-from dsjax import evaluate
+from dsjax import evaluate, run_folder
 from dsjax.errors import ConfigError
 from dsjax.hosts import Hosts
 from dsjax.rendezvous import Seat, find_seat, meet, split_seat
@@ -185,6 +185,13 @@ def test_output_that_is_not_shared(config: Path, tmp_path: Path):
         told = "output_dir: got 'run', which is another folder for process 1 than for process 0"
         assert told in run.said(process)
     assert [list(folder.iterdir()) for folder in folders] == [[], []]
+
+
+def test_a_folder_that_does_not_appear(tmp_path: Path):
+    with pytest.raises(
+        ConfigError, match="output_dir: got no '.*checkpoints' here 0.1 s after proc"
+    ):
+        run_folder._await_folder(tmp_path / "checkpoints", 0.1)
 
 
 @pytest.mark.slow
