@@ -7,6 +7,8 @@ Nothing is allocated before `load_frozen` and `load_trainable`. Not done here: d
 state, training.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +56,12 @@ class Assembly:
     def shardings(self) -> dict[str, Any]:
         """Sharding of every leaf by path."""
         return leaf_shardings(self.partition.leaves, self.mesh)
+
+    def source_digest(self) -> str:
+        """What tells the checkpoint's form from another's: config.json, and what tensors it has."""
+        tensors = {n: [str(i.dtype), i.shape] for n, i in self.source.tensors.items()}
+        text = json.dumps([self.source.config, tensors], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def assemble(

@@ -12,6 +12,7 @@ generation.
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -45,6 +46,7 @@ from dsjax.data import Examples, Loader, find_tokenizer, load_examples
 from dsjax.errors import ConfigError, raise_all, renamed, run_command
 from dsjax.evaluation import evaluate_loss
 from dsjax.partition import Params
+from dsjax.rendezvous import refuse_several
 from dsjax.sharding import check_batch
 from dsjax.step import make_eval_step, step_config
 from dsjax.terminal import Loading
@@ -70,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
     """Evaluate what the command line names."""
     words = _parser().parse_intermixed_args(argv)
     raise_all(_problems(words))
+    refuse_several("dsjax.evaluate", os.environ)
     if words.config is not None:
         print_results(evaluate_run(load_config(words.config, words.overrides)))
     else:
@@ -154,10 +157,7 @@ def measure(
 ) -> dict[str, Any]:
     """Run over all examples; returns what is printed."""
     section = config.data.model_copy(update={"shuffle": False})
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    loader = Loader(
-        examples, section, config.training.batch_size, config.training.seed, **processes
-    )
+    loader = Loader(examples, section, config.training.batch_size, config.training.seed)
     frozen = load_frozen(parts, config.training.seed, Loading())
     eval_step = make_eval_step(step_config(config, parts.partition, parts.mesh, total_steps=1))
     told = _told(eval_step, loader.steps_in_epoch(0))
@@ -202,8 +202,7 @@ def print_results(results: dict[str, Any]) -> None:
         if not finite:
             print(f"{name}: got {value}, which JSON has no word for: null", file=sys.stderr)
         shown[name] = value if finite else None
-    if jax.process_index() == 0:
-        print(json.dumps(shown, indent=2, ensure_ascii=False))
+    print(json.dumps(shown, indent=2, ensure_ascii=False))
 
 
 def _config_of(words: argparse.Namespace) -> RunConfig:

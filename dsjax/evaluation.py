@@ -22,10 +22,31 @@ class StoppedError(Exception):
     """An evaluation was given up because its caller asked for it."""
 
 
-def to_devices(batch: Batch, mesh: Mesh) -> Batch:
-    """Put this process's rows of a batch onto its devices."""
+def to_devices(batch: Batch, mesh: Mesh, loader: Loader | None = None) -> Batch:
+    """Put this process's rows of a batch onto its devices.
+
+    Args:
+        batch: the rows.
+        mesh: the devices.
+        loader: where the batch is from; it knows which rows these are. Not needed for devices
+            that are all this process's.
+    """
     sharding = rows_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    if sharding.is_fully_addressable:
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    assert loader is not None, "several processes: whose rows are these?"
+    rows, total = np.asarray(loader.rows), loader.batch_size
+
+    def put(x: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[0].indices(total)
+            first = int(np.searchsorted(rows, start))
+            return x[first : first + stop - start]
+
+        return jax.make_array_from_callback((total, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, batch)
 
 
 def evaluate_loss(
@@ -55,7 +76,7 @@ def evaluate_loss(
     """
     totals = np.zeros(4, np.float64)
     for batch in loader.iterate(0, loader.steps_in_epoch(0)):
-        sums = jax.device_get(eval_step(trainable, frozen, to_devices(batch, mesh)))
+        sums = jax.device_get(eval_step(trainable, frozen, to_devices(batch, mesh, loader)))
         if stop():
             raise StoppedError
         totals += np.asarray([sums.loss, sums.weight, sums.correct, sums.tokens], np.float64)

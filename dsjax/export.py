@@ -12,6 +12,7 @@ Not done here: training; deciding what to write by default (`config.export_forma
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,11 +41,14 @@ from dsjax.export_folder import (
 from dsjax.flax_checkpoint import is_flax_checkpoint, open_flax
 from dsjax.folders import check_empty, written_beside
 from dsjax.fp8 import DequantisedSource
+from dsjax.gather import host_array
 from dsjax.hf_files import SafetensorsWriter
+from dsjax.hosts import Hosts
 from dsjax.merge import changed_tensors, write_checkpoint
 from dsjax.metrics import METRICS_FILE, read_metrics
 from dsjax.model_card import CardFacts, source_license, write_model_card
 from dsjax.partition import Params
+from dsjax.rendezvous import refuse_several
 from dsjax.storage import is_url, written_to_url
 
 
@@ -60,27 +64,32 @@ def to_hf(
         write_checkpoint(source, directory, {}, progress)
 
 
-def write_peft(directory: Path, parts: Assembly, trained: Params) -> None:
+def write_peft(directory: Path, parts: Assembly, trained: Params, primary: bool = True) -> None:
     """Write PEFT's adapter folder, and prove that it reads back as the same adapter.
+
+    Of several processes the `primary` one writes; the others help it to the arrays.
 
     Raises:
         RuntimeError: it does not.
     """
     model, spec = parts.model, parts.spec
     assert spec is not None
+    gathered = {path: host_array(array, primary) for path, array in trained.items()}
+    if not primary:
+        return
+    host = {path: array for path, array in gathered.items() if array is not None}
     config = adapters.peft_config(model, spec, base_name(parts))
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (directory / peft_files.CONFIG).write_text(text + "\n", "utf-8")
-    tensors = adapters.peft_tensors(model, spec, trained)
+    tensors = adapters.peft_tensors(model, spec, host)
     entries = [(name, array.dtype, array.shape) for name, array in sorted(tensors.items())]
     with SafetensorsWriter(directory / peft_files.TENSORS, entries) as writer:
         for name, _, _ in entries:
             writer.append(name, tensors[name])
     again = adapters.resolve(AdapterSection(path=str(directory)))
     assert again is not None
-    leaves, shardings = parts.partition.leaves, parts.shardings
-    read = adapters.load_params(str(directory), model, again, leaves, shardings)
-    wrong = [p for p in trained if not np.array_equal(np.asarray(trained[p]), np.asarray(read[p]))]
+    read = peft_files.read_params(str(directory), model, again, parts.partition.leaves)
+    wrong = [path for path in host if not np.array_equal(host[path], read[path])]
     if wrong or adapters.peft_config(model, again, base_name(parts)) != config:
         raise RuntimeError(f"{directory}: the adapter read back differs from the trained: {wrong}")
 
@@ -111,11 +120,13 @@ def export_trained(
     marker: Mapping[str, Any],
     card: CardFacts,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    hosts: Hosts | None = None,
 ) -> bool:
     """Write and prove an export, beside `out` first; what lies at `out` is replaced.
 
-    The caller has made sure that it may be (`check_replaceable`). A merged export gives up the
-    arrays: the proof loads what changed in their place, never beside them.
+    Of several processes the first writes, and all prove the logits. The caller has made sure that
+    `out` may be replaced (`check_replaceable`). A merged export gives up the arrays: the proof
+    loads what changed in their place, never beside them.
 
     Args:
         parts: the run's model.
@@ -125,23 +136,28 @@ def export_trained(
         marker: from `export_marker`, of these arrays.
         card: the model card's facts.
         progress: told the bytes written so far and in all.
+        hosts: this process among those of the run; None for a process alone.
 
     Returns:
         Whether anything was written: an export with the same marker is kept as it is.
     """
-    if is_exported(out, marker):
+    hosts = hosts or Hosts()
+    if hosts.decide(lambda: is_exported(out, marker)):
         return False
-    with written_beside(out) as directory:
+    with written_beside(out, hosts.primary) as directory:
         if marker["format"] == "peft":
-            write_peft(directory, parts, trainable)
+            write_peft(directory, parts, trainable, hosts.primary)
         else:
             masks = parts.partition.layer_masks
             changes = changed_tensors(parts.model, parts.spec, trainable, masks)
             again_fp8 = marker.get("dtype") == "fp8"
-            write_checkpoint(parts.source, directory, changes, progress, again_fp8)
+            write_checkpoint(parts.source, directory, changes, progress, again_fp8, hosts.primary)
+            hosts.barrier()  # written: all read it
             logit_proof.prove(parts, trainable, frozen, directory, changes.keys())
-        write_model_card(directory, card)
-        write_marker(directory, marker)
+            hosts.barrier()  # read by all: it may take its name
+        if hosts.primary:
+            write_model_card(directory, card)
+            write_marker(directory, marker)
     return True
 
 
@@ -179,6 +195,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--format", required=True, choices=("merged", "peft"))
     words = parser.parse_args(argv)
+    refuse_several("dsjax.export", os.environ)
     if is_url(words.out):
         raise ConfigError(written_to_url(words.out, "--out"))
     run, out = Path(words.run), Path(words.out)

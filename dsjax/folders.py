@@ -36,13 +36,17 @@ def check_possible(folder: Path, field: str) -> None:
 
 
 @contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
+def written_beside(path: Path, primary: bool = True) -> Iterator[Path]:
     """Give a new folder beside `path`; on leaving normally it takes `path`'s place.
 
-    What lies at `path` is replaced. What an earlier, killed attempt left beside it is removed.
+    What lies at `path` is replaced. What an earlier, killed attempt left beside it is removed. Of
+    several processes the `primary` one does so, for all; that they wait for one another is theirs.
     """
     path = path.absolute()
     partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
+    if not primary:
+        yield partial
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)

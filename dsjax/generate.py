@@ -11,6 +11,7 @@ answers and nothing else. Not done here: the loop over tokens (`decoding`).
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from dsjax.decoding import generate, prompt_problems, request_problems
 from dsjax.errors import ConfigError, raise_all, renamed, run_command
 from dsjax.models import Model
 from dsjax.pretrained import load_pretrained
+from dsjax.rendezvous import refuse_several
 from dsjax.sampling import Sampling
 from dsjax.sharding import make_mesh
 from dsjax.text_stream import TextStream
@@ -48,6 +50,7 @@ INTERRUPTED = 130
 def main(argv: Sequence[str]) -> int:
     """Generate what the command line asks for."""
     words = _parser().parse_args(argv)
+    refuse_several("dsjax.generate", os.environ)
     try:
         with renamed(OPTIONS):
             return run(words)

@@ -135,6 +135,7 @@ def sample_logits(
     options = LITTLE_MEMORY if on_cpu else None
     # Two programs: in one, float32 copies of embedding and head would be there at the same time.
     hidden = jax.jit(run, out_shardings=replicated(parts.mesh), compiler_options=options)
-    head = jax.jit(lambda t, f, x_TD: model(t, f).head(x_TD))
-    x_TD = hidden(trainable, frozen, jax.device_put(ids, layout.rows))
+    head = jax.jit(lambda t, f, x_TD: model(t, f).head(x_TD), out_shardings=replicated(parts.mesh))
+    dealt = jax.make_array_from_callback(ids.shape, layout.rows, lambda index: ids[index])
+    x_TD = hidden(trainable, frozen, dealt)
     return np.asarray(head(trainable, frozen, x_TD), np.float32)

@@ -10,12 +10,11 @@ import json
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from dsjax.assembly import Assembly
@@ -24,6 +23,7 @@ from dsjax.config import RunConfig
 from dsjax.data import Loader
 from dsjax.errors import ConfigError
 from dsjax.evaluation import StoppedError, evaluate_loss, to_devices
+from dsjax.hosts import Hosts
 from dsjax.metrics import BOARD, Meter, MetricsLog
 from dsjax.partition import Params
 from dsjax.profiling import Profile
@@ -46,19 +46,20 @@ class Loop:
     train_step: Any
     eval_step: Any
     checkpointer: Checkpointer
+    hosts: Hosts
 
     def run(
         self, state: TrainState, start: int, meter: Meter, log: MetricsLog, progress: Progress
     ) -> tuple[TrainState, int | None]:
         """Run the steps from `start`; returns the state and the signal that ended them early."""
         traced, folder = self.config.logging.profile_steps, Path(self.config.output_dir)
-        profile = Profile(traced, start, self.total, folder / BOARD, jax.process_index() == 0)
-        with signals_caught() as caught:
+        profile = Profile(traced, start, self.total, folder / BOARD, self.hosts.primary)
+        with signals_caught(self.hosts):
             # Inside: a save that still runs is waited for before a signal can end the process, and
             # also when a step raises.
             with closing(self.checkpointer), profile:
-                state = self._steps(state, start, meter, log, progress, profile, caught)
-            return state, caught[0] if caught else None
+                state = self._steps(state, start, meter, log, progress, profile)
+            return state, self.hosts.stop_wanted()
 
     def _steps(
         self,
@@ -68,17 +69,15 @@ class Loop:
         log: MetricsLog,
         progress: Progress,
         profile: Profile,
-        caught: list[int],
     ) -> TrainState:
-        """Run the steps until the last, or until a signal is caught."""
+        """Run the steps until the last, or until all processes stop for a signal."""
         every = self.config.logging.logging_steps
         meter.start()
         # A signal may have cut off the evaluation that belongs to the step before.
-        self._evaluate_if_due(state, start, meter, log, progress, caught)
-        if caught:
+        if self._evaluate_if_due(state, start, meter, log, progress) or self._stops():
             return state
         for step, batch in enumerate(self.train.iterate(start, self.total), start + 1):
-            rows = to_devices(batch, self.parts.mesh)
+            rows = to_devices(batch, self.parts.mesh, self.train)
             state, told = self.train_step(state, self.frozen, rows)
             sums, ahead = told.sums, told.sums.ahead
             after = None if ahead is None else (ahead.loss, ahead.weight)
@@ -89,14 +88,17 @@ class Loop:
                 values = self._values(step, meter, told)
                 log.log(step, values)
                 progress.log(step, values)
-            self._evaluate_if_due(state, step, meter, log, progress, caught)
-            if step == self.total or caught or self.checkpointer.due(step):
+            stopped = self._evaluate_if_due(state, step, meter, log, progress) or self._stops()
+            if step == self.total or stopped or self.checkpointer.due(step):
                 self._check_finite(step, told)
                 self._save(step, state, meter)
             profile.reached(step, told)
-            if caught:
+            if stopped:
                 break
         return state
+
+    def _stops(self) -> bool:
+        return self.hosts.stop_reached() is not None
 
     def _values(self, step: int, meter: Meter, told: StepReport) -> dict[str, Any]:
         """The line of a step."""
@@ -150,17 +152,22 @@ class Loop:
         meter: Meter,
         log: MetricsLog,
         progress: Progress,
-        caught: list[int],
-    ) -> None:
+    ) -> bool:
         """Evaluate where `eval_steps` says; a signal cuts it off, and the next run makes up for it.
+
+        Returns whether it did.
 
         An evaluation can last far longer than whoever sends SIGTERM waits before SIGKILL.
         """
         every = self.config.training.eval_steps
         due = every and 0 < step < self.total and step % every == 0
         if due and not log.evaluated(step):
-            with meter.paused(), suppress(StoppedError):
-                self.evaluate(state, step, log, progress, lambda: bool(caught))
+            with meter.paused():
+                try:
+                    self.evaluate(state, step, log, progress, self._stops)
+                except StoppedError:
+                    return True
+        return False
 
     def evaluate(
         self,
@@ -205,15 +212,14 @@ def expert_values(loads_LE: np.ndarray, tokens: int, chosen: int) -> dict[str, f
 
 
 @contextmanager
-def signals_caught() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying of them; the loop looks after each step."""
-    caught: list[int] = []
+def signals_caught(hosts: Hosts) -> Iterator[None]:
+    """Note SIGTERM and SIGINT instead of dying of them; the loop looks after each step."""
     before = {
-        number: signal.signal(number, lambda number, frame: caught.append(number))
+        number: signal.signal(number, lambda number, frame: hosts.ask_to_stop(number))
         for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
-        yield caught
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -224,7 +230,8 @@ def finish_evaluation(
 ) -> None:
     """Evaluate the final weights, unless a finished run did."""
     file = run / EVAL_RESULTS
-    if loop.eval is None or is_evaluated(file, loop.total):
+    if loop.eval is None or loop.hosts.decide(lambda: is_evaluated(file, loop.total)):
         return
     results = {"step": loop.total, **loop.evaluate(state, loop.total, log, progress)}
-    write_whole(file, json.dumps(results, indent=2) + "\n")
+    if loop.hosts.primary:
+        write_whole(file, json.dumps(results, indent=2) + "\n")

@@ -25,14 +25,30 @@ from dsjax import fp8
 from dsjax.adapters import Spec, lora
 from dsjax.convert import EMBEDDING, HEAD, row_pieces
 from dsjax.flax_checkpoint import safetensors_name
+from dsjax.gather import host_part, is_here
 from dsjax.hf_files import CONFIG, SAFETENSORS_INDEX, SafetensorsWriter, index_json, open_source
 from dsjax.models import Model, entries_of
 from dsjax.models.weight_rules import Entry
 from dsjax.source import Source
 
 Rows = tuple[slice, ...]
-Change = Callable[[Rows, np.ndarray], np.ndarray]
-"""New values of some rows of a tensor, float32, from the source's values of those rows."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """New values of some rows of a tensor, float32, from the source's values of those rows.
+
+    Attributes:
+        fetch: brings what was trained for these rows to the host; all processes call it alike.
+        apply: the new values, from the source's and what was fetched.
+    """
+
+    fetch: Callable[[Rows], Any]
+    apply: Callable[[np.ndarray, Any], np.ndarray]
+
+    def __call__(self, rows: Rows, source: np.ndarray) -> np.ndarray:
+        """The new values."""
+        return self.apply(source, self.fetch(rows))
 
 
 def changed_tensors(
@@ -57,13 +73,14 @@ def changed_tensors(
         return changes
     assert isinstance(spec, lora.LoraSpec), "a prefix has no merged form"
     pieces = lora.tensors(model, spec)
-    host = {path: np.asarray(trained[path], np.float32) for path, _ in pieces.values()}
+    arrays = {path: trained[path] for path, _ in pieces.values()}
+    arrays = {path: np.asarray(a, np.float32) if is_here(a) else a for path, a in arrays.items()}
     changes = {}
     for key in (key for key in pieces if key.endswith(".lora_A.weight")):
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         (path_a, at_a), (path_b, at_b) = pieces[key], pieces[key.replace("lora_A", "lora_B")]
-        low, high = host[path_a][at_a], host[path_b][at_b] * np.float32(spec.scaling_of(name))
-        changes[f"{name}.weight"] = _with_update(low, high)
+        low, high = (arrays[path_a], at_a), (arrays[path_b], at_b)
+        changes[f"{name}.weight"] = _with_update(low, high, spec.scaling_of(name))
     return changes
 
 
@@ -73,25 +90,38 @@ def _trains(entry: Entry, masks: Mapping[str, Any]) -> bool:
 
 
 def _trained_rows(array: jax.Array, index: tuple[int, ...]) -> Change:
-    def change(rows: Rows, source: np.ndarray) -> np.ndarray:
-        part = np.asarray(array[(*index, *rows)])
+    def apply(source: np.ndarray, part: np.ndarray) -> np.ndarray:
         if np.array_equal(source.astype(part.dtype), part):
             return source  # what did not change keeps the precision of its file
         return part.astype(np.float32)
 
-    return change
+    return Change(lambda rows: host_part(array, (*index, *rows)), apply)
 
 
 def in_turn(first: Change, second: Change) -> Change:
     """Two changes of one tensor, one after the other."""
-    return lambda rows, source: second(rows, first(rows, source))
+    return Change(
+        lambda rows: (first.fetch(rows), second.fetch(rows)),
+        lambda source, parts: second.apply(first.apply(source, parts[0]), parts[1]),
+    )
 
 
-def _with_update(low: np.ndarray, high: np.ndarray) -> Change:
-    def change(rows: Rows, source: np.ndarray) -> np.ndarray:
-        return source.astype(np.float32) + high[rows] @ low
+Factor = tuple[Any, tuple[Any, ...]]
+"""An array and the index of a module's factor in it."""
 
-    return change
+
+def _with_update(low: Factor, high: Factor, scaling: float) -> Change:
+    """The source plus scaling * high @ low."""
+
+    def fetch(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        array, (*lead, _, rank) = high
+        return host_part(*low), host_part(array, (*lead, *rows, rank))
+
+    def apply(source: np.ndarray, factors: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        low_rI, high_Or = factors
+        return source.astype(np.float32) + (high_Or * np.float32(scaling)) @ low_rI
+
+    return Change(fetch, apply)
 
 
 @dataclass(frozen=True)
@@ -102,6 +132,14 @@ class Output:
     dtype: np.dtype
     shape: tuple[int, ...]
     pieces: Callable[[], Iterator[np.ndarray]]
+    change: Change | None = None
+    rows: Callable[[], Iterator[Rows]] = lambda: iter(())
+
+    def follow(self) -> None:
+        """Do what `pieces` needs of a process that does not write."""
+        if self.change is not None:
+            for rows in self.rows():
+                self.change.fetch(rows)
 
     @property
     def nbytes(self) -> int:
@@ -115,6 +153,7 @@ def write_checkpoint(
     changes: Mapping[str, Change],
     progress: Callable[[int, int], None] = lambda done, total: None,
     quantised: bool = False,
+    primary: bool = True,
 ) -> None:
     """Write a Hugging Face checkpoint like the source, some tensors changed, and prove it.
 
@@ -124,11 +163,16 @@ def write_checkpoint(
         changes: how each changed tensor is computed.
         progress: told the bytes written so far and in all.
         quantised: whether FP8 tensors that changed become FP8 again, and not bfloat16.
+        primary: whether this is the process that writes; the others help it to the arrays.
 
     Raises:
         RuntimeError: reading it again gave other bytes than were written.
     """
     files = _outputs(source, changes, quantised)
+    if not primary:
+        for out in (out for outs in files.values() for out in outs):
+            out.follow()
+        return
     for file in source.aux_files():
         shutil.copyfile(file, directory / file.name)
     _write_config(source, directory, files)
@@ -165,14 +209,23 @@ def _outputs(
         if weight in changes and raw.tensors[weight].dtype == fp8.FP8:
             outputs += _changed_fp8(source, name, changes[weight], quantised)
         else:
-            pieces = partial(_pieces, raw, name, changes.get(name))
-            outputs.append(Output(name, info.dtype, info.shape, pieces))
+            outputs.append(_output(raw, name, info.dtype, changes.get(name)))
     return files
 
 
-def _pieces(source: Source, name: str, change: Change | None) -> Iterator[np.ndarray]:
+def _output(source: Source, name: str, dtype: np.dtype, change: Change | None) -> Output:
+    """A tensor as the source has it, or changed."""
     info = source.tensors[name]
-    for rows in row_pieces(info.shape, info.dtype.itemsize):
+    rows = partial(row_pieces, info.shape, info.dtype.itemsize)
+    pieces = partial(_pieces, source, name, change, rows)
+    return Output(name, dtype, info.shape, pieces, change, rows)
+
+
+def _pieces(
+    source: Source, name: str, change: Change | None, all_rows: Callable[[], Iterator[Rows]]
+) -> Iterator[np.ndarray]:
+    info = source.tensors[name]
+    for rows in all_rows():
         piece = source.read(name, rows)
         yield piece if change is None else change(rows, piece).astype(info.dtype)
 
@@ -183,21 +236,25 @@ def _changed_fp8(source: Source, name: str, change: Change, quantised: bool) -> 
     weight, info = name.removesuffix(fp8.SCALE), source.raw.tensors[name]
     is_scale = name != weight
     if quantised:
-        pieces = partial(_requantised, source, weight, change, is_scale)
-        return [Output(name, info.dtype, info.shape, pieces)]
+        whole = source.tensors[weight].shape
+        rows = partial(row_pieces, whole, 4, source.format.rows)
+        pieces = partial(_requantised, source, weight, change, is_scale, rows)
+        return [Output(name, info.dtype, info.shape, pieces, change, rows)]
     if is_scale:
         return []
-    pieces = partial(_pieces, source, name, change)
-    return [Output(name, np.dtype(ml_dtypes.bfloat16), info.shape, pieces)]
+    return [_output(source, name, np.dtype(ml_dtypes.bfloat16), change)]
 
 
 def _requantised(
-    source: fp8.DequantisedSource, name: str, change: Change, scales: bool
+    source: fp8.DequantisedSource,
+    name: str,
+    change: Change,
+    scales: bool,
+    all_rows: Callable[[], Iterator[Rows]],
 ) -> Iterator[np.ndarray]:
     """The new bytes, or the new scales, of a changed FP8 weight, whole blocks at a time."""
-    form, shape = source.format, source.tensors[name].shape
-    info = source.raw.tensors[name + fp8.SCALE]
-    for rows in row_pieces(shape, 4, form.rows):
+    form, info = source.format, source.raw.tensors[name + fp8.SCALE]
+    for rows in all_rows():
         pair = fp8.quantise(change(rows, source.read(name, rows)), form)
         yield pair[1].astype(info.dtype) if scales else pair[0]
 

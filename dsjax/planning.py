@@ -17,7 +17,7 @@ from dsjax.assembly import assemble
 from dsjax.config import RunConfig
 from dsjax.estimate import Estimate, estimate
 from dsjax.program import Collective, Memory, collectives_of, memory_of
-from dsjax.sharding import check_batch, undivided
+from dsjax.sharding import check_batch, computed_sharding, leaf_sharding, undivided
 from dsjax.step import StepConfig, abstract_batch, abstract_state, lower_train_step, step_config
 from dsjax.throughput import token_flops
 from dsjax.topologies import Topology
@@ -144,12 +144,12 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
             config.model.dtype,
             flops.needed * tokens / len(topology.devices),
             flops.executed * tokens / len(topology.devices),
-            _traffic(parts, step, remat),
+            _traffic(step, classes, remat),
             collectives,
             tokens,
         ),
         replicated=undivided(parts.partition.leaves, parts.mesh),
-        arrays=array_plans(parts),
+        arrays=array_plans(step),
         compile_seconds=seconds,
     )
 
@@ -165,22 +165,37 @@ def _compile(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return None, [], re.sub(r"\s+", " ", str(error)).split(" Largest ")[0][:300]
-    return memory_of(compiled), collectives_of(compiled.as_text()), None
+    return memory_of(compiled), collectives_of(compiled.as_text() or ""), None
 
 
 def state_bytes(step: StepConfig, rows: int, length: int) -> dict[str, int]:
     """Bytes that a device is given for a step, by what they are for."""
-    state, leaves = abstract_state(step), step.partition.leaves
-    shardings = {path: array.sharding for path, array in state.trainable.items()}
-    frozen = [plan.bytes_per_device for plan in _planned(step) if plan.path not in shardings]
-    kinds = {
-        "frozen weights": sum(frozen),
+    state = abstract_state(step)
+    counters = (state.step, state.rng, state.loss_scale)
+    return {
+        "frozen weights": sum(a.bytes_per_device for a in array_plans(step) if not a.trainable),
         "trainable weights": _local_bytes(state.trainable),
-        "optimizer": _local_bytes(state.opt_state),
+        "optimizer": _local_bytes((state.opt_state, counters)),
         "batch": _local_bytes(abstract_batch(rows, length, step.mesh)),
     }
-    assert set(shardings) <= set(leaves)
-    return kinds
+
+
+def array_plans(step: StepConfig) -> list[ArrayPlan]:
+    """Where every array of the model lies."""
+    plans = []
+    for path, leaf in step.partition.leaves.items():
+        sharding = leaf_sharding(leaf, step.mesh)
+        held = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        trains = path in step.partition.trainable
+        spec = ", ".join(_spec_entry(entry) for entry in sharding.spec)
+        plans.append(ArrayPlan(path, leaf.shape, leaf.dtype.name, spec, trains, held))
+    return plans
+
+
+def _spec_entry(entry: Any) -> str:
+    if entry is None:
+        return "-"
+    return entry if isinstance(entry, str) else " x ".join(entry)
 
 
 def _local_bytes(tree: Any) -> int:
@@ -188,3 +203,18 @@ def _local_bytes(tree: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def _traffic(step: StepConfig, classes: dict[str, int], remat: str) -> float:
+    """Bytes that a device's memory moves at least in a step.
+
+    Each portion of the batch reads the gathered weights once forward, once backward, and once more
+    where blocks are computed again; the update reads and writes what trains and its moments.
+    """
+    passes = 2 + (remat != "none")
+    gathered = sum(
+        math.prod(computed_sharding(leaf, step.mesh).shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in step.partition.leaves.values()
+    )
+    updated = 2 * (classes["trainable weights"] + classes["optimizer"])
+    return float(step.accumulation * passes * gathered + updated)

@@ -9,6 +9,8 @@ import fcntl
 import json
 import os
 import sys
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +23,12 @@ from dsjax.config import RunConfig, load_config
 from dsjax.errors import ConfigError
 from dsjax.export_folder import check_replaceable, export_marker, is_exported
 from dsjax.folders import check_possible
+from dsjax.hosts import Hosts
 from dsjax.metrics import METRICS_FILE, read_metrics
+from dsjax.rendezvous import numbered
+
+SHARED_WITHIN = 20.0
+"""Seconds after which a file that one process wrote must be there for the others."""
 
 CONFIG_FILE, EVAL_RESULTS = "config.yaml", "eval_results.json"
 
@@ -91,22 +98,78 @@ def earlier_config(file: Path) -> RunConfig:
         ) from error
 
 
+def check_shared(run: Path, hosts: Hosts, within: float = SHARED_WITHIN) -> None:
+    """Prove that the output directory is one and the same for all processes of the run.
+
+    Process 0 leaves a file where the directory is, or is going to be, for as long as it takes.
+
+    Raises:
+        ConfigError: some process does not see it.
+    """
+    if hosts.count == 1:
+        return
+    check_possible(run, "output_dir")
+    places = (run.absolute(), *run.absolute().parents)
+
+    def leave() -> tuple[int, str]:
+        above = next(number for number, place in enumerate(places) if place.exists())
+        name = f".dsjax-{uuid.uuid4().hex}"
+        (places[above] / name).touch()
+        return above, name
+
+    above, name = hosts.decide(leave)
+    token, deadline = places[above] / name, time.monotonic() + within
+    while not token.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen = hosts.exchange(json.dumps(token.exists()))
+    if hosts.primary:
+        token.unlink()
+    blind = [process for process, answer in enumerate(seen) if not json.loads(answer)]
+    if blind:
+        raise ConfigError(
+            f"output_dir: got {str(run)!r}, which is another folder for {numbered(blind)} than for "
+            "process 0, expected one that all share; use an absolute path on NFS, Filestore, "
+            "Lustre or a mounted bucket"
+        )
+
+
 @contextmanager
-def claimed(run: Path) -> Iterator[None]:
+def claimed(run: Path, hosts: Hosts | None = None) -> Iterator[None]:
     """Make the output directory, after `earlier_run` found nothing against it, and lock it.
 
-    The lock goes with the process, however that ends.
+    Of several processes the first does so, for all. The lock goes with it, however it ends.
 
     Raises:
         ConfigError: another process is training there.
     """
+    hosts = hosts or Hosts()
+    if not hosts.primary:
+        hosts.barrier()
+        _await_folder(run / CHECKPOINTS)
+        yield
+        return
     run.mkdir(parents=True, exist_ok=True)
     folder = os.open(run, os.O_RDONLY)
     try:
         _lock(folder, run)
+        if hosts.count > 1:
+            (run / CHECKPOINTS).mkdir(exist_ok=True)
+        hosts.barrier()
         yield
     finally:
         os.close(folder)
+
+
+def _await_folder(folder: Path, within: float = 90.0) -> None:
+    """Wait for what process 0 has made: NFS remembers for a while that it was not there."""
+    deadline = time.monotonic() + within
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"output_dir: got no {str(folder)!r} here {within:g} s after process 0 made it, "
+                "expected a folder that all processes share"
+            )
+        time.sleep(0.1)
 
 
 def _lock(folder: int, run: Path) -> None:

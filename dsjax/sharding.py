@@ -7,7 +7,7 @@ report says so. Not done here: moving data.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -172,6 +172,25 @@ def _gathered_backward(whole: NamedSharding, divided: NamedSharding, _: None, gr
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
+def process_rows(
+    mesh: Mesh, batch_size: int, devices: Iterable[Any] | None = None
+) -> tuple[int, ...]:
+    """The rows of a batch that a process provides: those that its devices hold, sorted.
+
+    Devices along the other axes hold the same rows, also where they belong to several processes;
+    each of these then provides them.
+
+    Args:
+        mesh: the devices.
+        batch_size: rows of the whole batch.
+        devices: the process's; those of this one if None.
+    """
+    sharding = rows_sharding(mesh)
+    held = sharding.devices_indices_map((batch_size,))
+    mine = sharding.addressable_devices if devices is None else devices
+    return tuple(sorted({row for device in mine for row in range(batch_size)[held[device][0]]}))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """One copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -180,6 +199,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def leaf_sharding(leaf: Leaf, mesh: Mesh) -> NamedSharding:
     """Sharding of one leaf by its logical axes."""
     return _sharding(_placed(leaf.shape, leaf.axes, mesh), mesh)
+
+
+def computed_sharding(leaf: Leaf, mesh: Mesh) -> NamedSharding:
+    """Sharding of one leaf while it is computed with, once what WEIGHT_AXES divide is gathered."""
+    return _sharding(_ruled(leaf.shape, leaf.axes, mesh), mesh)
 
 
 Placed = list[tuple[str, ...]]

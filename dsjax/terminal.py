@@ -90,13 +90,15 @@ class Progress:
 class Loading:
     """Shows how much of a checkpoint has been read or written: `loading(done, total)` in bytes."""
 
-    def __init__(self, verb: str = "reading weights") -> None:
-        self._verb, self._began, self._said = verb, time.monotonic(), 0.0
+    def __init__(self, verb: str = "reading weights", primary: bool = True) -> None:
+        self._verb, self._primary = verb, primary
+        self._began, self._said = time.monotonic(), 0.0
 
     def __call__(self, done: int, total: int) -> None:
         """Say how far it is: in place on a terminal, else a line now and then and at the end."""
         now, terminal = time.monotonic(), sys.stderr.isatty()
-        if done < total and now - self._said < (0.2 if terminal else 10):
+        early = done < total and now - self._said < (0.2 if terminal else 10)
+        if early or not self._primary:
             return
         self._said = now
         rate = done / max(now - self._began, 1e-9) / 2**20

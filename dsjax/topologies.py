@@ -104,7 +104,10 @@ def _unknown(name: str) -> str:
         chips = int(told[2]) // _CORES_PER_CHIP.get(kind, 1)
         for slice_ in SLICES.get(kind, ()):
             if math.prod(map(int, slice_.split("x"))) == chips:
-                return f"--topology: got {name}, expected chips along each side; did you mean {kind}:{slice_}?"
+                return (
+                    f"--topology: got {name}, expected chips along each side; did you mean "
+                    f"{kind}:{slice_}?"
+                )
     known = ", ".join(
         f"{kind}:{slices[min(2, len(slices) - 1)]}" for kind, slices in SLICES.items()
     )

@@ -3,13 +3,15 @@
 
     python -m dsjax.train --config FILE [section.key=value ...]
 
-The run in ten stages: devices, model, data, earlier run, announcement, step, parameters, state,
-loop, results. Nothing is written before every input has been checked; running the same command
-again resumes, or finishes what is missing.
+Several processes, one a host, run it together (`rendezvous`, `hosts`). The run in ten stages:
+devices, model, data, earlier run, announcement, step, parameters, state, loop, results. Nothing is
+written before every input has been checked; running the same command again resumes, or finishes
+what is missing.
 """
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from typing import Any
 import jax
 from absl import flags
 
+import dsjax
 from dsjax import adapters, optimizer
 from dsjax import config as configuration
 from dsjax.assembly import CHECKPOINTS, Assembly, assemble, load_frozen, load_trainable
@@ -27,9 +30,10 @@ from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig, load_config, split_arguments
 from dsjax.data import Loader, decode_sample, find_tokenizer, load_examples
 from dsjax.devices import peak_flops
-from dsjax.errors import ConfigError, run_command
+from dsjax.errors import run_command
 from dsjax.export import card_facts, check_dtype, export_trained
 from dsjax.export_folder import export_marker
+from dsjax.hosts import Hosts, joined
 from dsjax.loop import Loop, finish_evaluation
 from dsjax.metrics import (
     METRICS_FILE,
@@ -40,15 +44,18 @@ from dsjax.metrics import (
     read_metrics,
 )
 from dsjax.partition import has_experts, report
+from dsjax.program import memory_of
+from dsjax.rendezvous import find_seat, split_seat
 from dsjax.run_folder import (
     CONFIG_FILE,
+    check_shared,
     claimed,
     earlier_run,
     export_path,
     is_complete,
     write_whole,
 )
-from dsjax.sharding import check_batch, undivided
+from dsjax.sharding import check_batch, process_rows, undivided
 from dsjax.step import (
     StepConfig,
     abstract_state,
@@ -67,27 +74,38 @@ USAGE = """usage: python -m dsjax.train --config FILE [section.key=value ...]
 --schema          print its JSON schema, for editors, and stop
 --help            print this, and stop
 
+Several processes find each other by what a TPU VM, GKE, Slurm or Open MPI tells them, or by
+--coordinator HOST:PORT  where process 0 listens
+--processes N            how many there are
+--process I              which one this is, from 0
+--wait SECONDS           how long to wait for the others (45)
+
 """
 
 
 def main(argv: Sequence[str]) -> int:
     """Print what was asked for, or run."""
-    path, overrides, wanted = split_arguments(argv)
+    given, words = split_seat(argv)
+    path, overrides, wanted = split_arguments(words)
     if "--help" in wanted:
         print(USAGE + configuration.describe())
         return 0
     if "--schema" in wanted:
         print(json.dumps(configuration.json_schema(), indent=2))
         return 0
-    config = load_config(path, overrides)
     if "--print-config" in wanted:
-        print(configuration.to_yaml(config), end="")
+        print(configuration.to_yaml(load_config(path, overrides)), end="")
         return 0
-    return train(config)
+    with joined(find_seat(given, os.environ)) as hosts:
+        return train(load_config(path, overrides), hosts)
 
 
-def train(config: RunConfig) -> int:
+def train(config: RunConfig, hosts: Hosts | None = None) -> int:
     """Run a configuration to its end, or to where SIGTERM stops it.
+
+    Args:
+        config: what to run.
+        hosts: this process among those of the run; None for a process alone.
 
     Returns:
         The exit code: 0, or 128 + the signal that stopped the run.
@@ -95,56 +113,55 @@ def train(config: RunConfig) -> int:
     Raises:
         ConfigError: an input is wrong.
     """
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"processes: got {jax.process_count()}, expected 1; runs of several hosts are not "
-            "supported yet"
-        )
+    hosts = hosts or Hosts()
+    hosts.agree(same_start(config))
     # ---- 1. Devices and 2. model: the checkpoint against its config.json, the adapter, the parts
     parts = assemble(config)
-    check_dtype(config, parts)
-    form = configuration.export_format(config.export, parts.spec.peft_type if parts.spec else None)
-    if form == "peft" and parts.spec is not None:
-        adapters.check_peft_form(parts.model, parts.spec)
+    form = export_form(config, parts)
 
     # ---- 3. Data: rows to tokens, order and packing of the whole run
     data = read_data(config, parts)
     total = data.train.total_steps(config.training.num_train_epochs, config.training.max_steps)
+    hosts.agree({"model.path": parts.source_digest(), **data.digests()})
 
     # ---- 4. An earlier run in the same place: the same, or refused
     run = Path(config.output_dir)
+    check_shared(run, hosts)
     earlier = earlier_run(run, config, form, total, data.fingerprint)
     start = earlier.step
+    hosts.agree({"output_dir": f"a run of {start} steps"})
 
     # ---- 5. Announcement: what will happen, before it takes long
-    table = announce(config, parts, data, total)
-    if is_complete(config, data.eval is not None, form, earlier, total):
-        if not (run / PICTURE).is_file():
+    table = announce(config, parts, data, total) if hosts.primary else ""
+    if hosts.decide(lambda: is_complete(config, data.eval is not None, form, earlier, total)):
+        if hosts.primary and not (run / PICTURE).is_file():
             plot_loss(run)
-        print(f"nothing to do: {total} steps and all results are there", file=sys.stderr)
+        hosts.say(f"nothing to do: {total} steps and all results are there")
         return 0
 
     # ---- 6. The step: one function, compiled before there is anything to hold
     step = step_config(config, parts.partition, parts.mesh, total)
-    train_step = compile_step(step, data.train) if start < total else None
+    train_step = compile_step(step, data.train, hosts) if start < total else None
     eval_step = make_eval_step(step) if data.eval else None
 
     # ---- 7. Parameters: from the files onto the devices
-    frozen = load_frozen(parts, config.training.seed, Loading())
-    trainable = {} if start else load_trainable(parts, config.training.seed, Loading())
+    seed, primary = config.training.seed, hosts.primary
+    frozen = load_frozen(parts, seed, Loading(primary=primary))
+    trainable = {} if start else load_trainable(parts, seed, Loading(primary=primary))
 
-    with claimed(run):
+    with claimed(run, hosts):
         # ---- 8. State: the newest complete checkpoint's, or the first
         checkpointer = Checkpointer(run / CHECKPOINTS, config.checkpoint)
         meter = Meter(*speed_limits(parts, config, data.train))
         if start:
             state = checkpointer.restore(start, abstract_state(step))
             meter.restore(checkpointer.meta(start)["meter"])
-            print(f"resuming after step {start} of {total}", file=sys.stderr)
+            hosts.say(f"resuming after step {start} of {total}")
         else:
-            state = init_state(trainable, step, config.training.seed)
+            state = init_state(trainable, step, seed)
         del trainable
-        write_whole(run / CONFIG_FILE, configuration.to_yaml(config))
+        if primary:
+            write_whole(run / CONFIG_FILE, configuration.to_yaml(config))
 
         # ---- 9. The loop
         loop = Loop(
@@ -158,24 +175,55 @@ def train(config: RunConfig) -> int:
             train_step,
             eval_step,
             checkpointer,
+            hosts,
         )
-        with MetricsLog(run, config.logging, start) as log, Progress(total, start) as progress:
+        with (
+            MetricsLog(run, config.logging, start, primary) as log,
+            Progress(total, start, primary) as progress,
+        ):
             log.log_start(configuration.to_yaml(config), table)
             state, stopped = loop.run(state, start, meter, log, progress)
             if stopped is not None:
-                print(f"stopped by signal {stopped}; run again to continue", file=sys.stderr)
+                hosts.say(f"stopped by signal {stopped}; run again to continue")
                 return 128 + stopped
             finish_evaluation(run, loop, state, log, progress)
             log.log_summary(total, meter.summary())
 
         # ---- 10. Results: the picture and the export
-        plot_loss(run)
+        if primary:
+            plot_loss(run)
         if form is not None:
             facts = card_facts(config, parts, form, total, read_metrics(run / METRICS_FILE))
             out, marker = export_path(config), export_marker(config, form, total, meter.run_sums())
-            export_trained(parts, state.trainable, frozen, out, marker, facts, Loading("writing"))
-            print(f"exported {form} to {out}", file=sys.stderr)
+            progress = Loading("writing", primary)
+            export_trained(parts, state.trainable, frozen, out, marker, facts, progress, hosts)
+            hosts.say(f"exported {form} to {out}")
     return 0
+
+
+def same_start(config: RunConfig) -> dict[str, Any]:
+    """What has to be the same on all processes before anything is read."""
+    keys = {
+        f"{section}.{key}": value
+        for section, values in config.model_dump(mode="json").items()
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+    }
+    devices = jax.local_devices()
+    versions = {"dsjax": dsjax.__version__, "jax": jax.__version__}
+    return keys | versions | {"devices": f"{len(devices)} x {devices[0].device_kind}"}
+
+
+def export_form(config: RunConfig, parts: Assembly) -> str | None:
+    """What to export.
+
+    Raises:
+        ConfigError: this model or adapter has no such form.
+    """
+    check_dtype(config, parts)
+    form = configuration.export_format(config.export, parts.spec.peft_type if parts.spec else None)
+    if form == "peft" and parts.spec is not None:
+        adapters.check_peft_form(parts.model, parts.spec)
+    return form
 
 
 @dataclass(frozen=True)
@@ -187,6 +235,11 @@ class Data:
     lines: list[str]
     sample: str
     fingerprint: str
+    eval_fingerprint: str
+
+    def digests(self) -> dict[str, str]:
+        """What tells these rows from others."""
+        return {"data.train": self.fingerprint, "data.eval": self.eval_fingerprint}
 
 
 def read_data(config: RunConfig, parts: Assembly) -> Data:
@@ -199,17 +252,17 @@ def read_data(config: RunConfig, parts: Assembly) -> Data:
     check_batch(training.batch_size, training.gradient_accumulation_steps, parts.mesh)
     tokenizer = find_tokenizer(parts.source.directory, section.format)
     vocabulary = parts.model.config.vocab_size
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    rows = process_rows(parts.mesh, training.batch_size)
     examples = load_examples(section.train, section, tokenizer, vocabulary, "data.train")
-    loader = Loader(examples, section, training.batch_size, training.seed, **processes)
-    lines, evaluation = examples.report.lines(), None
+    loader = Loader(examples, section, training.batch_size, training.seed, rows)
+    lines, evaluation, other = examples.report.lines(), None, ""
     if section.eval:
         held_out = load_examples(section.eval, section, tokenizer, vocabulary, "data.eval")
         ordered = section.model_copy(update={"shuffle": False})
-        evaluation = Loader(held_out, ordered, training.batch_size, training.seed, **processes)
-        lines += held_out.report.lines()
+        evaluation = Loader(held_out, ordered, training.batch_size, training.seed, rows)
+        lines, other = lines + held_out.report.lines(), held_out.fingerprint
     sample = decode_sample(examples[0], tokenizer)
-    return Data(loader, evaluation, lines, sample, examples.fingerprint)
+    return Data(loader, evaluation, lines, sample, examples.fingerprint, other)
 
 
 def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
@@ -273,17 +326,14 @@ def speed_limits(parts: Assembly, config: RunConfig, loader: Loader) -> tuple[fl
     return flops.needed, None if peak is None else peak * jax.device_count()
 
 
-def compile_step(step: StepConfig, loader: Loader) -> Any:
+def compile_step(step: StepConfig, loader: Loader, hosts: Hosts) -> Any:
     """Compile the step ahead of the loop, so that its time and memory are seen as what they are."""
     began = time.monotonic()
-    rows, length = loader.batch_size, loader.sequence_length
-    compiled = lower_train_step(step, rows, length).compile()
-    used = compiled.memory_analysis()
-    peak = used.argument_size_in_bytes + used.temp_size_in_bytes
-    print(
+    compiled = lower_train_step(step, loader.batch_size, loader.sequence_length).compile()
+    peak = memory_of(compiled).peak
+    hosts.say(
         f"compiled the step in {time.monotonic() - began:.1f} s; it needs {peak / 2**30:.2f} GiB "
-        "per device",
-        file=sys.stderr,
+        "per device"
     )
     return compiled
 

@@ -19,20 +19,31 @@ PACKAGE = ROOT / "dsjax"
 # A module imports from the rows above its own only. A folder counts as one module.
 LAYERS = (
     {"errors"},
-    {"config_rules", "tensorboard_file", "command_line", "devices", "profiling", "storage"},
-    {"config_yaml"},
+    {
+        "config_rules",
+        "tensorboard_file",
+        "command_line",
+        "devices",
+        "profiling",
+        "storage",
+        "rendezvous",
+    },
+    {"config_yaml", "hosts"},
     {"config"},
     {"safetensors_file", "hf_hub", "folders", "models", "data", "optimizer", "metrics"},
     {"sampling", "text_stream", "source"},
     {"torch_file", "fp8", "partition", "objectives", "terminal", "model_card"},
-    {"hf_files", "sharding", "decoding", "throughput"},
+    {"hf_files", "sharding", "decoding", "throughput", "program", "topologies"},
     {"adapters", "flax_checkpoint"},
     {"convert", "checkpoint", "step", "evaluation"},
+    {"gather", "estimate"},
     {"assembly", "merge"},
     {"export_folder", "logit_proof"},
     {"export", "run_folder"},
-    {"pretrained", "loop"},
-    {"train", "evaluate", "generate"},
+    {"pretrained", "loop", "planning"},
+    {"plan_search"},
+    {"plan_report"},
+    {"train", "evaluate", "generate", "plan"},
 )
 ENTRY_POINTS = LAYERS[-1] | {"export"}
 VAGUE_NAMES = {"utils", "common", "helpers", "base", "core"}

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
@@ -261,7 +260,7 @@ def _tensor_infos(folder: Folder) -> dict[str, TensorInfo]:
 
 
 def to_tensors(
-    model: Model, spec: LoraSpec | PrefixSpec, params: Mapping[str, jax.Array]
+    model: Model, spec: LoraSpec | PrefixSpec, params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """Our arrays as the tensors of PEFT's file, float32."""
     if isinstance(spec, PrefixSpec):

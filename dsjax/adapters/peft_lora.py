@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from dsjax.adapters import lora
@@ -250,7 +249,7 @@ def shapes(model: Model, spec: LoraSpec, leaves: Mapping[str, Leaf]) -> dict[str
     return found
 
 
-def to_file(model: Model, spec: LoraSpec, params: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+def to_file(model: Model, spec: LoraSpec, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Our arrays as the tensors of PEFT's file, float32."""
     host = {path: np.asarray(array) for path, array in params.items()}
     tensors = {key: host[path][index] for key, (path, index) in _plain(model, spec).items()}

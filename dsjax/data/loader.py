@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Examples -> this process's batch of any optimizer step.
 
-In: examples, the `data` section, the batch size, the seed, which process of how many.
+In: examples, the `data` section, the batch size, the seed, the rows that this process provides.
 Out: `Batch`es of one static shape. A step's batch depends on (seed, step) alone: any position is
 reached without replay, and the processes' batches together are the batch of a single process.
 Padding is known by length (`segment_ids` 0), never by a token's value: most DeepSeek tokenizers pad
@@ -10,7 +10,7 @@ with EOS, which is trained. Not here: device placement, microbatches (`dsjax.ste
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -21,7 +21,6 @@ from jaxtyping import Float32, Int32
 from dsjax.config import DataSection
 from dsjax.data.packing import EpochRows, PackingPlan
 from dsjax.data.store import ExampleStore
-from dsjax.errors import ConfigError
 
 # Threads, not processes: a batch is a few copies out of the page cache and takes about a
 # millisecond, less than sending it between processes. Eight steps ahead cover any hiccup.
@@ -50,11 +49,11 @@ class Loader:
       section: `max_length`, `packing`, `shuffle`.
       batch_size: packed rows per step over all processes.
       seed: of the order.
-      process_index: this process, which gets the rows [p·B/n, (p+1)·B/n) of each batch.
-      process_count: number of processes; must divide `batch_size`.
+      rows: which rows of each batch this process provides, sorted; all, if None.
 
     Attributes:
-      batch_size: rows of a whole batch.
+      batch_size: as given.
+      rows: as given.
       sequence_length: T of every batch: `max_length` with packing; else the longest example,
         rounded up to a multiple of 8, at most `max_length`.
       rows_in_epoch: packed rows, the same in every epoch.
@@ -66,18 +65,11 @@ class Loader:
         section: DataSection,
         batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
     ) -> None:
-        if batch_size % process_count:
-            raise ConfigError(
-                f"training.batch_size: got {batch_size}, expected a multiple of the number of "
-                f"processes ({process_count})"
-            )
         self._examples = examples
         self.batch_size = batch_size
-        self._local_size = batch_size // process_count
-        self._first_row = process_index * self._local_size
+        self.rows = tuple(range(batch_size) if rows is None else rows)
         self.sequence_length = _sequence_length(examples, section)
         self._plan = PackingPlan(
             examples.lengths, section.max_length, section.packing, section.shuffle, seed
@@ -123,7 +115,7 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """Build this process's batch of one step."""
-        shape = (self._local_size, self.sequence_length)
+        shape = (len(self.rows), self.sequence_length)
         batch = Batch(
             input_ids=np.zeros(shape, np.int32),
             targets=np.zeros(shape, np.int32),
@@ -133,9 +125,9 @@ class Loader:
         )
         place = self.position(step)
         rows = self._epoch_rows(place["epoch"])
-        first = place["row"] + self._first_row
-        for index, row in enumerate(range(first, min(first + shape[0], self.rows_in_epoch))):
-            self._fill(batch, index, rows, row)
+        for index, offset in enumerate(self.rows):
+            if place["row"] + offset < self.rows_in_epoch:
+                self._fill(batch, index, rows, place["row"] + offset)
         return batch
 
     def _fill(self, batch: Batch, index: int, rows: EpochRows, row: int) -> None:

@@ -50,7 +50,7 @@ def attend_tpu(
     heads_first = [jnp.moveaxis(_padded(x, padded), 2, 1) for x in (scaled, k_BTKH, v_BTKV)]
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((padded, padded))] * q_BTNH.shape[2]),
-        block_sizes=splash.BlockSizes(*(block,) * 8),
+        block_sizes=_blocks(block),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name=name,
@@ -58,10 +58,25 @@ def attend_tpu(
     )
 
     def row(q_NTH, k_KTH, v_KTV, segment_T):
-        return kernel(q_NTH, k_KTH, v_KTV, splash.SegmentIds(segment_T, segment_T))
+        ids = splash.SegmentIds(segment_T, segment_T)
+        return kernel(q_NTH, k_KTH, v_KTV, segment_ids=ids)
 
     out_BNTV = jax.vmap(row)(*heads_first, _padded(segment_BT, padded))
     return jnp.moveaxis(out_BNTV, 1, 2)[:, :length]
+
+
+def _blocks(size: int) -> splash.BlockSizes:
+    """The same block everywhere."""
+    return splash.BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_kv_compute=size,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_kv_dkv_compute=size,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
 
 
 def _padded(x: jax.Array, length: int) -> jax.Array:

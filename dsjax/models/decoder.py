@@ -149,10 +149,9 @@ class CausalLM(nnx.Module):
         """Bring embedding and head together once, before they are used piece by piece."""
         for end in (self.model.embed_tokens, self.lm_head):
             if end is not None and layout is not None:
-                axes = end.weight.get_metadata()["axes"]
-                end.weight = end.weight.replace(
-                    layout.gather(end.weight[...].astype(self.dtype), axes)
-                )
+                weight: Any = end.weight
+                whole = layout.gather(weight[...].astype(self.dtype), weight.get_metadata()["axes"])
+                end.weight = weight.replace(whole)
 
     def head(
         self, hidden: Float[Array, "*B D"], dropout_key: jax.Array | None = None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A merged export whose weights are well written, and wrong, is refused; what is right passes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ from dsjax import export, logit_proof, merge, train
 TARGETS = {"llama_gqa": ["q_proj", "v_proj"], "deepseek_v3_fp8_mtp_hub": ["o_proj", "kv_b_proj"]}
 MESHES = {"llama_gqa": {}, "deepseek_v3_fp8_mtp_hub": {"expert": 2, "fsdp": 2, "data": 2}}
 WRONG = {
-    "forgotten": lambda low, high: lambda rows, source: source.astype(np.float32),
-    "subtracted": lambda low, high: (
-        lambda rows, source: source.astype(np.float32) - high[rows] @ low
+    "forgotten": lambda low, high, scaling: replace(
+        WITH_UPDATE(low, high, scaling), apply=lambda source, factors: source.astype(np.float32)
     ),
+    "subtracted": lambda low, high, scaling: WITH_UPDATE(low, high, -scaling),
 }
+WITH_UPDATE = merge._with_update
 
 
 @pytest.fixture(scope="module", params=TARGETS)

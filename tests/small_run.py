@@ -20,7 +20,7 @@ import numpy as np
 import tiny
 import yaml
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 EXPORT_MARKS = (".export.partial", ".export.old")
 SPEEDS = ("tokens_per_second", "mfu")
 

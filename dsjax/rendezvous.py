@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the processes of a run find each other, before jax connects them.
+
+In: `--coordinator HOST:PORT --processes N --process I` of a command line, or an environment that
+jax knows (TPU VM, GKE and JobSet, Slurm, Open MPI). Out: a `Seat`, None for a process alone; and
+after `meet` all processes are there. Why meet first: where the coordinator cannot be reached, or a
+process never comes, `jax.distributed.initialize` aborts the process without saying which. Not done
+here: what they do together (`hosts`).
+"""
+
+import json
+import re
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from jax._src.clusters import ClusterEnv  # the only way to ask without connecting
+
+from dsjax.errors import ConfigError, raise_all
+
+WAIT = 45.0
+"""Seconds after which a process that is not there is missing; with the start, within a minute."""
+
+GREETING = "dsjax"
+_OPTIONS = ("--coordinator", "--processes", "--process", "--wait")
+_GRACE, _PAUSE, _TOLD_EVERY = 5.0, 0.2, 10.0
+
+
+@dataclass(frozen=True)
+class Seat:
+    """This process among those of its run.
+
+    Attributes:
+        coordinator: where process 0 listens, HOST:PORT.
+        processes: how many there are.
+        process: which one this is.
+        local_devices: ids of the devices that are this process's; None for all of the machine.
+        wait: seconds to wait for the others.
+    """
+
+    coordinator: str
+    processes: int
+    process: int
+    local_devices: list[int] | None = None
+    wait: float = WAIT
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the coordinator."""
+        host, _, port = self.coordinator.rpartition(":")
+        return host.strip("[]"), int(port)
+
+
+def split_seat(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Take the options of this module out of a command line: (given options, other words)."""
+    given: dict[str, str] = {}
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in _OPTIONS:
+            given[name] = value if equals else next(words, "")
+        else:
+            rest.append(word)
+    return given, rest
+
+
+def find_seat(given: Mapping[str, str], environment: Mapping[str, str]) -> Seat | None:
+    """Which process of how many this is; None if it is alone.
+
+    Args:
+        given: options of the command line, from `split_seat`.
+        environment: of this process.
+
+    Raises:
+        ConfigError: an option is wrong or missing, or the environment tells of several processes
+            and not how they meet.
+    """
+    raise_all(_option_problems(given))
+    wait = float(given.get("--wait", WAIT))
+    if "--coordinator" not in given:
+        return _detected(environment, wait)
+    processes, process = int(given["--processes"]), int(given["--process"])
+    if processes == 1:
+        return None
+    return Seat(given["--coordinator"], processes, process, None, wait)
+
+
+def refuse_several(command: str, environment: Mapping[str, str]) -> None:
+    """Refuse to run a command of one process where a launcher started several.
+
+    Raises:
+        ConfigError: it did.
+    """
+    seat = _detected(environment, WAIT)
+    if seat is not None:
+        raise ConfigError(
+            f"processes: got {seat.processes}, expected 1; {command} runs as one process: start it "
+            "on one machine, outside of the launcher (on a TPU host, with JAX_PLATFORMS=cpu)"
+        )
+
+
+def _option_problems(given: Mapping[str, str]) -> Iterator[str]:
+    """A line for every option that is wrong or missing."""
+    three = _OPTIONS[:3]
+    if any(name in given for name in three):
+        for name in three:
+            if name not in given:
+                others = " and ".join(other for other in three if other != name)
+                yield f"{name}: got nothing, expected it beside {others}"
+    host, _, port = given.get("--coordinator", "host:1").rpartition(":")
+    if not host or not port.isdigit():
+        yield (
+            f"--coordinator: got {given['--coordinator']!r}, expected HOST:PORT of process 0, "
+            "such as 10.0.0.2:8476"
+        )
+    counts = {name: given.get(name, "0" if name == "--process" else "1") for name in three[1:]}
+    for name, least in (("--processes", 1), ("--process", 0)):
+        if not counts[name].isdigit() or int(counts[name]) < least:
+            yield f"{name}: got {counts[name]!r}, expected an integer >= {least}"
+            return
+    if "--process" in given and int(counts["--process"]) >= int(counts["--processes"]):
+        most = int(counts["--processes"]) - 1
+        yield f"--process: got {counts['--process']}, expected 0 to {most}; they count from 0"
+    wait = given.get("--wait", "1")
+    if not wait.replace(".", "", 1).isdigit() or not float(wait):
+        yield f"--wait: got {wait!r}, expected seconds"
+
+
+def _detected(environment: Mapping[str, str], wait: float) -> Seat | None:
+    """What a launcher says in the environment, in the ways that jax understands."""
+    cluster = next((c for c in _clusters(environment) if c.is_env_present()), None)
+    if cluster is None:
+        started = environment.get("OMPI_COMM_WORLD_SIZE", "1")
+        if started != "1":  # Open MPI 5 no longer says where process 0 is
+            raise ConfigError(
+                f"processes: got {started} from mpirun, which does not say where process 0 is, "
+                "expected --coordinator HOST:PORT --processes $OMPI_COMM_WORLD_SIZE --process "
+                "$OMPI_COMM_WORLD_RANK"
+            )
+        return None
+    try:
+        if cluster.get_process_count() == 1:
+            return None
+        port = environment.get("JAX_COORDINATOR_PORT")
+        address = environment.get("JAX_COORDINATOR_ADDRESS")
+        address = address or cluster.get_coordinator_address(int(wait), port)
+        processes, process = cluster.get_process_count(), cluster.get_process_id()
+        return Seat(address, processes, process, _local_devices(cluster, environment), wait)
+    except (RuntimeError, OSError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"processes: got an environment of {cluster.__name__} that could not be read "
+            f"({error}), expected one; or give --coordinator, --processes and --process"
+        ) from error
+
+
+def _local_devices(cluster: type[ClusterEnv], environment: Mapping[str, str]) -> list[int] | None:
+    """One device for each of several processes of a machine; all for the only one on it.
+
+    jax by itself would give one device also to the only process of a machine.
+    """
+    here = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
+    here = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", here)
+    local = None if "tpu" in cluster.name else cluster.get_local_process_id()
+    return None if local is None or re.fullmatch(r"1(\(x\d+\))?", here) else [local]
+
+
+def _clusters(environment: Mapping[str, str]) -> list[type[ClusterEnv]]:
+    """The environments to look for: not Kubernetes' outside of a Job, nor a TPU's without it."""
+    left_out = []
+    if "JOB_COMPLETION_INDEX" not in environment:
+        left_out.append("K8sCluster")
+    if environment.get("JAX_PLATFORMS") == "cpu":
+        left_out += ["GceTpuCluster", "GkeTpuCluster"]
+    known = ClusterEnv._cluster_types
+    return [c for c in known if not c.opt_in_only_method and c.__name__ not in left_out]
+
+
+def meet(seat: Seat) -> None:
+    """Return once all processes are there.
+
+    Raises:
+        ConfigError: they are not, within `seat.wait` seconds; the same message on all that came.
+    """
+    if seat.process == 0:
+        _receive(seat)
+    else:
+        _visit(seat)
+
+
+def _receive(seat: Seat) -> None:
+    """As process 0: wait for the others at the address, then send all of them on."""
+    with ExitStack() as stack:
+        server = stack.enter_context(_listen(seat))
+        said = f"waiting for {seat.processes - 1} other processes at {seat.coordinator}"
+        print(said, file=sys.stderr, flush=True)
+        guests: dict[int, socket.socket] = {}
+        problem = _await_guests(seat, server, guests, stack)
+        for guest in guests.values():
+            _send(guest, {"problem": problem})
+        for guest in guests.values():
+            _read(guest, 1.0)  # until it has closed: the port is then free at once
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def _listen(seat: Seat) -> socket.socket:
+    port = seat.address[1]
+    try:
+        if socket.has_dualstack_ipv6():
+            family = socket.AF_INET6
+            return socket.create_server(("", port), family=family, dualstack_ipv6=True)
+        return socket.create_server(("", port))
+    except OSError as error:
+        raise ConfigError(
+            f"--coordinator: got {seat.coordinator}, expected a port that is free on process 0's "
+            f"machine ({error.strerror}); choose another, or end what uses it"
+        ) from error
+
+
+def _await_guests(
+    seat: Seat, server: socket.socket, guests: dict[int, socket.socket], stack: ExitStack
+) -> str | None:
+    """Fill `guests`; returns what is wrong, None once all are there."""
+    began = said = time.monotonic()
+    while len(guests) < seat.processes - 1:
+        now = time.monotonic()
+        missing = [i for i in range(1, seat.processes) if i not in guests]
+        if now - began > seat.wait:
+            return (
+                f"processes: got {len(guests) + 1} of {seat.processes} within {seat.wait:g} s, "
+                f"expected all; {numbered(missing)} did not come to {seat.coordinator}: see "
+                "their consoles, or give them longer by --wait SECONDS"
+            )
+        if now - said > _TOLD_EVERY:
+            said = now
+            print(f"still waiting for {numbered(missing)}", file=sys.stderr, flush=True)
+        server.settimeout(_PAUSE)
+        try:
+            guest = stack.enter_context(server.accept()[0])
+        except TimeoutError:
+            continue
+        told = _read(guest, _GRACE)
+        if told.get("greeting") != GREETING:
+            continue  # something that looks at ports
+        process, processes = told["process"], told["processes"]
+        if processes != seat.processes:
+            return (
+                f"--processes: got {seat.processes} on process 0 and {processes} on process "
+                f"{process}, expected the same on all"
+            )
+        if process == 0 or (process in guests and _is_there(guests[process])):
+            return f"--process: got {process} twice, expected each of 0 to {processes - 1} once"
+        guests[process] = guest
+    return None
+
+
+def _visit(seat: Seat) -> None:
+    """As any other process: go to the address until process 0 answers."""
+    began, reason = time.monotonic(), "no answer"
+    greeting = {"greeting": GREETING, "process": seat.process, "processes": seat.processes}
+    while time.monotonic() - began < seat.wait:
+        try:
+            with socket.create_connection(seat.address, timeout=_GRACE) as connection:
+                _send(connection, greeting)
+                # It answers when all are there, or gives up at the end of its own waiting.
+                answer = _read(connection, seat.wait + _GRACE)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            time.sleep(_PAUSE)
+            continue
+        if "problem" in answer:
+            if answer["problem"] is not None:
+                raise ConfigError(answer["problem"])
+            return
+        reason = "it did not answer as process 0 of a run"
+        time.sleep(_PAUSE)
+    _unreachable(seat, reason)
+
+
+def _unreachable(seat: Seat, reason: str) -> NoReturn:
+    raise ConfigError(
+        f"--coordinator: got {seat.coordinator}, where process {seat.process} did not reach "
+        f"process 0 within {seat.wait:g} s ({reason}), expected the address of process 0; see its "
+        "console, and whether the network lets this port through"
+    )
+
+
+def _send(connection: socket.socket, message: Mapping[str, Any]) -> None:
+    connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _read(connection: socket.socket, seconds: float) -> dict[str, Any]:
+    """One message; empty if none came, or something else."""
+    connection.settimeout(seconds)
+    data = b""
+    try:
+        while not data.endswith(b"\n") and len(data) < 2**16:
+            more = connection.recv(4096)
+            if not more:
+                break
+            data += more
+        message = json.loads(data)
+    except (OSError, ValueError):
+        return {}
+    return message if isinstance(message, dict) else {}
+
+
+def _is_there(guest: socket.socket) -> bool:
+    """Whether a guest still waits; one that was started anew has closed its first connection."""
+    guest.settimeout(0)
+    try:
+        return guest.recv(1, socket.MSG_PEEK) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def numbered(processes: Sequence[int]) -> str:
+    """Name processes: `process 1`, `processes 1, 2, 5`."""
+    shown = ", ".join(map(str, processes[:16])) + (", ..." if len(processes) > 16 else "")
+    return f"process{'es' if len(processes) > 1 else ''} {shown}"
