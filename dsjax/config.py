@@ -194,8 +194,9 @@ class TrainingSection(_Section):
     """Optimizer steps; when given, num_train_epochs is not used and the data repeats."""
     batch_size: Positive = 16
     """Rows per optimizer step, over all devices."""
-    gradient_accumulation_steps: Positive = 1
-    """Portions in which a batch is computed; the result is the same."""
+    gradient_accumulation_steps: Positive | Literal["auto"] = 1
+    """Portions in which a batch is computed; the result is the same. auto: as many as leave one row
+    at a time to each device, whatever their number."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of order, dropout and new weights."""
     freeze: Texts = []
@@ -313,10 +314,11 @@ def _contradictions(config: RunConfig) -> list[str]:
     """Compare keys that are each right but cannot stand together."""
     problems = []
     training, mesh, adapter, export = config.training, config.mesh, config.adapter, config.export
-    if training.batch_size % training.gradient_accumulation_steps:
+    portions = training.gradient_accumulation_steps
+    if portions != "auto" and training.batch_size % portions:
         problems.append(
             f"training.batch_size: got {training.batch_size}, expected a multiple of "
-            f"training.gradient_accumulation_steps ({training.gradient_accumulation_steps})"
+            f"training.gradient_accumulation_steps ({portions})"
         )
     if training.eval_steps and config.data.eval is None:
         problems.append(

@@ -129,7 +129,7 @@ def _suggestions(found: Sequence[Suggestion]) -> list[str]:
     return table([("topology", "devices", "overrides", "", "peak", "of"), *rows])
 
 
-def gib(size: float) -> str:
+def gib(size: int) -> str:
     """Bytes for people."""
     return f"{size / 2**30:,.2f} GiB"
 

@@ -17,7 +17,7 @@ from dsjax.assembly import assemble
 from dsjax.config import RunConfig
 from dsjax.estimate import Estimate, estimate
 from dsjax.program import Collective, Memory, collectives_of, memory_of
-from dsjax.sharding import check_batch, computed_sharding, leaf_sharding, undivided
+from dsjax.sharding import check_batch, computed_sharding, leaf_sharding, portions, undivided
 from dsjax.step import StepConfig, abstract_batch, abstract_state, lower_train_step, step_config
 from dsjax.throughput import token_flops
 from dsjax.topologies import Topology
@@ -103,7 +103,8 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     """
     training, length = config.training, config.data.max_length
     parts = assemble(config, topology.devices, weights=False)
-    accumulation = training.gradient_accumulation_steps
+    asked = training.gradient_accumulation_steps
+    accumulation = portions(asked, training.batch_size, parts.mesh)
     check_batch(training.batch_size, accumulation, parts.mesh)
     step = step_config(config, parts.partition, parts.mesh, ANY_LENGTH)
     began = time.monotonic()

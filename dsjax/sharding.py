@@ -9,7 +9,7 @@ report says so. Not done here: moving data.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -81,6 +81,11 @@ def complete_mesh(mesh: Mesh) -> Mesh:
 def batch_shards(mesh: Mesh) -> int:
     """Number of parts that the rows of a batch are dealt into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def portions(asked: int | Literal["auto"], batch_size: int, mesh: Mesh) -> int:
+    """In how many portions a batch is computed; `auto` leaves a row at a time to each device."""
+    return max(batch_size // batch_shards(mesh), 1) if asked == "auto" else asked
 
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:

@@ -33,6 +33,7 @@ from dsjax.sharding import (
     batch_shards,
     leaf_shardings,
     make_layout,
+    portions,
     replicated,
     rows_sharding,
     shardings_like,
@@ -103,7 +104,9 @@ def step_config(
         schedule=schedule,
         mesh=mesh,
         max_grad_norm=config.optimizer.max_grad_norm,
-        accumulation=config.training.gradient_accumulation_steps,
+        accumulation=portions(
+            config.training.gradient_accumulation_steps, config.training.batch_size, mesh
+        ),
         remat=config.training.gradient_checkpointing,
         dropout=any(leaf.kind == "adapter" for leaf in partition.leaves.values()),
         float16=config.model.dtype == "float16",

@@ -27,7 +27,7 @@ from dsjax import adapters, optimizer
 from dsjax import config as configuration
 from dsjax.assembly import CHECKPOINTS, Assembly, assemble, load_frozen, load_trainable
 from dsjax.checkpoint import Checkpointer
-from dsjax.config import RunConfig, load_config, split_arguments
+from dsjax.config import RunConfig, TrainingSection, load_config, split_arguments
 from dsjax.data import Loader, decode_sample, find_tokenizer, load_examples
 from dsjax.devices import peak_flops
 from dsjax.errors import run_command
@@ -55,7 +55,7 @@ from dsjax.run_folder import (
     is_complete,
     write_whole,
 )
-from dsjax.sharding import check_batch, process_rows, undivided
+from dsjax.sharding import check_batch, portions, process_rows, undivided
 from dsjax.step import (
     StepConfig,
     abstract_state,
@@ -249,7 +249,7 @@ def read_data(config: RunConfig, parts: Assembly) -> Data:
         ConfigError: a row, a file, or a batch that the devices do not divide.
     """
     training, section = config.training, config.data
-    check_batch(training.batch_size, training.gradient_accumulation_steps, parts.mesh)
+    check_batch(training.batch_size, _portions(training, parts), parts.mesh)
     tokenizer = find_tokenizer(parts.source.directory, section.format)
     vocabulary = parts.model.config.vocab_size
     rows = process_rows(parts.mesh, training.batch_size)
@@ -265,6 +265,10 @@ def read_data(config: RunConfig, parts: Assembly) -> Data:
     return Data(loader, evaluation, lines, sample, examples.fingerprint, other)
 
 
+def _portions(training: TrainingSection, parts: Assembly) -> int:
+    return portions(training.gradient_accumulation_steps, training.batch_size, parts.mesh)
+
+
 def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
     """Print what the run is; returns the table of what trains."""
     trained, everything = parts.partition.counts()
@@ -278,7 +282,7 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
         or "1 device",
         "memory": f"{_state_bytes(parts) / 2**20:,.1f} MiB per device, activations apart",
         "rows": f"{loader.rows_in_epoch:,} of {loader.sequence_length:,} tokens per epoch",
-        "batch": f"{training.batch_size} rows in {training.gradient_accumulation_steps} portions",
+        "batch": f"{training.batch_size} rows in {_portions(training, parts)} portions",
         "steps": f"{total:,} ({loader.epoch(total):.2f} epochs)",
         "output": config.output_dir,
     }

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of topologies, and what is said of those that are none."""
+
+import re
+from importlib import resources
+
+import jax
+import pytest
+
+from dsjax import topologies
+from dsjax.devices import DEVICES, GPU_MEMORY_SHARE
+from dsjax.errors import ConfigError
+from dsjax.topologies import open_topology
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5p", "got v5p, expected ACCELERATOR:SHAPE, such as v4:2x2x4, .* or cpu:8"),
+        ("v5p:2x", "got v5p:2x, expected ACCELERATOR:SHAPE"),
+        ("v5p:0x2x2", "got v5p:0x2x2, expected ACCELERATOR:SHAPE"),
+        ("tpu:8", "got tpu:8, expected ACCELERATOR:SHAPE"),
+        ("h100:8x2x2", "got h100:8x2x2, expected ACCELERATOR:SHAPE"),
+        ("v5p-8", "got v5p-8, expected chips along each side; did you mean v5p:2x2x1?"),
+        ("v5litepod-16", "expected chips along each side; did you mean v5e:4x4?"),
+        ("v5p:3x3x3", "got v5p:3x3x3 .*not divisible.*, expected one of v5p:2x2x1, v5p:2x2x2"),
+        ("h100:8", "the CUDA compiler cannot be used here .*pip install 'dsjax\\[cuda\\]'"),
+        ("cpu:9", "got cpu:9, expected at most cpu:8 here"),
+    ],
+)
+def test_a_name_that_is_no_topology_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--topology: .*{message}"):
+        open_topology(name)
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(**_: object) -> None:
+        raise RuntimeError("no libtpu\nand more")
+
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", absent)
+    with pytest.raises(ConfigError, match=r"TPU compiler cannot be used here \(no libtpu\).*\[tpu"):
+        open_topology("v5p:2x2x1")
+
+
+def test_simulated_devices() -> None:
+    topology = open_topology("cpu:4")
+    assert topology.devices == tuple(jax.devices()[:4])
+    assert (topology.platform, topology.kind) == ("cpu", "cpu")
+    assert topology.memory_bytes > 0
+
+
+def test_every_gpu_has_a_description_that_agrees_with_the_table_of_devices() -> None:
+    for accelerator, file in topologies._GPU_TARGETS.items():
+        text = (resources.files("dsjax") / "gpu_targets" / f"{file}.txtpb").read_text()
+        name = re.search(r'device_description_str: "(.*)"', text)
+        memory = re.search(r"device_memory_size: (\d+)", text)
+        assert name and memory and accelerator in topologies.SLICES
+        assert DEVICES[name[1]].memory_bytes == pytest.approx(int(memory[1]), rel=0.01), file
+    assert 0.5 < GPU_MEMORY_SHARE < 1
