@@ -166,7 +166,7 @@ def _compile(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return None, [], re.sub(r"\s+", " ", str(error)).split(" Largest ")[0][:300]
-    return memory_of(compiled), collectives_of(compiled.as_text() or ""), None
+    return memory_of(compiled, topology.platform), collectives_of(compiled.as_text() or ""), None
 
 
 def state_bytes(step: StepConfig, rows: int, length: int) -> dict[str, int]:

@@ -23,6 +23,7 @@ class Memory(NamedTuple):
         aliased: of the outputs, what takes the place of donated arguments.
         temporaries: what it needs in between.
         code: its instructions.
+        peak: the most that is needed at a time.
     """
 
     arguments: int
@@ -30,23 +31,31 @@ class Memory(NamedTuple):
     aliased: int
     temporaries: int
     code: int
-
-    @property
-    def peak(self) -> int:
-        """The most that is needed at a time."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+    peak: int
 
 
-def memory_of(compiled: Any) -> Memory:
-    """What the compiler planned."""
+def memory_of(compiled: Any, platform: str) -> Memory:
+    """What the compiler planned.
+
+    The peak is the sum on CPU and CUDA, whose own figure leaves temporaries out. For TPU it is the
+    compiler's, which is what it refuses programs by: it takes some whose sum is above the memory.
+
+    Args:
+        compiled: the program.
+        platform: of the devices that it was compiled for.
+    """
     stats = compiled.memory_analysis()
-    return Memory(
+    parts = (
         stats.argument_size_in_bytes,
         stats.output_size_in_bytes,
         stats.alias_size_in_bytes,
         stats.temp_size_in_bytes,
         stats.generated_code_size_in_bytes,
     )
+    arguments, outputs, aliased, temporaries, code = parts
+    total = arguments + outputs - aliased + temporaries
+    peak = stats.peak_memory_in_bytes if platform == "tpu" else total
+    return Memory(*parts, peak=peak + code)
 
 
 class Collective(NamedTuple):

@@ -334,7 +334,7 @@ def compile_step(step: StepConfig, loader: Loader, hosts: Hosts) -> Any:
     """Compile the step ahead of the loop, so that its time and memory are seen as what they are."""
     began = time.monotonic()
     compiled = lower_train_step(step, loader.batch_size, loader.sequence_length).compile()
-    peak = memory_of(compiled).peak
+    peak = memory_of(compiled, jax.devices()[0].platform).peak
     hosts.say(
         f"compiled the step in {time.monotonic() - began:.1f} s; it needs {peak / 2**30:.2f} GiB "
         "per device"

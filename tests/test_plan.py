@@ -68,7 +68,7 @@ def test_a_plan_is_what_the_run_then_needs(
     config = load_config(file, words[2:])
     parts = assemble(config)
     step = step_config(config, parts.partition, parts.mesh, 12)
-    live = memory_of(lower_train_step(step, 16, config.data.max_length).compile())
+    live = memory_of(lower_train_step(step, 16, config.data.max_length).compile(), "cpu")
     frozen = load_frozen(parts, 0)
     state = init_state(load_trainable(parts, 0), step, 0)
     device, classes = jax.devices()[0], planned["classes"]

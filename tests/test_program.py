@@ -57,7 +57,7 @@ def test_memory_is_what_arrays_take_on_a_device() -> None:
     x = jax.ShapeDtypeStruct((1024, 4), jnp.float32, sharding=sharding)
     step = jax.jit(lambda x: x * 2, donate_argnums=0, in_shardings=sharding, out_shardings=sharding)
 
-    memory = memory_of(step.lower(x).compile())
+    memory = memory_of(step.lower(x).compile(), "cpu")
 
     part = 1024 * 4 * 4 // 8
     assert (memory.arguments, memory.outputs, memory.aliased) == (part, part, part)
