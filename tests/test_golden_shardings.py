@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where every array of a recipe lies on a mesh, written down: a change shows as a difference.
+
+`python tests/test_golden_shardings.py` writes the files anew, to be read before they are committed.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+from jax.sharding import AbstractMesh
+
+from dsjax.assembly import assemble_model
+from dsjax.config import load_config
+from dsjax.plan_report import table
+from dsjax.sharding import AXES, leaf_sharding, undivided
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests/shardings"
+
+CASES = {
+    "deepseek_r1_lora": ("deepseek_r1", {"fsdp": 4, "expert": 8}),
+    "deepseek_v2_lora": ("deepseek_v2", {"fsdp": 2, "expert": 4}),
+    "deepseek_v2_lite_lora": ("deepseek_v2_lite", {"expert": 8}),
+    "deepseek_llm_7b_full": ("deepseek_llm_7b", {"fsdp": 16}),
+    "deepseek_llm_67b_lora": ("deepseek_llm_67b", {"fsdp": 4, "tensor": 2}),
+    "r1_distill_llama_8b_lora": ("r1_distill_llama_8b", {"data": 2, "fsdp": 4}),
+    "r1_distill_qwen_7b_lora": ("r1_distill_qwen_7b", {"fsdp": 8}),
+}
+"""Recipe -> its model's config.json, the mesh."""
+
+
+def _table(recipe: str) -> str:
+    model, sizes = CASES[recipe]
+    path = f"model.path={ROOT}/tests/model_configs/{model}"
+    config = load_config(ROOT / f"configs/{recipe}.yaml", [path])
+    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
+    freeze = list(config.training.freeze)
+    parts = assemble_model(config.model, config.adapter, freeze, mesh, weights=False)
+    rows = [("array", "shape", "dtype", "divided by", "on a device")]
+    for name, leaf in parts.partition.leaves.items():
+        sharding = leaf_sharding(leaf, mesh)
+        held = sharding.shard_shape(leaf.shape)
+        spec = " ".join(str(entry).replace("'", "").replace(",)", ")") for entry in sharding.spec)
+        shapes = (" x ".join(map(str, shape)) for shape in (leaf.shape, held))
+        whole, part = shapes
+        rows.append((name, whole, leaf.dtype.name, spec, part))
+    head = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+    lines = [head, "", *table(rows), "", *undivided(parts.partition.leaves, mesh)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+@pytest.mark.parametrize("recipe", CASES)
+def test_every_array_lies_where_it_is_written_down(recipe: str) -> None:
+    assert _table(recipe) == (GOLDEN / f"{recipe}.txt").read_text()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    GOLDEN.mkdir(exist_ok=True)
+    for case in CASES:
+        (GOLDEN / f"{case}.txt").write_text(_table(case))
