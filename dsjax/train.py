@@ -29,7 +29,7 @@ from dsjax.assembly import CHECKPOINTS, Assembly, assemble, load_frozen, load_tr
 from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig, TrainingSection, load_config, split_arguments
 from dsjax.data import Loader, decode_sample, find_tokenizer, load_examples
-from dsjax.devices import peak_flops
+from dsjax.devices import GPU_MEMORY_SHARE, peak_flops
 from dsjax.errors import run_command
 from dsjax.export import card_facts, check_dtype, export_trained
 from dsjax.export_folder import export_marker
@@ -344,4 +344,6 @@ def compile_step(step: StepConfig, loader: Loader, hosts: Hosts) -> Any:
 
 if __name__ == "__main__":
     flags.FLAGS.mark_as_parsed()  # grain's workers ask for them
+    # What plans count on; jax reads it when it first looks for GPUs.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     run_command(main)
