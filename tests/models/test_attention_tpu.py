@@ -109,14 +109,14 @@ def test_narrow_numbers_cost_no_more_than_their_rounding() -> None:
 
 def test_a_remat_policy_that_keeps_the_name_runs_the_kernel_once() -> None:
     shape = SHAPES["one kv head"]
-    q, k, v, _ = _arrays(shape)
+    qkv, segment_BT = _arrays(shape)[:3], _packed(shape)
 
-    def loss(q: jax.Array) -> jax.Array:
-        return attend_tpu(q, k, v, _packed(shape), 0.3, "kept", interpret=True).sum()
+    def loss(*qkv: jax.Array) -> jax.Array:
+        return attend_tpu(*qkv, segment_BT, 0.3, "kept", interpret=True).sum()
 
     def kernels(policy: Any) -> int:
-        gradient = jax.value_and_grad(jax.checkpoint(loss, policy=policy))
-        whole = jax.make_jaxpr(gradient)(q).jaxpr
+        gradients = jax.value_and_grad(jax.checkpoint(loss, policy=policy), (0, 1, 2))
+        whole = jax.make_jaxpr(gradients)(*qkv).jaxpr
         live, _ = partial_eval.dce_jaxpr(whole, [True] * len(whole.outvars), instantiate=True)
         return str(live).count("pallas_call[")
 
