@@ -49,7 +49,9 @@ class TokenFlops(NamedTuple):
     executed: float
 
 
-def token_flops(model: Model, partition: Partition, length: int, remat: str) -> TokenFlops:
+def token_flops(
+    model: Model, partition: Partition, length: int, remat: str, experts_in_chunks: bool = False
+) -> TokenFlops:
     """FLOPs of one training token.
 
     Needed are, for every weight that the token meets, 2 FLOPs forward, as many for the gradient of
@@ -58,7 +60,8 @@ def token_flops(model: Model, partition: Partition, length: int, remat: str) -> 
     half a row (Chowdhery et al. 2022, appendix B, with the causal half).
 
     Executed are also: what the blocks compute again; the head once more, whose logits are never
-    kept; the scores once more in rows longer than `QUERY_BLOCK`; gradients in the frozen layers of
+    kept; the scores once more in rows longer than `QUERY_BLOCK`; under any policy the experts where
+    rows are taken in chunks (`models.moe.tokens_at_once`); gradients in the frozen layers of
     a stack that trains in part, since a scan treats its layers alike; the keys that V3.2's indexer
     leaves out, which are masked and not skipped. The causal half is left out here too: kernels
     skip it, and only the plain path, on CPU, does not.
@@ -68,8 +71,10 @@ def token_flops(model: Model, partition: Partition, length: int, remat: str) -> 
         partition: what trains.
         length: tokens of a row.
         remat: `training.gradient_checkpointing`.
+        experts_in_chunks: whether the rows are longer than `models.moe.tokens_at_once`.
     """
-    step = _Step(model, partition, length, remat, _backward_shares(model, partition))
+    shares = _backward_shares(model, partition)
+    step = _Step(model, partition, length, remat, experts_in_chunks, shares)
     products = [*_of_weights(step), *_of_attention(step)]
     return TokenFlops(*(float(sum(column)) for column in zip(*products, strict=True)))
 
@@ -82,6 +87,7 @@ class _Step:
     partition: Partition
     length: int
     remat: str
+    experts_in_chunks: bool
     shares: dict[str, float]
 
     @property
@@ -92,7 +98,8 @@ class _Step:
 
     def again(self, kind: str, part: str) -> bool:
         """Whether the backward pass computes a kind of product again."""
-        return self.shares[part] > 0 and self.remat in _AGAIN[kind]
+        again = self.remat in _AGAIN[kind] or (kind == "experts" and self.experts_in_chunks)
+        return self.shares[part] > 0 and again
 
 
 def _product(

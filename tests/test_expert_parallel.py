@@ -14,6 +14,7 @@ import pytest
 from dsjax.adapters.lora import LoraSpec
 from dsjax.config import MeshSection
 from dsjax.errors import ConfigError
+from dsjax.models import layers, moe
 from dsjax.partition import Leaf
 from dsjax.sharding import check_experts, make_mesh
 
@@ -57,6 +58,31 @@ def _one_device(recipe: str) -> in_memory.Outcome:
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_mesh_gives_the_result_of_one_device(mesh: str, recipe: str) -> None:
     in_memory.assert_same(_two_steps(recipe, MESHES[mesh]), _one_device(recipe))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "mesh", "size"),
+    [
+        ("full", None, 5),  # 24 tokens in five chunks, the last of which is not full
+        ("lora, uneven, crowded", {"expert": 2, "tensor": 2, "data": 2}, 10),
+    ],
+    ids=str,
+)
+def test_chunks_of_tokens_give_the_result_of_whole_rows(
+    recipe: str, mesh: Mapping[str, int] | None, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, sizes = _one_device(recipe), set()
+
+    def in_blocks(x: jax.Array, size: int) -> jax.Array:
+        sizes.add(size)
+        return layers.in_blocks(x, size)
+
+    monkeypatch.setattr(moe, "in_blocks", in_blocks)
+    # A token has 3 experts and 32 float32 numbers; one device has 8 rows, an expert's device the 4
+    # of its own group.
+    monkeypatch.setattr(moe, "CHUNK_BYTES", 5 * 8 * 3 * 32 * 4)
+    in_memory.assert_same(_two_steps(recipe, mesh), expected)
+    assert sizes == {size}
 
 
 def test_experts_are_held_in_parts() -> None:

@@ -2,12 +2,14 @@
 """Every mesh computes what one device computes, and holds each array in its parts."""
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import in_memory
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -115,6 +117,99 @@ def test_every_leaf_has_the_sharding_of_its_axes() -> None:
     }
 
 
+def _leaf(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Leaf:
+    return Leaf(shape, axes, jnp.dtype("float32"), "base", math.prod(shape))
+
+
+BOTH = ("fsdp", "expert")
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "expected"),
+    [
+        # The first dimension that divides, after what a rule puts there; no layers, no vocabulary.
+        ((8, 24, 16), ("layers", "mlp", "embed"), P(None, ("tensor", *BOTH), None)),
+        ((8, 6, 16), ("layers", "mlp", "embed"), P(None, "tensor", BOTH)),
+        ((8, 16), ("vocab", "embed"), P("tensor", BOTH)),
+        # Where both axes fit nowhere, one of them, and of the two fsdp.
+        ((8, 6, 2), ("layers", None, "embed"), P(None, "fsdp", None)),
+        ((8, 3, 6), ("layers", None, "embed"), P(None, None, "fsdp")),
+        ((8, 3, 5), ("layers", None, "embed"), P(None, None, None)),
+        # Experts are dealt out already.
+        (
+            (8, 4, 6, 10),
+            ("layers", "experts", "mlp", "embed"),
+            P(None, BOTH[::-1], "tensor", None),
+        ),
+        (
+            (8, 2, 6, 10),
+            ("layers", "experts", "mlp", "embed"),
+            P(None, "expert", "tensor", "fsdp"),
+        ),
+        # No matrix: a norm, a bias.
+        ((8, 16), ("layers", "embed"), P(None, None)),
+        ((16,), ("embed",), P(None)),
+    ],
+    ids=str,
+)
+def test_a_matrix_is_divided_for_memory_where_it_can_be(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], expected: P
+) -> None:
+    mesh = _mesh(fsdp=2, expert=2, tensor=2)
+    assert sharding.leaf_sharding(_leaf(shape, axes), mesh).spec == expected
+
+
+def test_a_matrix_that_fsdp_does_not_divide_is_divided_by_expert() -> None:
+    leaf = _leaf((2, 5, 6), ("layers", None, "embed"))
+    assert sharding.leaf_sharding(leaf, _mesh(fsdp=4, expert=2)).spec == P(None, None, "expert")
+
+
+def test_what_is_divided_for_memory_is_computed_with_whole() -> None:
+    leaf, mesh = _leaf((2, 24, 16), ("layers", "mlp", "embed")), _mesh(fsdp=2, expert=2, tensor=2)
+    assert sharding.computed_sharding(leaf, mesh).spec == P(None, "tensor", None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "divided"),
+    [
+        ((24, 16), ("mlp", "embed"), P(("tensor", *BOTH), None)),
+        ((6, 16), ("mlp", "embed"), P("tensor", BOTH)),
+        ((3, 6), (None, "embed"), P(None, "fsdp")),
+        ((4, 6, 10), ("experts", "mlp", "embed"), P(("expert", "fsdp"), "tensor", None)),
+        ((3, 5), (None, "embed"), P(None, None)),
+    ],
+    ids=str,
+)
+def test_a_layers_matrix_is_gathered_and_its_gradient_divided_again(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], divided: P
+) -> None:
+    mesh = _mesh(fsdp=2, expert=2, tensor=2)
+    rng = np.random.default_rng(0)
+    x, weights = (jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(2))
+    held = sharding.leaf_sharding(_leaf(shape, axes), mesh)
+    assert held.spec == divided
+    gather = sharding.make_layout(mesh).gather
+
+    def loss(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        whole = gather(x, axes)
+        return jnp.sum(jnp.sin(whole) * weights), whole
+
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True), in_shardings=held)
+    (_, whole), gradient = both(jax.device_put(x, held))
+
+    computed = sharding.computed_sharding(_leaf(shape, axes), mesh)
+    assert whole.sharding.is_equivalent_to(computed, x.ndim)
+    assert gradient.sharding.is_equivalent_to(held, x.ndim)
+    np.testing.assert_array_equal(whole, x)
+    np.testing.assert_allclose(gradient, jnp.cos(x) * weights, rtol=1e-6)
+
+
+def test_one_device_gathers_nothing() -> None:
+    mesh = sharding.make_mesh(MeshSection(), jax.devices()[:1])
+    x = jnp.ones((4, 6))
+    assert sharding.make_layout(mesh).gather(x, ("mlp", "embed")) is x
+
+
 def test_moments_are_sharded_like_their_parameters_and_counters_are_replicated() -> None:
     run = in_memory.start(mesh={"fsdp": 4, "tensor": 2})
     leaves, mesh = run.config.partition.leaves, run.config.mesh
@@ -144,6 +239,22 @@ def test_dimensions_that_cannot_be_divided_are_reported() -> None:
         f"model.embed_tokens.weight: {reason}",
     ]
     assert sharding.undivided(leaves, _mesh(data=8, fsdp=1)) == []
+
+
+def test_matrices_that_are_held_more_than_once_are_reported() -> None:
+    leaves = {
+        "both": _leaf((2, 3, 8), ("layers", None, "embed")),
+        "one": _leaf((2, 3, 6), ("layers", None, "embed")),
+        "none": _leaf((2, 3, 5), ("layers", None, "embed")),
+        "experts": _leaf((2, 6, 9, 5), ("layers", "experts", "mlp", "embed")),
+        "norm": _leaf((2, 5), ("layers", "embed")),
+    }
+    named = "mesh.fsdp 4 x mesh.expert 2 divides none of its dimensions"
+    assert sharding.undivided(leaves, _mesh(fsdp=4, expert=2)) == [
+        f"one: 2 x 3 x 6 is held 4 times, {named}",
+        f"none: 2 x 3 x 5 is held 8 times, {named}",
+        "experts: 2 x 6 x 9 x 5 is held 4 times, mesh.fsdp 4 divides none of its dimensions",
+    ]
 
 
 def test_a_mesh_fills_its_free_axis() -> None:

@@ -76,16 +76,16 @@ def model_of(case: Case) -> Model:
     return model
 
 
-def flops(case: Case, length: int, remat: str = "none") -> TokenFlops:
+def flops(case: Case, length: int, remat: str = "none", chunks: bool = False) -> TokenFlops:
     model = model_of(case)
-    return token_flops(model, decide(model, freeze=case.freeze), length, remat)
+    return token_flops(model, decide(model, freeze=case.freeze), length, remat, chunks)
 
 
-def assert_executed(case: Case, length: int, remat: str) -> None:
+def assert_executed(case: Case, length: int, remat: str, chunks: bool = False) -> None:
     rows = 2
-    found = step_flops(start(case, remat), in_memory.batch(rows, length))
+    found = step_flops(start(case, remat), in_memory.batch(rows, length)) / (rows * length)
     # The plain path multiplies the whole square of which half is causal: rows of twice the length.
-    assert flops(case, 2 * length, remat).executed == pytest.approx(found / (rows * length), 1e-12)
+    assert flops(case, 2 * length, remat, chunks).executed == pytest.approx(found, 1e-12)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -107,6 +107,25 @@ def test_executed_flops_are_those_of_the_traced_step_under_every_policy(case, re
 @pytest.mark.parametrize("name", ["llama", "llama_lora_on_q_and_v"])
 def test_long_rows_compute_their_scores_again(name, remat):
     assert_executed(CASES[name], 2048, remat)
+
+
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [
+        ("v3_lora_on_experts", "none"),
+        ("v2_lora", "names"),
+        pytest.param("v3", "none", marks=pytest.mark.slow),
+        pytest.param("v3", "full", marks=pytest.mark.slow),
+    ],
+)
+def test_chunks_of_tokens_go_through_their_experts_again(name, remat, monkeypatch):
+    row_bytes = 2 * 3 * 32 * 4  # rows, experts of a token, width, bytes
+    monkeypatch.setattr(moe, "CHUNK_BYTES", 6 * row_bytes)
+    assert moe.tokens_at_once(2, 3, 32, 4) == 6
+    assert_executed(CASES[name], 24, remat, chunks=True)
+    plain, chunked = (flops(CASES[name], 24, remat, chunks) for chunks in (False, True))
+    assert plain.needed == chunked.needed
+    assert (plain.executed < chunked.executed) == (remat == "none")
 
 
 WIDE = {

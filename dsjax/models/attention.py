@@ -100,7 +100,7 @@ def attend(
         layout: of the mesh; None where keys are not the queries' own rows (a cache, a prefix).
     """
     if layout is not None and window is None and selection is None and q_BTNH.itemsize == 2:
-        kernel = KERNELS.get(layout.rows.mesh.devices.flat[0].platform)
+        kernel = KERNELS.get(next(iter(layout.rows.device_set)).platform)
         if kernel is not None:
             return _by_kernel(kernel, q_BTNH, k_BSKH, v_BSKV, query.segment, scale, layout.rows)
 

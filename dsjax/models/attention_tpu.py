@@ -5,6 +5,8 @@ In: queries, keys and values by head, the segment of every token. Out: the atten
 here: choosing between kernels, sharding (`attention`).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -47,8 +49,10 @@ def attend_tpu(
     block = BLOCK if padded > BLOCK else padded
     padded = -(-padded // block) * block
     scaled = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
-    heads_first = [jnp.moveaxis(_padded(x, padded), 2, 1) for x in (scaled, k_BTKH, v_BTKV)]
-    kernel = splash.make_splash_mha(
+    q_BNTH, k_BKTH, v_BKTV = (
+        jnp.moveaxis(_padded(x, padded), 2, 1) for x in (scaled, k_BTKH, v_BTKV)
+    )
+    kernel: Any = splash.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((padded, padded))] * q_BTNH.shape[2]),
         block_sizes=_blocks(block),
         head_shards=1,
@@ -61,7 +65,7 @@ def attend_tpu(
         ids = splash.SegmentIds(segment_T, segment_T)
         return kernel(q_NTH, k_KTH, v_KTV, segment_ids=ids)
 
-    out_BNTV = jax.vmap(row)(*heads_first, _padded(segment_BT, padded))
+    out_BNTV = jax.vmap(row)(q_BNTH, k_BKTH, v_BKTV, _padded(segment_BT, padded))
     return jnp.moveaxis(out_BNTV, 1, 2)[:, :length]
 
 

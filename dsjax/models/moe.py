@@ -237,8 +237,8 @@ def _by_chunks(
         gathered: devices whose tokens `part` brings together.
     """
     batch, length, width = x_BTD.shape
-    row_bytes = routing.experts.shape[-1] * width * x_BTD.dtype.itemsize
-    size = max(CHUNK_BYTES // (batch * gathered * row_bytes), 1)
+    chosen = routing.experts.shape[-1]
+    size = tokens_at_once(batch * gathered, chosen, width, x_BTD.dtype.itemsize)
     if size >= length:
         return part(x_BTD, routing)
     if size > CHUNK_MULTIPLE:
@@ -246,6 +246,19 @@ def _by_chunks(
     pieces = jax.tree.map(lambda x: in_blocks(x, size), (x_BTD, routing))
     out = lax.map(jax.checkpoint(lambda piece: part(*piece)), pieces)
     return out_of_blocks(out)[:, :length]
+
+
+def tokens_at_once(rows: int, chosen: int, width: int, itemsize: int) -> int:
+    """Tokens of every row that the experts take at a time; longer rows are taken in chunks.
+
+    Args:
+        rows: whose tokens a device has together, those of the other devices of its experts' group
+            included.
+        chosen: experts of a token.
+        width: D.
+        itemsize: bytes of an activation.
+    """
+    return max(CHUNK_BYTES // (rows * chosen * width * itemsize), 1)
 
 
 def _weight_spec(variable: nnx.Variable) -> PartitionSpec:

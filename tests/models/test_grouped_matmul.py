@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from dsjax.models import grouped_kernel
+from dsjax.models import grouped_matmul as grouped
 from dsjax.models.grouped_matmul import LOOP_ROWS, _ragged, grouped_matmul, tiles_of
 
 ROWS, GROUPS = 96, 4
@@ -125,6 +128,25 @@ def test_gradients_of_float32_matrices_under_bfloat16_rows_are_float32() -> None
         np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-7, atol=1e-4)
 
 
+def test_the_kernels_for_tpu_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a TPU: jax's megablox is interpreted. No size is a multiple of its tiles."""
+    monkeypatch.setattr(lax, "platform_dependent", lambda *x, tpu, **others: tpu(*x))
+    monkeypatch.setattr(grouped, "gmm", partial(gmm, interpret=True))
+    monkeypatch.setattr(grouped, "tgmm", partial(tgmm, interpret=True))
+    monkeypatch.setattr(grouped, "MEGABLOX_TILE", (32, 128, 128))
+    arrays = _narrow(_arrays([3, 3, 80, 81], 140, 24), "bfloat16")
+    expected = _group_by_group(*(np.asarray(a) for a in arrays))
+    x_ZI, weight_EOI, sizes_E, y_ZO = arrays
+
+    out, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes_E), x_ZI, weight_EOI)
+    dx_ZI, dw_EOI = pull(y_ZO)
+
+    assert [a.dtype.name for a in (out, dx_ZI, dw_EOI)] == ["bfloat16", "bfloat16", "float32"]
+    np.testing.assert_allclose(dw_EOI, expected[2], atol=1e-4)
+    for got, want in zip((out, dx_ZI), expected[:2], strict=True):
+        np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=2**-7, atol=1e-4)
+
+
 def test_bfloat16_is_summed_in_float32_on_the_way() -> None:
     x_ZI, weight_EOI, sizes_E, _ = _arrays([30, 64, 64, 96], 256, 5)
     x_ZI, weight_EOI = x_ZI.astype(jnp.bfloat16), weight_EOI.astype(jnp.bfloat16)
@@ -138,10 +160,17 @@ def test_bfloat16_is_summed_in_float32_on_the_way() -> None:
 KINDS = {"cuda": "NVIDIA H100 80GB HBM3", "tpu": "TPU v5p"}
 
 
-@pytest.mark.parametrize("platform, called", [("cuda", "triton"), ("tpu", "ragged_dot")])
-def test_every_platform_gets_its_own_grouped_product(platform: str, called: str) -> None:
+@pytest.mark.parametrize(
+    "platform, rows, called",
+    [
+        ("cuda", "float32", "triton"),
+        ("tpu", "float32", "ragged_dot"),
+        ("tpu", "bfloat16", "tpu_custom_call"),
+    ],
+)
+def test_every_platform_gets_its_own_grouped_product(platform: str, rows: str, called: str) -> None:
     """Forward and both gradients are the platform's, and not the loop over tiles."""
-    x_ZI, weight_EOI, sizes_E, _ = _arrays([50, 71, 71, 96], 24, 20)
+    x_ZI, weight_EOI, sizes_E, _ = _narrow(_arrays([50, 71, 71, 96], 24, 20), rows)
 
     def loss(x_ZI: jax.Array, weight_EOI: jax.Array) -> jax.Array:
         return jnp.sum(grouped_matmul(x_ZI, weight_EOI, sizes_E) ** 2)
@@ -152,4 +181,4 @@ def test_every_platform_gets_its_own_grouped_product(platform: str, called: str)
         traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(x_ZI, weight_EOI)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count(called) >= 3
-    assert "stablehlo.while" not in text
+    assert "stablehlo.dot_general" not in text  # the loop's; megablox has a loop to find its tiles

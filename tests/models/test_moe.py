@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Balance losses are the papers' formulas, are means over rows, and reach the router alone."""
+"""Balance losses are the papers' formulas, are means over rows, and reach the router alone.
+
+And rows go to their experts and come back as plain indexing says, gradients included.
+"""
 
 from typing import Any
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dsjax.models import moe
 from dsjax.models.moe import Router, RouterConfig
 
 EXPERTS, CHOSEN, HIDDEN = 8, 3, 12
@@ -110,3 +114,23 @@ def test_it_is_a_mean_over_the_rows_of_the_batch(mesh: dict[str, int] | None, pi
     expected, found = _gradients(0.5), _gradients(0.5, mesh, pieces)
     for path, gradient in expected.items():
         assert in_memory.distance(found[path], gradient) < 1e-5, path
+
+
+def test_rows_are_sorted_by_group_and_keep_their_order_in_it() -> None:
+    group = np.random.default_rng(0).integers(0, 5, 40)
+    order = moe._sorted_by(jnp.asarray(group, jnp.int32), 5)
+    np.testing.assert_array_equal(order, np.argsort(group, kind="stable"))
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_the_gradient_of_rows_in_order_is_that_of_plain_indexing(times: int) -> None:
+    rng = np.random.default_rng(0)
+    x_TD, y_ZD = (jnp.asarray(rng.normal(size=(n, 4)), jnp.float32) for n in (10, 10 * times))
+    order = rng.permutation(10 * times)
+    back = jnp.asarray(np.argsort(order))
+
+    ours, pull = jax.vjp(lambda x: moe._rows_in_order(x, jnp.asarray(order), back), x_TD)
+    expected, pull_plain = jax.vjp(lambda x: x[order // times], x_TD)
+
+    np.testing.assert_array_equal(ours, expected)
+    np.testing.assert_allclose(pull(y_ZD)[0], pull_plain(y_ZD)[0], rtol=1e-6, atol=1e-6)

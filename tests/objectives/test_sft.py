@@ -28,6 +28,9 @@ class Head(Model):
     def __init__(self, hidden_BTD: jax.Array, weight_VD: jax.Array):
         self.states, self.weight = nnx.Param(hidden_BTD), nnx.Param(weight_VD)
 
+    def gather_ends(self, layout: None) -> None:
+        pass
+
     def hidden(self, *batch: Any, **forward: Any) -> Hidden:
         return Hidden(self.states[...], None, None)
 
