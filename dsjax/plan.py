@@ -18,6 +18,7 @@ of time (`estimate`), trying variants (`plan_search`).
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -28,11 +29,15 @@ from dsjax.errors import ConfigError, run_command
 from dsjax.planning import make_plan
 from dsjax.topologies import open_topology
 
+COMPILE_ONLY = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+"""What lets the plug-ins be loaded without their devices, and by several processes at once."""
+
 _SWITCHES = ("--json", "--verbose", "--search", "--suggest")
 
 
 def main(argv: Sequence[str]) -> int:
     """Print what was asked for."""
+    os.environ |= COMPILE_ONLY
     switches, topology, rest = _own_words(argv)
     path, overrides, wanted = split_arguments(rest)
     if "--help" in wanted:

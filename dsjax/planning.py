@@ -16,8 +16,18 @@ import jax
 from dsjax.assembly import assemble
 from dsjax.config import RunConfig
 from dsjax.estimate import Estimate, estimate
+from dsjax.models import Model
+from dsjax.models.moe import tokens_at_once
+from dsjax.partition import has_experts
 from dsjax.program import Collective, Memory, collectives_of, memory_of
-from dsjax.sharding import check_batch, computed_sharding, leaf_sharding, portions, undivided
+from dsjax.sharding import (
+    batch_shards,
+    check_batch,
+    computed_sharding,
+    leaf_sharding,
+    portions,
+    undivided,
+)
 from dsjax.step import StepConfig, abstract_batch, abstract_state, lower_train_step, step_config
 from dsjax.throughput import token_flops
 from dsjax.topologies import Topology
@@ -111,7 +121,8 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     memory, collectives, refusal = _compile(step, training.batch_size, length, topology)
     seconds = time.monotonic() - began
     remat = training.gradient_checkpointing
-    flops = token_flops(parts.model, parts.partition, length, remat)
+    chunks = _experts_in_chunks(parts.model, step, training.batch_size, length)
+    flops = token_flops(parts.model, parts.partition, length, remat, chunks)
     tokens = training.batch_size * length
     trainable, total = parts.partition.counts()
     classes = state_bytes(step, training.batch_size, length)
@@ -153,6 +164,16 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
         arrays=array_plans(step),
         compile_seconds=seconds,
     )
+
+
+def _experts_in_chunks(model: Model, step: StepConfig, rows: int, length: int) -> bool:
+    """Whether a row's tokens go through the experts in several chunks."""
+    if not has_experts(step.partition.leaves):
+        return False
+    held = rows // step.accumulation // batch_shards(step.mesh) * step.mesh.shape["expert"]
+    c = model.config
+    chosen, size = c.router.num_experts_per_tok, model.dtype.itemsize
+    return tokens_at_once(held, chosen, c.hidden_size, size) < length
 
 
 def _compile(

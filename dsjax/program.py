@@ -149,7 +149,7 @@ def _walk(module: _Module, computation: str, times: int) -> Iterator[tuple[str, 
     for line in module.lines.get(computation, ()):
         found = _COLLECTIVE.search(line)
         if found:
-            name = _INSTRUCTION.match(line)[1]  # type: ignore[index]
+            name = line.partition(" = ")[0].split("%")[-1]
             operands = [module.sizes.get(o, 0) for o in re.findall(r"%([\w.\-]+)", found[2])]
             yield found[1], max([module.sizes[name], *operands]), times
             continue

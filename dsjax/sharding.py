@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsjax.config import MeshSection
@@ -57,9 +58,9 @@ def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mes
             f"({len(devices)}); set one axis to -1 to let it fill"
         )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    # An axis of 8 on a slice of 4 x 4 x 4 chips takes a part of a side.
+    placed = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def complete_mesh(mesh: Mesh) -> Mesh:

@@ -76,6 +76,9 @@ class Topology:
 def open_topology(name: str) -> Topology:
     """Find the devices of a topology; call it before jax has looked for any.
 
+    For GPUs the environment has to say JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1: compiling needs no
+    driver, without which the plug-in refuses to be loaded.
+
     Args:
         name: `v5p:2x4x4` (chips along each side), `h100:8` (GPUs of one host), `h100:8x2` (of two),
             `cpu:8`.
@@ -147,8 +150,6 @@ def _tpu(name: str, accelerator: str, sides: list[int]) -> Topology:
 
 
 def _gpu(name: str, accelerator: str, count: int, hosts: int) -> Topology:
-    # Compiling needs no driver, without which the plug-in refuses to be loaded.
-    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     jax.config.update("jax_platforms", "cuda,cpu")
     file = resources.files("dsjax") / "gpu_targets" / f"{_GPU_TARGETS[accelerator]}.txtpb"
     target = file.read_text()

@@ -8,35 +8,35 @@ import sys
 from pathlib import Path
 
 import pytest
-from jax.sharding import AbstractMesh
 
-from dsjax.assembly import assemble_model
+from dsjax.assembly import assemble
 from dsjax.config import load_config
 from dsjax.plan_report import table
-from dsjax.sharding import AXES, leaf_sharding, undivided
+from dsjax.sharding import leaf_sharding, undivided
+from dsjax.topologies import open_topology
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/shardings"
 
 CASES = {
-    "deepseek_r1_lora": ("deepseek_r1", {"fsdp": 4, "expert": 8}),
-    "deepseek_v2_lora": ("deepseek_v2", {"fsdp": 2, "expert": 4}),
-    "deepseek_v2_lite_lora": ("deepseek_v2_lite", {"expert": 8}),
-    "deepseek_llm_7b_full": ("deepseek_llm_7b", {"fsdp": 16}),
-    "deepseek_llm_67b_lora": ("deepseek_llm_67b", {"fsdp": 4, "tensor": 2}),
-    "r1_distill_llama_8b_lora": ("r1_distill_llama_8b", {"data": 2, "fsdp": 4}),
-    "r1_distill_qwen_7b_lora": ("r1_distill_qwen_7b", {"fsdp": 8}),
+    "deepseek_r1_lora": ("deepseek_r1", "v5p:2x4x4", {"fsdp": 4, "expert": 8}),
+    "deepseek_v2_lora": ("deepseek_v2", "v5e:2x4", {"fsdp": 2, "expert": 4}),
+    "deepseek_v2_lite_lora": ("deepseek_v2_lite", "v5e:2x4", {"fsdp": 1, "expert": 8}),
+    "deepseek_llm_7b_full": ("deepseek_llm_7b", "v5e:4x4", {"fsdp": 16}),
+    "deepseek_llm_67b_lora": ("deepseek_llm_67b", "v5e:2x4", {"fsdp": 4, "tensor": 2}),
+    "r1_distill_llama_8b_lora": ("r1_distill_llama_8b", "v5e:2x4", {"data": 2, "fsdp": 4}),
+    "r1_distill_qwen_7b_lora": ("r1_distill_qwen_7b", "v5e:2x4", {"fsdp": 8}),
 }
-"""Recipe -> its model's config.json, the mesh."""
+"""Recipe -> its model's config.json, devices, the mesh."""
 
 
 def _table(recipe: str) -> str:
-    model, sizes = CASES[recipe]
-    path = f"model.path={ROOT}/tests/model_configs/{model}"
-    config = load_config(ROOT / f"configs/{recipe}.yaml", [path])
-    mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES)
-    freeze = list(config.training.freeze)
-    parts = assemble_model(config.model, config.adapter, freeze, mesh, weights=False)
+    model, topology, sizes = CASES[recipe]
+    words = [f"mesh.{axis}={size}" for axis, size in sizes.items()]
+    words.append(f"model.path={ROOT}/tests/model_configs/{model}")
+    config = load_config(ROOT / f"configs/{recipe}.yaml", words)
+    parts = assemble(config, open_topology(topology).devices, weights=False)
+    mesh = parts.mesh
     rows = [("array", "shape", "dtype", "divided by", "on a device")]
     for name, leaf in parts.partition.leaves.items():
         sharding = leaf_sharding(leaf, mesh)

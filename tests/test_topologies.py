@@ -29,6 +29,7 @@ from dsjax.topologies import open_topology
     ],
 )
 def test_a_name_that_is_no_topology_is_refused(name: str, message: str) -> None:
+    assert len(jax.devices()) == 8  # found before, so that there are no more for cpu:9
     with pytest.raises(ConfigError, match=f"^--topology: .*{message}"):
         open_topology(name)
 
