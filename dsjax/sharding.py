@@ -55,12 +55,24 @@ def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mes
     if len(devices) % known or (-1 not in sizes and known != len(devices)):
         raise ConfigError(
             f"mesh: got {described}, expected sizes whose product is the number of devices "
-            f"({len(devices)}); set one axis to -1 to let it fill"
+            f"({len(devices)}); set one axis to -1 to let it fill, or take "
+            f"{_working_meshes(section, len(devices))}"
         )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     # An axis of 8 on a slice of 4 x 4 x 4 chips takes a part of a side.
     placed = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _working_meshes(section: MeshSection, devices: int) -> str:
+    """Meshes for a number of devices: fsdp alone, and with what divides it of the other axes."""
+    left, words = devices, ""
+    for axis in ("tensor", "expert", "data"):
+        size = math.gcd(max(getattr(section, axis), 1), left)
+        left //= size
+        words += f" mesh.{axis}={size}" if size > 1 else ""
+    alone = f"mesh.fsdp={devices}"
+    return f"mesh.fsdp={left}{words}, or {alone}" if words else alone
 
 
 def complete_mesh(mesh: Mesh) -> Mesh:

@@ -269,7 +269,8 @@ def test_a_mesh_fills_its_free_axis() -> None:
     ("axes", "message"),
     [
         ({"data": -1}, "mesh: got data -1, fsdp -1, .*expected at most one axis of -1"),
-        ({"fsdp": 3}, r"mesh: got data 1, fsdp 3, .*the number of devices \(8\); set one axis"),
+        ({"fsdp": 3}, r"mesh: got data 1, fsdp 3, .*devices \(8\); set .*, or take mesh.fsdp=8$"),
+        ({"fsdp": 3, "expert": 12}, r"or take mesh.fsdp=2 mesh.expert=4, or mesh.fsdp=8$"),
         ({"fsdp": 16}, r"mesh: got data 1, fsdp 16, .*the number of devices \(8\)"),
         ({"tensor": 3}, r"mesh: got data 1, fsdp -1, tensor 3, .*number of devices \(8\)"),
     ],
