@@ -98,7 +98,7 @@ def suggest(config: RunConfig, accelerator: str | None, say: Say) -> list[Sugges
     Args:
         config: the run's; its mesh, batch size and accumulation are replaced, so that a device has
             one row at a time.
-        accelerator: v5p, h100 ...; None for the TPUs and GPUs whose compiler is here.
+        accelerator: v5p, h100 ...; None for v5e, v6e and v5p.
         say: told before each compilation.
     """
     kinds = _kinds(accelerator)

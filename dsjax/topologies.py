@@ -140,10 +140,12 @@ def _tpu(name: str, accelerator: str, sides: list[int]) -> Topology:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
         known = ", ".join(f"{accelerator}:{shape}" for shape in SLICES[accelerator])
         reason = str(error).removeprefix("INVALID_ARGUMENT: ")
         raise ConfigError(f"--topology: got {name} ({reason}), expected one of {known}") from error
-    except (NotImplementedError, RuntimeError) as error:
+    except RuntimeError as error:  # jax's word for an absent libtpu
         raise ConfigError(_missing(name, "TPU", "tpu", error)) from error
     devices = tuple(found.devices)
     return Topology(name, "tpu", devices, DEVICES[devices[0].device_kind].memory_bytes)
@@ -160,7 +162,7 @@ def _gpu(name: str, accelerator: str, count: int, hosts: int) -> Topology:
             target_config=target,
             topology=f"1x{hosts}x{count}",
         )
-    except (NotImplementedError, RuntimeError) as error:
+    except NotImplementedError as error:  # jax's word for an absent plug-in
         raise ConfigError(_missing(name, "CUDA", "cuda", error)) from error
     memory = re.search(r"device_memory_size: (\d+)", target)
     assert memory is not None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FLOPs of a token: against the traced step, against XLA's count, against figures by hand."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -230,29 +231,9 @@ def test_a_query_sees_half_a_row_its_window_or_what_the_indexer_chose():
     assert sparse.needed < dense.needed and sparse.executed > dense.executed
 
 
-V2_LITE = {
-    "model_type": "deepseek_v2",
-    "vocab_size": 102400,
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "num_hidden_layers": 27,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 16,
-    "n_shared_experts": 2,
-    "n_routed_experts": 64,
-    "num_experts_per_tok": 6,
-    "q_lora_rank": None,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "topk_method": "greedy",
-}
-
-
 def test_the_example_of_the_document():
-    model = build(V2_LITE, "bfloat16")
+    config = Path(__file__).parent / "model_configs/deepseek_v2_lite/config.json"
+    model = build(json.loads(config.read_text()), "bfloat16")
     adapters.attach(model, LoraSpec(r=16, lora_alpha=32))
     partition = decide(model, dtype="bfloat16")
     found = {remat: token_flops(model, partition, 2048, remat) for remat in POLICIES}

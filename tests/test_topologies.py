@@ -43,6 +43,16 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         open_topology("v5p:2x2x1")
 
 
+def test_a_compiler_that_breaks_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**_: object) -> None:
+        raise jax.errors.JaxRuntimeError("ABORTED: Internal error when accessing libtpu")
+
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", broken)
+    for name in ("v5p:2x2x1", "h100:8"):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="ABORTED"):
+            open_topology(name)
+
+
 def test_simulated_devices() -> None:
     topology = open_topology("cpu:4")
     assert topology.devices == tuple(jax.devices()[:4])

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The LoRA step of a V2-Lite goes through the CUDA compiler, for one GPU and for eight."""
 
+import json
+from pathlib import Path
+
 import h100
 import in_memory
 import pytest
@@ -15,32 +18,8 @@ from dsjax.step import lower_train_step, step_config
 
 pytestmark = pytest.mark.cuda_compiler
 
-V2_LITE = {
-    "model_type": "deepseek_v2",
-    "vocab_size": 102400,
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "num_hidden_layers": 8,
-    "first_k_dense_replace": 3,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "q_lora_rank": None,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "n_group": 1,
-    "topk_group": 1,
-    "topk_method": "greedy",
-    "norm_topk_prob": False,
-    "routed_scaling_factor": 1.0,
-    "max_position_embeddings": 163840,
-    "rms_norm_eps": 1e-6,
-}
+CONFIG = Path(__file__).parents[1] / "model_configs/deepseek_v2_lite/config.json"
+V2_LITE = json.loads(CONFIG.read_text()) | {"num_hidden_layers": 8, "first_k_dense_replace": 3}
 """DeepSeek-V2-Lite but for its 27 layers, of which 1 is dense."""
 
 STACKS = {3, 5}  # dense layers, layers with experts: no other dimension is 3 or 5

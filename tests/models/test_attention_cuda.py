@@ -5,13 +5,14 @@ That the CUDA compiler takes them, and what memory they need, is tests/cuda's.
 """
 
 import functools
-from typing import Any, NamedTuple
 
+import attention_cases
 import in_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import Shape, arrays_of, check, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
@@ -22,32 +23,12 @@ from dsjax.models.attention import Tokens, attend
 from dsjax.models.attention_cuda import attend_cuda
 from dsjax.sharding import make_layout, make_mesh
 
-
-class Shape(NamedTuple):
-    """Rows, tokens, heads, kv heads, head size, value head size."""
-
-    rows: int
-    tokens: int
-    heads: int
-    kv_heads: int
-    size: int
-    value_size: int
-
-
 SHAPES = {
     "latent": Shape(1, 40, 2, 2, 24, 16),  # more than a power of two, as 192 is
     "grouped": Shape(2, 150, 4, 2, 16, 16),  # blocks of 64 and of 32 keys, the last not full
     "tiny": Shape(1, 9, 3, 1, 8, 12),
     "whole blocks": Shape(1, 128, 2, 1, 16, 8),
 }
-
-
-def _arrays(shape: Shape, dtype: Any = jnp.float32) -> tuple[jax.Array, ...]:
-    """Queries, keys, values and gradients of the result."""
-    rng = np.random.default_rng(0)
-    rows, tokens, heads, kv_heads, size, value_size = shape
-    kinds = (heads, size), (kv_heads, size), (kv_heads, value_size), (heads, value_size)
-    return tuple(jnp.asarray(rng.normal(size=(rows, tokens, *k)), dtype) for k in kinds)
 
 
 def _packed(shape: Shape, ends: list[int]) -> jax.Array:
@@ -59,42 +40,27 @@ def _packed(shape: Shape, ends: list[int]) -> jax.Array:
     return jnp.asarray(rows, jnp.int32)
 
 
-def _both(function: Any, q: Any, k: Any, v: Any, dout: Any) -> tuple[jax.Array, ...]:
-    out, pull = jax.vjp(function, q, k, v)
-    return out, *pull(dout.astype(out.dtype))
-
-
 @functools.partial(jax.jit, compiler_options=in_memory.QUICK_COMPILE)
 def _ours(arrays: tuple[jax.Array, ...], segment_BT: jax.Array) -> tuple[jax.Array, ...]:
     scale = arrays[0].shape[-1] ** -0.5
-    return _both(lambda q, k, v: attend_cuda(q, k, v, segment_BT, scale, interpret=True), *arrays)
 
+    def attend_here(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend_cuda(q, k, v, segment_BT, scale, interpret=True)
 
-@functools.partial(jax.jit, compiler_options=in_memory.QUICK_COMPILE)
-def _expected(arrays: tuple[jax.Array, ...], segment_BT: jax.Array) -> tuple[jax.Array, ...]:
-    scale = arrays[0].shape[-1] ** -0.5
-    place_BT = jnp.broadcast_to(jnp.arange(segment_BT.shape[1]), segment_BT.shape)
-    tokens = Tokens(place_BT, segment_BT)
-    return _both(lambda q, k, v: attend(q, k, v, tokens, tokens, None, scale), *arrays)
-
-
-def _check(arrays: tuple[jax.Array, ...], segment_BT: jax.Array) -> None:
-    ours, expected = _ours(arrays, segment_BT), _expected(arrays, segment_BT)
-    for got, want, bound in zip(ours, expected, (1e-5, 1e-4, 1e-4, 1e-4), strict=True):
-        np.testing.assert_allclose(got, want, rtol=bound, atol=bound)
+    return with_gradients(attend_here, *arrays)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_packed_rows_are_attended_to_as_by_attend(name: str) -> None:
     shape = SHAPES[name]
     third = shape.tokens // 3
-    _check(_arrays(shape), _packed(shape, [third, 2 * third, shape.tokens - 2]))
+    check(_ours, arrays_of(shape), _packed(shape, [third, 2 * third, shape.tokens - 2]))
 
 
 @pytest.mark.parametrize("name", ["grouped", "tiny"])
 def test_a_row_of_one_segment_is_causal(name: str) -> None:
     shape = SHAPES[name]
-    _check(_arrays(shape), jnp.ones((shape.rows, shape.tokens), jnp.int32))
+    check(_ours, arrays_of(shape), jnp.ones((shape.rows, shape.tokens), jnp.int32))
 
 
 @settings(max_examples=30)
@@ -107,15 +73,15 @@ def test_any_segments_in_any_order_give_what_attend_gives(name: str, data: st.Da
         np.resize(np.concatenate([np.full(n, s) for s, n in data.draw(runs)]), shape.tokens)
         for _ in range(shape.rows)
     ]
-    _check(_arrays(shape), jnp.asarray(np.stack(rows), jnp.int32))
+    check(_ours, arrays_of(shape), jnp.asarray(np.stack(rows), jnp.int32))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_numbers_cost_no_more_than_their_rounding(dtype: str) -> None:
     shape = SHAPES["grouped"]
-    arrays, segment_BT = _arrays(shape, dtype), _packed(shape, [50, 100, 145])
+    arrays, segment_BT = arrays_of(shape, dtype), _packed(shape, [50, 100, 145])
     wide = tuple(x.astype(jnp.float32) for x in arrays)
-    ours, expected = _ours(arrays, segment_BT), _expected(wide, segment_BT)
+    ours, expected = _ours(arrays, segment_BT), attention_cases.expected(wide, segment_BT)
     # The weights, the scores' gradients and the result are rounded, each by half a unit of the last
     # place (eps / 2) or less. The errors are independent: their norm stays below eps.
     bound = float(jnp.finfo(dtype).eps)
@@ -137,7 +103,7 @@ def test_every_device_runs_the_kernel_on_its_rows_and_heads(
     mesh: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = Shape(2, 20, 4, 2, 8, 8)
-    arrays, segment_BT = _arrays(shape, jnp.bfloat16), _packed(shape, [6, 18])
+    arrays, segment_BT = arrays_of(shape, jnp.bfloat16), _packed(shape, [6, 18])
     kernel = functools.partial(attend_cuda, interpret=True)
     monkeypatch.setattr(attention, "KERNELS", {"cpu": kernel})
     devices = jax.devices()[: int(np.prod(list(mesh.values())))]
@@ -147,9 +113,8 @@ def test_every_device_runs_the_kernel_on_its_rows_and_heads(
     def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return attend(q, k, v, tokens, tokens, None, 8**-0.5, layout=layout)
 
-    ours = jax.jit(functools.partial(_both, by_kernel), compiler_options=in_memory.QUICK_COMPILE)(
-        *arrays
-    )
+    run = functools.partial(with_gradients, by_kernel)
+    ours = jax.jit(run, compiler_options=in_memory.QUICK_COMPILE)(*arrays)
     for got, want in zip(ours, _ours(arrays, segment_BT), strict=True):
         got, want = (np.asarray(x, np.float32) for x in (got, want))
         # A kv head's gradients, if several devices have it, are rounded before they are summed.
@@ -158,7 +123,7 @@ def test_every_device_runs_the_kernel_on_its_rows_and_heads(
 
 def test_padding_is_finite_and_changes_no_token() -> None:
     shape = SHAPES["grouped"]
-    arrays, segment_BT = _arrays(shape), _packed(shape, [50, 100])
+    arrays, segment_BT = arrays_of(shape), _packed(shape, [50, 100])
     tokens_BT = np.asarray(segment_BT) > 0
     rubbish = tuple(jnp.where(tokens_BT[:, :, None, None], x, 1e4) for x in arrays[:3])
     dout_BTNV = jnp.where(tokens_BT[:, :, None, None], arrays[3], 0)  # no loss on padding
@@ -204,13 +169,13 @@ def test_a_head_is_cut_into_powers_of_two(size: int, widths: list[int]) -> None:
 
 
 def test_forward_and_gradients_are_kernels_on_cuda() -> None:
-    q, k, v, dout = _arrays(SHAPES["latent"])
+    q, k, v, dout = arrays_of(SHAPES["latent"])
     segment_BT = _packed(SHAPES["latent"], [20, 38])
     device = AbstractDevice("NVIDIA H100 80GB HBM3", None, "cuda")
     mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=device)
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, dout: jax.Array) -> tuple[jax.Array, ...]:
-        return _both(lambda *x: attend_cuda(*x, segment_BT, 0.2), q, k, v, dout)
+        return with_gradients(lambda *x: attend_cuda(*x, segment_BT, 0.2), q, k, v, dout)
 
     with jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(run).trace(q, k, v, dout).lower(lowering_platforms=("cuda",)).as_text()
@@ -218,7 +183,7 @@ def test_forward_and_gradients_are_kernels_on_cuda() -> None:
 
 
 def test_a_remat_policy_that_keeps_the_name_runs_the_kernel_once() -> None:
-    arrays, segment_BT = _arrays(SHAPES["tiny"])[:3], jnp.ones((1, 9), jnp.int32)
+    arrays, segment_BT = arrays_of(SHAPES["tiny"])[:3], jnp.ones((1, 9), jnp.int32)
 
     def loss(keep: list[str], *qkv: jax.Array) -> jax.Array:
         policy = jax.checkpoint_policies.save_only_these_names(*keep)

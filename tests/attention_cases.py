@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the attention kernels of all platforms are held against: arrays, and what `attend` gives.
+
+In: the sizes of rows and heads. Out: random arrays, and results with the gradients of queries, keys
+and values. Not here: the kernels, which segments rows have.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import in_memory
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.models.attention import Tokens, attend
+
+Arrays = tuple[jax.Array, ...]
+
+
+class Shape(NamedTuple):
+    """Rows, tokens, heads, kv heads, head size, value head size."""
+
+    rows: int
+    tokens: int
+    heads: int
+    kv_heads: int
+    size: int
+    value_size: int
+
+
+def arrays_of(shape: Shape, dtype: Any = jnp.float32) -> Arrays:
+    """Queries, keys, values and gradients of the result."""
+    rng = np.random.default_rng(0)
+    rows, tokens, heads, kv_heads, size, value_size = shape
+    kinds = (heads, size), (kv_heads, size), (kv_heads, value_size), (heads, value_size)
+    return tuple(jnp.asarray(rng.normal(size=(rows, tokens, *k)), dtype) for k in kinds)
+
+
+def with_gradients(function: Any, q: Any, k: Any, v: Any, dout: Any) -> Arrays:
+    """The result of (q, k, v), and their gradients."""
+    out, pull = jax.vjp(function, q, k, v)
+    return out, *pull(dout.astype(out.dtype))
+
+
+@functools.partial(jax.jit, compiler_options=in_memory.QUICK_COMPILE)
+def expected(arrays: Arrays, segment_BT: jax.Array) -> Arrays:
+    """What `attend` gives for rows that see themselves."""
+    scale = arrays[0].shape[-1] ** -0.5
+    place_BT = jnp.broadcast_to(jnp.arange(segment_BT.shape[1]), segment_BT.shape)
+    tokens = Tokens(place_BT, segment_BT)
+    return with_gradients(lambda q, k, v: attend(q, k, v, tokens, tokens, None, scale), *arrays)
+
+
+def check(ours: Callable[..., Arrays], arrays: Arrays, segment_BT: jax.Array) -> None:
+    """Hold a kernel's float32 result and gradients against `attend`'s."""
+    pairs = zip(ours(arrays, segment_BT), expected(arrays, segment_BT), strict=True)
+    for (got, want), bound in zip(pairs, (1e-5, 1e-4, 1e-4, 1e-4), strict=True):
+        np.testing.assert_allclose(got, want, rtol=bound, atol=bound)
