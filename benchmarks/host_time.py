@@ -107,6 +107,7 @@ def run_loop(folder: Path, words: argparse.Namespace, kind: str) -> dict[str, An
     from dsjax.assembly import CHECKPOINTS, assemble, load_frozen, load_trainable
     from dsjax.checkpoint import Checkpointer
     from dsjax.evaluation import to_devices
+    from dsjax.hosts import Hosts
     from dsjax.loop import Loop
     from dsjax.metrics import Meter, MetricsLog
     from dsjax.step import init_state, step_config
@@ -120,7 +121,7 @@ def run_loop(folder: Path, words: argparse.Namespace, kind: str) -> dict[str, An
     frozen = load_frozen(parts, 0)
     state = init_state(load_trainable(parts, 0), step, 0)
     if kind in ("bare", "real"):
-        take = train.compile_step(step, parts, data.train)
+        take = train.compile_step(step, data.train, Hosts())
     else:
         take = _idle(words.sleep_ms / 1000 if kind == "sleep" else 0.0)
     if kind == "bare":
@@ -131,7 +132,8 @@ def run_loop(folder: Path, words: argparse.Namespace, kind: str) -> dict[str, An
     timed, loader = TimedStep(take), TimedLoader(data.train)
     train_loader: Any = loader
     saver = Checkpointer(run / CHECKPOINTS, config.checkpoint)
-    loop = Loop(config, parts, train_loader, None, "", total, frozen, timed, None, saver)
+    hosts = Hosts()
+    loop = Loop(config, parts, train_loader, None, "", total, frozen, timed, None, saver, hosts)
     with MetricsLog(run, config.logging, 0) as log, Progress(total) as progress:
         state, _ = loop.run(state, 0, Meter(), log, progress)
     jax.block_until_ready(state)
@@ -235,7 +237,7 @@ def write_inputs(folder: Path, words: argparse.Namespace, vocabulary: int) -> No
 
 def measure(words: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All figures."""
-    from dsjax.data import find_tokenizer
+    from dsjax.data import load_tokenizer
 
     write_inputs(folder / "trivial", words, TRIVIAL["vocab_size"])
     kinds = ("bare", "real", "nothing")
@@ -243,7 +245,7 @@ def measure(words: argparse.Namespace, folder: Path) -> dict[str, Any]:
     beyond = trivial["real"]["step_seconds"] - trivial["bare"]["step_seconds"]
     vocabulary = TRIVIAL["vocab_size"]
     if words.tokenizer:
-        tokenizer = find_tokenizer(words.tokenizer, "auto")
+        tokenizer = load_tokenizer(words.tokenizer)
         vocabulary = -(-len(tokenizer) // 128) * 128
     write_inputs(folder / "input", words, vocabulary)
     asleep = run_loop(folder / "input", words, "sleep")

@@ -111,7 +111,8 @@ def measure_peft(words: argparse.Namespace) -> dict[str, Any]:
     with machine.PeakMemory() as memory:
         base = transformers.AutoModelForCausalLM.from_pretrained(
             words.folder / "model", dtype=getattr(torch, words.dtype)
-        ).to(device)
+        )
+        torch.nn.Module.to(base, device)
         base.config.use_cache = False
         if words.remat == "full":
             base.gradient_checkpointing_enable({"use_reentrant": False})

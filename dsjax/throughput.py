@@ -25,15 +25,15 @@ _EMBEDDING, _NORM, _HEAD, _AHEAD = "model.embed_tokens", "model.norm", "lm_head"
 
 _AGAIN = {
     "linear": ("names", "full"),
-    "o_proj": ("full",),
+    "kept": ("full",),
     "down_proj": (),
     "experts": ("dots", "names", "full"),
 }
 """Kind of product -> the remat policies under which a block computes it again.
 
-`names` keeps what o_proj gives. What a dense down_proj gives is not needed again in its own block;
-what the experts' give is, for the gradient of their weights in the sum. `dots` keeps all products
-of weights but the experts'.
+`names` keeps what o_proj and the projections to latents give. What a dense down_proj gives is not
+needed again in its own block; what the experts' give is, for the gradient of their weights in the
+sum. `dots` keeps all products of weights but the experts'.
 """
 
 
@@ -181,8 +181,10 @@ def _kind(path: str, leaf: Leaf) -> str:
     """The row of `_AGAIN`. What an adapter's first factor gives is needed by the second."""
     if "experts" in leaf.axes:
         return "experts"
-    names = [] if path.endswith(".lora_A") else path.split(".")
-    return next((name for name in ("o_proj", "down_proj") if name in names), "linear")
+    names = set() if path.endswith(".lora_A") else set(path.split("."))
+    if names & {"o_proj", "q_a_proj", "kv_a_proj_with_mqa"}:
+        return "kept"
+    return "down_proj" if "down_proj" in names else "linear"
 
 
 def _of_weight(step: _Step, path: str, part: str, again: int) -> TokenFlops:

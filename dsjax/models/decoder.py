@@ -22,7 +22,9 @@ from dsjax.models.layers import MLP, Embedding, Layout, Linear, RMSNorm
 from dsjax.models.moe import ROUTING, MoE, Work
 from dsjax.models.rope import positions_like, rope_tables
 
-SAVED_NAMES = (KERNEL_NAME, "attention_out", "mlp_out", ROUTING)
+LATENTS = "attention_latents"
+
+SAVED_NAMES = (KERNEL_NAME, LATENTS, "attention_out", "mlp_out", ROUTING)
 """Activations that the remat policy `names` keeps."""
 
 _ROUTING = jax.checkpoint_policies.save_only_these_names(ROUTING)

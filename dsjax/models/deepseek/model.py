@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dsjax.models.attention import Selection, attend
-from dsjax.models.decoder import Block, CausalLM, PerLayer, Shared, append_to_cache
+from dsjax.models.decoder import LATENTS, Block, CausalLM, PerLayer, Shared, append_to_cache
 from dsjax.models.deepseek.config import LATENT_EPS, DeepseekConfig
 from dsjax.models.deepseek.mtp import MTP
 from dsjax.models.layers import MLP, LayerNorm, Linear, RMSNorm, precision
@@ -71,7 +72,7 @@ class LatentAttention(nnx.Module):
         m, key = self.mla, own.dropout_key
         q_BTNH, q_latent_BTQ = self._queries(x_BTD, key)
         q_nope_BTNP, q_rope_BTNR = jnp.split(q_BTNH, [m.qk_nope_head_dim], axis=-1)
-        both_BTX = self.kv_a_proj_with_mqa(x_BTD, key)
+        both_BTX = checkpoint_name(self.kv_a_proj_with_mqa(x_BTD, key), LATENTS)
         latent_BTC, k_rope_BTR = jnp.split(both_BTX, [m.kv_lora_rank], axis=-1)
         new = (
             self.kv_a_layernorm(latent_BTC),
@@ -102,7 +103,8 @@ class LatentAttention(nnx.Module):
         if self.mla.q_lora_rank is None:
             q_BTX, latent_BTQ = self.q_proj(x_BTD, key), None
         else:
-            latent_BTQ = self.q_a_layernorm(self.q_a_proj(x_BTD, key))
+            narrow_BTQ = checkpoint_name(self.q_a_proj(x_BTD, key), LATENTS)
+            latent_BTQ = self.q_a_layernorm(narrow_BTQ)
             q_BTX = self.q_b_proj(latent_BTQ, key)
         return q_BTX.reshape(*x_BTD.shape[:2], self.heads, -1), latent_BTQ
 
