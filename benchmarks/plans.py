@@ -3,14 +3,17 @@
 
     python benchmarks/plans.py [--cuda-python PATH] [--only WORD]
 
-Writes docs/plans.md. Each plan is a process of its own, one after the other; its time and its
-memory on this machine stand beside it. GPU plans need an environment with dsjax[cuda]: its
-interpreter is `--cuda-python`; without one they are left out. Plans need neither an accelerator nor
-weights: config.json of each model is in tests/model_configs.
+Writes docs/plans.md, and the plans in the heads of configs/*.yaml. Each plan is a process of its
+own, one after the other; its time and its memory on this machine stand beside it. GPU plans need an
+environment with dsjax[cuda]: its interpreter is `--cuda-python`. What is left out, for want of one
+or by `--only`, stays as it was. Plans need neither an accelerator nor weights: config.json of each
+model is in tests/model_configs.
 """
 
 import argparse
+import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,6 +23,10 @@ from pathlib import Path
 import machine
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/plans.md"
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from quickstart_world import CONFIG  # noqa: E402
 
 PLANS: list[tuple[str, str, str, list[str]]] = [
     ("DeepSeek-R1, LoRA, 32 chips of v5p", "deepseek_r1_lora", "v5p:2x4x4", []),
@@ -42,37 +49,87 @@ PLANS: list[tuple[str, str, str, list[str]]] = [
     ("DeepSeek-V2-Lite, LoRA, one H100", "deepseek_v2_lite_lora", "h100:1", []),
     ("DeepSeek-LLM-7B, full training, 8 H100", "deepseek_llm_7b_full", "h100:8", []),
     ("DeepSeek-LLM-67B, LoRA, 8 H100", "deepseek_llm_67b_lora", "h100:8", []),
+    ("DeepSeek-V2, LoRA, 8 H200", "deepseek_v2_lora", "h200:8", []),
+    ("DeepSeek-Coder-6.7B, LoRA, v5e-8", "deepseek_coder_6.7b_lora", "v5e:2x4", []),
+    ("DeepSeek-Coder-6.7B, LoRA, one A100", "deepseek_coder_6.7b_lora", "a100-40gb:1", []),
+    ("R1-Distill-Qwen-7B, LoRA, v5e-8", "r1_distill_qwen_7b_lora", "v5e:2x4", []),
+    ("R1-Distill-Qwen-7B, LoRA, one A100", "r1_distill_qwen_7b_lora", "a100-40gb:1", []),
+    ("R1-Distill-Llama-8B, LoRA, v5e-8", "r1_distill_llama_8b_lora", "v5e:2x4", []),
+    ("R1-Distill-Llama-8B, LoRA, one A100", "r1_distill_llama_8b_lora", "a100-40gb:1", []),
+    ("Quickstart, full training, a CPU", "quickstart_pretrain", "cpu:1", []),
+    ("Quickstart, LoRA, a CPU", "quickstart", "cpu:1", []),
 ]
 """Title, recipe, topology, overrides."""
 
+HEAD = "# Plans, by the platforms' compilers, nothing measured (docs/plans.md):\n"
+
 
 def main() -> int:
-    """Make every plan and write the page."""
+    """Make the plans and write the page and the heads."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cuda-python")
     parser.add_argument("--only", default="")
     words = parser.parse_args()
-    here = machine.describe()
-    sections = []
+    sections = read_sections()
     for title, recipe, topology, overrides in PLANS:
-        on_gpu = not topology.startswith("v")
+        on_gpu = topology.partition(":")[0] not in ("cpu", "v5e", "v5p")
         python = words.cuda_python if on_gpu else sys.executable
         if python is not None and words.only in f"{recipe} {topology}":
-            sections.append(_section(python, title, recipe, topology, overrides))
+            sections[title] = _section(python, recipe, topology, overrides)
+    here = machine.describe()
     head = _HEAD.format(cpu=here["cpu"], cores=here["cores"], gib=here["memory_gib"])
-    (ROOT / "docs/plans.md").write_text(head + "".join(sections))
+    known = [(title, sections[title]) for title, *_ in PLANS if title in sections]
+    PAGE.write_text(head + "".join(f"\n## {title}\n\n{text}" for title, text in known))
+    for recipe in {plan[1] for plan in PLANS}:
+        _write_head(ROOT / f"configs/{recipe}.yaml", sections)
     return 0
 
 
-def _section(python: str, title: str, recipe: str, topology: str, overrides: list[str]) -> str:
+def read_sections() -> dict[str, str]:
+    """The page as it is: title -> text of the plan."""
+    parts = PAGE.read_text().split("\n## ")[1:]
+    return {title: text for title, _, text in (part.partition("\n\n") for part in parts)}
+
+
+def head_lines(recipe: str, sections: dict[str, str]) -> list[str]:
+    """What the head of a recipe says of its plans."""
+    lines = []
+    for title, name, topology, overrides in PLANS:
+        if name == recipe and title in sections:
+            text = sections[title]
+            verdict = re.search(r"^(fits|does not fit) on \S+: (.*)$", text, re.M)
+            peak = re.search(r"^  peak +([\d.]+ GiB)", text, re.M)
+            room = re.search(r"^memory of a device, of ([\d.]+ GiB)", text, re.M)
+            speed = re.search(r"^at most ([\d,]+ tokens/s)", text, re.M)
+            assert verdict and peak and room, title
+            lines.append(f"#   --topology {' '.join([topology, *overrides])}")
+            lines.append(f"#     {verdict[2]}, {peak[1]} of {room[1]} each: {verdict[1]}")
+            lines[-1] += f"; at most {speed[1]}" if speed else ""
+    return lines
+
+
+def _write_head(recipe: Path, sections: dict[str, str]) -> None:
+    """Put the lines where those of last time are."""
+    before, head, after = recipe.read_text().partition(HEAD)
+    assert head, f"{recipe.name} has no line {HEAD}"
+    rest = re.sub(r"\A(#   .*\n)*", "", after)
+    lines = head_lines(recipe.stem, sections)
+    recipe.write_text(before + HEAD + "".join(f"{line}\n" for line in lines) + rest)
+
+
+def _section(python: str, recipe: str, topology: str, overrides: list[str]) -> str:
     command = ["python", "-m", "dsjax.plan", "--config", f"configs/{recipe}.yaml"]
     command += ["--topology", topology, *overrides]
-    model = recipe.removesuffix("_lora").removesuffix("_full")
-    local = [f"model.path={ROOT}/tests/model_configs/{model}"]
     print(" ".join(command), file=sys.stderr, flush=True)
     began = time.monotonic()
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen([python, *command[1:], *local], cwd=ROOT, stdout=out, stderr=err)
+    with (
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as err,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        local = f"model.path={_model(recipe, Path(folder))}"
+        words = [python, *command[1:], local]
+        process = subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=err)
         _, status, usage = os.wait4(process.pid, 0)
         out.seek(0)
         err.seek(0)
@@ -82,10 +139,18 @@ def _section(python: str, title: str, recipe: str, topology: str, overrides: lis
     seconds, gigabytes = time.monotonic() - began, usage.ru_maxrss / 1e6
     print(text.split("\n")[0], f"{seconds:.0f} s", file=sys.stderr, flush=True)
     return (
-        f"\n## {title}\n\n```\n{' '.join(command)}\n```\n\n```\n{text.rstrip()}\n```\n\n"
+        f"```\n{' '.join(command)}\n```\n\n```\n{text.rstrip()}\n```\n\n"
         f"The command took {seconds:.0f} s and at most {gigabytes:.1f} GB of this machine's "
         "memory.\n"
     )
+
+
+def _model(recipe: str, folder: Path) -> Path:
+    """A directory with the config.json of the recipe's model."""
+    if recipe.startswith("quickstart"):
+        (folder / "config.json").write_text(json.dumps(CONFIG))
+        return folder
+    return ROOT / "tests/model_configs" / recipe.removesuffix("_lora").removesuffix("_full")
 
 
 _HEAD = """# Plans

@@ -46,3 +46,20 @@ def test_both_readmes_show_the_same():
         return {target for target in found if not target.startswith("README")}
 
     assert links(english) == links(chinese)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.stem)
+def test_the_head_of_a_recipe_tells_its_plans(recipe: Path):
+    page = (ROOT / "docs/plans.md").read_text("utf-8")
+    plans = re.findall(
+        r"^#   --topology (.+)\n#     .*, ([\d.]+ GiB) of ([\d.]+ GiB) each: fits",
+        recipe.read_text(),
+        re.M,
+    )
+    assert plans
+    for words, peak, room in plans:
+        command = f"python -m dsjax.plan --config configs/{recipe.name} --topology {words}\n"
+        _, found, section = page.partition(command)
+        section = section.partition("\n## ")[0]
+        assert found and f"of a device, of {room}:" in section
+        assert re.search(rf"^  peak +{peak} ", section, re.M)
