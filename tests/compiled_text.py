@@ -52,12 +52,17 @@ class Program:
         which the sum is followed by a slice.
         """
         scatters = r"^%all-reduce-scatter[\w.\-]* \(.*\{$(?:\n .*)*"
-        whole = Program(re.sub(scatters, "", self.text, flags=re.MULTILINE), self.temporaries)
-        return whole._results("all-reduce(?:-start)?")
+        program = Program(re.sub(scatters, "", self.text, flags=re.MULTILINE), self.temporaries)
+        return program._results("all-reduce(?:-start)?")
 
     def rearranged(self, dtype: str) -> set[Shape]:
-        """Of all arrays that are another in another layout or place."""
-        return self._results("(?:transpose|copy|copy-start)", dtype)
+        """Of all arrays that are another in another layout or place.
+
+        But for what XLA for TPU brings into the chip's own memory, S(1), ahead of its use.
+        """
+        ahead = re.compile(r".*S\(1\).* copy-start\(.*")
+        program = Program(ahead.sub("", self.text), self.temporaries)
+        return program._results("(?:transpose|copy|copy-start)", dtype)
 
     def _results(self, operation: str, dtype: str = _FLOATS) -> set[Shape]:
         ends = re.compile(rf" = (.*) {operation}\(")
