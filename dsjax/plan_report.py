@@ -57,6 +57,8 @@ def _work(plan: Plan) -> list[str]:
     ]
     for kind, count, size in plan.collectives:
         lines.append(f"  {kind:<20}{count:>8} times {gib(size):>12} on a device")
+    if plan.unknown_loops:
+        lines.append(f"  loops of unknown length, counted once: {plan.unknown_loops}")
     if plan.time is None:
         return [*lines, "no figures are known of this device, so none of time"]
     t = plan.time

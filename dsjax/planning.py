@@ -19,7 +19,7 @@ from dsjax.estimate import Estimate, estimate
 from dsjax.models import Model
 from dsjax.models.moe import tokens_at_once
 from dsjax.partition import has_experts
-from dsjax.program import Collective, Memory, collectives_of, memory_of
+from dsjax.program import Collective, Collectives, Memory, collectives_of, memory_of
 from dsjax.sharding import (
     batch_shards,
     check_batch,
@@ -73,6 +73,7 @@ class Plan:
         flops_per_step: that the loss and its gradients need, over all devices.
         executed_flops_per_step: with what is computed again.
         collectives: of one step, on one device.
+        unknown_loops: loops with collectives that are counted once, for want of their length.
         time: the estimate; None for a device whose figures are not known.
         replicated: what mesh axes do not divide, a line each.
         arrays: every array of the model.
@@ -99,6 +100,7 @@ class Plan:
     flops_per_step: float
     executed_flops_per_step: float
     collectives: list[Collective]
+    unknown_loops: int
     time: Estimate | None
     replicated: list[str]
     arrays: list[ArrayPlan]
@@ -150,14 +152,15 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
         trainable_params=trainable,
         flops_per_step=flops.needed * tokens,
         executed_flops_per_step=flops.executed * tokens,
-        collectives=collectives,
+        collectives=collectives.by_kind,
+        unknown_loops=collectives.unknown_loops,
         time=estimate(
             topology.kind,
             config.model.dtype,
             flops.needed * tokens / len(topology.devices),
             flops.executed * tokens / len(topology.devices),
             _traffic(step, classes, remat),
-            collectives,
+            collectives.by_kind,
             tokens,
         ),
         replicated=undivided(parts.partition.leaves, parts.mesh),
@@ -178,7 +181,7 @@ def _experts_in_chunks(model: Model, step: StepConfig, rows: int, length: int) -
 
 def _compile(
     step: StepConfig, rows: int, length: int, topology: Topology
-) -> tuple[Memory | None, list[Collective], str | None]:
+) -> tuple[Memory | None, Collectives, str | None]:
     """Compile the step; memory, collectives, or what the compiler says of too little memory."""
     lowered = lower_train_step(step, rows, length)
     try:
@@ -186,7 +189,7 @@ def _compile(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return None, [], re.sub(r"\s+", " ", str(error)).split(" Largest ")[0][:300]
+        return None, Collectives([], 0), re.sub(r"\s+", " ", str(error)).split(" Largest ")[0][:300]
     return memory_of(compiled, topology.platform), collectives_of(compiled.as_text() or ""), None
 
 

@@ -64,7 +64,8 @@ class Collective(NamedTuple):
     Attributes:
         kind: one of KINDS.
         count: how often it runs.
-        bytes: what one device has of the larger side, before or after, summed over the runs.
+        bytes: what one device has of the larger side, before or after, summed over the runs and
+            over the arrays that are moved together.
     """
 
     kind: str
@@ -72,7 +73,20 @@ class Collective(NamedTuple):
     bytes: int
 
 
-def collectives_of(text: str) -> list[Collective]:
+class Collectives(NamedTuple):
+    """What a program's devices send each other.
+
+    Attributes:
+        by_kind: all that it runs.
+        unknown_loops: loops with collectives whose length the text does not tell; what is in them
+            is counted as if they ran once.
+    """
+
+    by_kind: list[Collective]
+    unknown_loops: int
+
+
+def collectives_of(text: str) -> Collectives:
     """Count a program's collectives, those inside of loops as often as the loops run.
 
     Args:
@@ -80,10 +94,13 @@ def collectives_of(text: str) -> list[Collective]:
     """
     module = _parse(text)
     totals = {kind: [0, 0] for kind in KINDS}
-    for kind, size, times in _walk(module, module.entry, 1):
-        totals[kind][0] += times
-        totals[kind][1] += times * size
-    return [Collective(kind, *total) for kind, total in totals.items() if total[0]]
+    unknown: set[str] = set()
+    for run in _walk(module, module.entry, 1, frozenset()):
+        totals[run.kind][0] += run.times
+        totals[run.kind][1] += run.times * run.size
+        unknown |= run.unknown_loops
+    by_kind = [Collective(kind, *total) for kind, total in totals.items() if total[0]]
+    return Collectives(by_kind, len(unknown))
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,7 @@ class _Module:
     Attributes:
         entry: the computation that it starts with.
         lines: of each computation.
-        sizes: bytes of each instruction's largest array.
+        sizes: bytes of each instruction's arrays.
     """
 
     entry: str
@@ -103,7 +120,7 @@ class _Module:
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)")
-_COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(?:-start)?\(([^)]*)\)")
+_COLLECTIVE = re.compile(rf" (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<operands>[^)]*)\)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
@@ -123,17 +140,16 @@ def _parse(text: str) -> _Module:
         found = _INSTRUCTION.match(line)
         if found and current:
             lines[current].append(line)
-            sizes[found[1]] = _largest(re.split(r" [\w\-]+\(", found[2], maxsplit=1)[0])
+            sizes[found[1]] = _bytes(re.split(r" [\w\-]+\(", found[2], maxsplit=1)[0])
     return _Module(entry, lines, sizes)
 
 
-def _largest(types: str) -> int:
-    """Bytes of the largest array of an instruction's type."""
-    arrays = [
+def _bytes(types: str) -> int:
+    """Bytes of all arrays of an instruction's type."""
+    return sum(
         math.prod(map(int, filter(None, dims.split(",")))) * _itemsize(name)
         for name, dims in _ARRAY.findall(types)
-    ]
-    return max(arrays, default=0)
+    )
 
 
 def _itemsize(name: str) -> int:
@@ -144,22 +160,47 @@ def _itemsize(name: str) -> int:
     return max(int(bits[0]) // 8, 1) if bits else 0
 
 
-def _walk(module: _Module, computation: str, times: int) -> Iterator[tuple[str, int, int]]:
-    """Every collective of a computation and of those it calls: kind, bytes, runs."""
+class _Run(NamedTuple):
+    """A collective instruction: bytes of its larger side, how often it runs, in which loops."""
+
+    kind: str
+    size: int
+    times: int
+    unknown_loops: frozenset[str]
+
+
+def _walk(module: _Module, computation: str, times: int, unknown: frozenset[str]) -> Iterator[_Run]:
+    """Every collective of a computation and of those it calls."""
     for line in module.lines.get(computation, ()):
+        name = line.partition(" = ")[0].split("%")[-1]
         found = _COLLECTIVE.search(line)
         if found:
-            name = line.partition(" = ")[0].split("%")[-1]
-            operands = [module.sizes.get(o, 0) for o in re.findall(r"%([\w.\-]+)", found[2])]
-            yield found[1], max([module.sizes[name], *operands]), times
+            # XLA for TPU writes some as a fusion of the sum over all with the slice that is kept.
+            scatters = computation.startswith("all-reduce-scatter")
+            kind = "reduce-scatter" if scatters else found["kind"]
+            yield _Run(kind, _larger_side(module, name, found), times, unknown)
             continue
-        runs = times * (_trip_count(module, line) if " while(" in line else 1)
+        runs, inside = times, unknown
+        if " while(" in line:
+            trips = _trip_count(module, line)
+            runs *= trips or 1
+            inside |= {name} if trips is None else frozenset()
         for called in _CALLED.findall(line):
-            for name in called.replace("%", "").split(", "):
-                yield from _walk(module, name, runs)
+            for callee in called.replace("%", "").split(", "):
+                yield from _walk(module, callee, runs, inside)
 
 
-def _trip_count(module: _Module, line: str) -> int:
+def _larger_side(module: _Module, name: str, found: re.Match[str]) -> int:
+    """Bytes that a collective is given, or of `all-gather` that it gives."""
+    operands = re.findall(r"%([\w.\-]+)", found["operands"])
+    given = sum(module.sizes[operand] for operand in operands)
+    if found["kind"] != "all-gather":
+        return given
+    # What only starts one has its operands in its own type.
+    return module.sizes[name] - (given if found["start"] else 0)
+
+
+def _trip_count(module: _Module, line: str) -> int | None:
     """How often a loop runs; jax's count from 0 up to a constant of their condition."""
     known = _TRIPS.search(line)
     if known:
@@ -167,4 +208,4 @@ def _trip_count(module: _Module, line: str) -> int:
     condition = re.search(r"condition=%([\w.\-]+)", line)
     lines = module.lines[condition[1]] if condition else []
     bounds = [int(n) for text in lines for n in re.findall(r" constant\((\d+)\)", text)]
-    return bounds[0] if len(bounds) == 1 else 1
+    return bounds[0] if len(bounds) == 1 else None

@@ -10,11 +10,11 @@ import jax
 import pytest
 import small_run
 
-from dsjax import plan
+from dsjax import plan, planning
 from dsjax.assembly import assemble, load_frozen, load_trainable
 from dsjax.config import load_config
 from dsjax.errors import ConfigError
-from dsjax.program import memory_of
+from dsjax.program import Collective, Collectives, memory_of
 from dsjax.step import init_state, lower_train_step, step_config
 
 KEYS = {
@@ -83,15 +83,22 @@ def test_a_plan_is_what_the_run_then_needs(
     trained, everything = parts.partition.counts()
     assert (planned["trainable_params"], planned["total_params"]) == (trained, everything)
     assert planned["devices"] == 8 and planned["platform"] == "cpu"
+    assert planned["collectives"] != [] and planned["unknown_loops"] == 0
 
 
-def test_the_table_is_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_is_for_people(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Collectives([Collective("all-reduce", 3, 2**30)], unknown_loops=2)
+    monkeypatch.setattr(planning, "collectives_of", lambda text: found)
     file = _config(tmp_path, "lora", "llama_gqa")
     words = ["--config", str(file), "--topology=cpu:8", _bare(tmp_path), "--verbose"]
     assert plan.main(words) == 0
     out = capsys.readouterr().out
     assert out.startswith("fits on cpu:8: 8 x cpu\nmesh        fsdp 8\n")
     assert "temporaries" in out and "no figures are known of this device" in out
+    assert "all-reduce                 3 times     1.00 GiB" in out
+    assert "loops of unknown length, counted once: 2\n" in out
     assert "model.layers.self_attn.q_proj.weight" in out and "fsdp x expert" in out
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled_text import by_tokens, squares
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsjax.models import attention_cuda
@@ -69,7 +70,7 @@ def test_attention_holds_no_scores(name: str, target: str) -> None:
     program = h100.compiled(h100.lowered(gradients, *heads.arrays(target)))
 
     assert program.kernels() == KERNELS
-    assert h100.squares(program.shapes(), heads.length) == []
+    assert squares(program.shapes(), heads.length) == []
     # The result, its gradient, and two float32 numbers of each query are what there must be.
     queries = heads.length * heads.heads
     assert program.temporaries < 1.1 * queries * (2 * heads.value_size * 2 + 2 * 4)
@@ -102,7 +103,7 @@ def test_scores_that_are_held_are_found() -> None:
         return attend(q, k, v, tokens, tokens, None, 0.1)
 
     program = h100.compiled(h100.lowered(plain, q, k, v, segment))
-    assert h100.squares(program.shapes(), 1024) != []
+    assert squares(program.shapes(), 1024) != []
     assert program.kernels() == {}
 
 
@@ -117,6 +118,6 @@ def test_experts_multiply_each_row_once() -> None:
     program = h100.compiled(h100.lowered(gradients, *arrays))
 
     assert program.kernels() == {"grouped_matmul": 2, "grouped_weight_gradient": 1}
-    assert h100.by_tokens(program.shapes(), rows, rows * inputs + 1) == []
+    assert by_tokens(program.shapes(), rows, rows * inputs + 1) == []
     # The product, its gradient, and the product with its rows beyond all groups set to zero.
     assert program.temporaries < 1.1 * 3 * rows * outputs * 2

@@ -7,6 +7,7 @@ from pathlib import Path
 import h100
 import in_memory
 import pytest
+from compiled_text import by_tokens, squares
 
 from dsjax import adapters
 from dsjax.adapters.lora import LoraSpec
@@ -47,9 +48,9 @@ def test_the_lora_step_runs_the_kernels_and_takes_weights_a_layer_at_a_time(
         "grouped_matmul": 9,  # three products: forward, again, and back to the rows
     }
     shapes = program.shapes()
-    assert h100.squares(shapes, LENGTH) == []
-    assert h100.by_tokens(shapes, LENGTH, 64 * LENGTH * 1408) == []
-    assert h100.by_tokens(shapes, LENGTH, LENGTH * 2048) != []
+    assert squares(shapes, LENGTH) == []
+    assert by_tokens(shapes, LENGTH, 64 * LENGTH * 1408) == []
+    assert by_tokens(shapes, LENGTH, LENGTH * 2048) != []
     gathered = program.gathered()
     assert (gathered == set()) == (count == 1)
     assert [shape for shape in gathered if STACKS & set(shape)] == []
