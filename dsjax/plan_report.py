@@ -102,19 +102,13 @@ def search_lines(found: Sequence[Found]) -> list[str]:
     return [
         *lines,
         "",
-        f"training.batch_size={chosen.batch_size} "
+        f"training.batch_size={chosen.batch_size} training.gradient_accumulation_steps=1 "
         f"training.gradient_checkpointing={chosen.gradient_checkpointing}",
     ]
 
 
 def suggestion_lines(found: Sequence[Suggestion]) -> list[str]:
-    """The slices that fit, smallest first."""
-    if not any(s.fits for s in found):
-        return [*_suggestions(found), "", "nothing fits"]
-    return _suggestions(found)
-
-
-def _suggestions(found: Sequence[Suggestion]) -> list[str]:
+    """The slices that were tried, smallest first, and of which accelerator none fits."""
     rows = [
         (
             s.topology,
@@ -123,10 +117,19 @@ def _suggestions(found: Sequence[Suggestion]) -> list[str]:
             "fits" if s.fits else "does not fit",
             "" if s.peak_bytes_per_device is None else gib(s.peak_bytes_per_device),
             gib(s.hbm_bytes_per_device),
+            "; ".join(s.notes),
         )
         for s in found
     ]
-    return table([("topology", "devices", "overrides", "", "peak", "of"), *rows])
+    lines = table([("topology", "devices", "overrides", "", "peak", "of", ""), *rows])
+    largest = {s.topology.partition(":")[0]: s for s in found}
+    ends = [
+        f"nothing fits up to {s.topology}; a shorter data.max_length, or "
+        "training.gradient_checkpointing=full, might"
+        for s in largest.values()
+        if not s.fits
+    ]
+    return [*lines, "", *ends] if ends else lines
 
 
 def gib(size: int) -> str:
