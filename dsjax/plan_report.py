@@ -58,7 +58,7 @@ def _work(plan: Plan) -> list[str]:
     for kind, count, size in plan.collectives:
         lines.append(f"  {kind:<20}{count:>8} times {gib(size):>12} on a device")
     if plan.time is None:
-        return [*lines, "no figures are known of this device, so none of time"]
+        return [*lines, "no peak is known of this device in this dtype, so no time either"]
     t = plan.time
     return [
         *lines,

@@ -29,6 +29,12 @@ KEYS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _devices() -> None:
+    """Find the eight devices before a topology asks for fewer, which the process then keeps."""
+    assert len(jax.devices()) == 8
+
+
 def _config(folder: Path, kind: str, variant: str, **mesh: int) -> Path:
     """A run's file, with nothing of its model left but config.json."""
     config = small_run.write_inputs(folder, kind, variant=variant, mesh=mesh)
@@ -99,7 +105,7 @@ def test_the_table_is_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert plan.main(words) == 0
     out = capsys.readouterr().out
     assert out.startswith("fits on cpu:8: 8 x cpu\nmesh        fsdp 8\n")
-    assert "temporaries" in out and "no figures are known of this device" in out
+    assert "temporaries" in out and "no peak is known of this device in this dtype" in out
     assert "model.layers.self_attn.q_proj.weight" in out and "fsdp x expert" in out
 
 
@@ -269,6 +275,20 @@ def test_a_suggestion_by_the_compiler_of_tpus(
     assert 0 < found["peak_bytes_per_device"] < found["hbm_bytes_per_device"]
     (line,) = done.stderr.splitlines()
     assert line.startswith("compiling v5e:1x1 mesh.fsdp=1 ")
+
+
+@pytest.mark.slow
+def test_the_compiler_of_tpus_refuses_what_is_too_large(
+    tmp_path: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    file = _config(tmp_path, "lora", "llama_gqa")
+    many = "training.batch_size=262144 training.gradient_checkpointing=full".split()
+    words = ["--config", str(file), _bare(tmp_path), "--topology=v5e:1x1", "--json", *many]
+    done = run_cli("plan", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert not found["fits"] and found["peak_bytes_per_device"] is None
+    assert found["compiler_says"].startswith("RESOURCE_EXHAUSTED: ")
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def test_a_compiler_that_breaks_is_not_called_missing(monkeypatch: pytest.Monkey
 
 
 def test_simulated_devices() -> None:
+    assert len(jax.devices()) == 8  # found before, so that cpu:4 leaves them for other tests
     topology = open_topology("cpu:4")
     assert topology.devices == tuple(jax.devices()[:4])
     assert (topology.platform, topology.kind) == ("cpu", "cpu")
