@@ -8,7 +8,8 @@
 --json             print the plan as JSON on stdout, and nothing else there
 --verbose          also list every array: shape, sharding, bytes on a device
 --search           find the largest batch and the cheapest remat policy that fit
---suggest          list the smallest slices, and meshes for them, that fit
+--suggest          find the smallest slice that fits, and a mesh; --topology v5p looks among v5p
+                   (none: v5e, v6e, v5p), several hosts of GPUs are not tried
 --help             print this, and stop
 
 Calls the stages that training calls, on abstract arrays, and compiles the step. Not fitting is an
@@ -29,15 +30,22 @@ from dsjax.errors import ConfigError, run_command
 from dsjax.planning import make_plan
 from dsjax.topologies import open_topology
 
-COMPILE_ONLY = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+COMPILE_ONLY = {
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    # Else libtpu looks for the machine's TPU, and complains of what it does not find.
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 """What lets the plug-ins be loaded without their devices, and by several processes at once."""
 
 _SWITCHES = ("--json", "--verbose", "--search", "--suggest")
+_OPTIONS = ("--config", "--topology", *_SWITCHES, "--help", "-h")
 
 
 def main(argv: Sequence[str]) -> int:
     """Print what was asked for."""
-    os.environ |= COMPILE_ONLY
+    os.environ |= COMPILE_ONLY | dict(os.environ)
     switches, topology, rest = _own_words(argv)
     path, overrides, wanted = split_arguments(rest)
     if "--help" in wanted:
@@ -72,12 +80,19 @@ def _own_words(argv: Sequence[str]) -> tuple[set[str], str | None, list[str]]:
             topologies.append(value if equals else next(words, ""))
         elif word in _SWITCHES:
             switches.add(word)
+        elif word.startswith("-") and name not in _OPTIONS:
+            raise ConfigError(
+                f"{name}: got an unknown option, expected one of {', '.join(_OPTIONS[:-1])}; every "
+                "other setting is a bare section.key=value"
+            )
         else:
             rest.append(word)
     if len(topologies) > 1:
         raise ConfigError(f"--topology: got {' and '.join(topologies)}, expected one")
     if {"--search", "--suggest"} <= switches:
         raise ConfigError("--search: got it beside --suggest, expected one of the two")
+    if "--verbose" in switches and {"--search", "--suggest"} & switches:
+        raise ConfigError("--verbose: got it beside a search, expected it of one plan alone")
     return switches, topologies[0] if topologies else None, rest
 
 

@@ -52,15 +52,15 @@ def _memory(plan: Plan) -> list[str]:
 
 def _work(plan: Plan) -> list[str]:
     lines = [
-        f"a step needs {plan.flops_per_step / 1e15:,.3f} PFLOPs, and computes "
-        f"{plan.executed_flops_per_step / 1e15:,.3f} with what is computed again",
+        f"a step needs {flops(plan.flops_per_step)}, and computes "
+        f"{flops(plan.executed_flops_per_step)} with what is computed again",
     ]
     for kind, count, size in plan.collectives:
         lines.append(f"  {kind:<20}{count:>8} times {gib(size):>12} on a device")
     if plan.unknown_loops:
         lines.append(f"  loops of unknown length, counted once: {plan.unknown_loops}")
     if plan.time is None:
-        return [*lines, "no figures are known of this device, so none of time"]
+        return [*lines, "no peak is known of this device in this dtype, so no time either"]
     t = plan.time
     return [
         *lines,
@@ -104,19 +104,13 @@ def search_lines(found: Sequence[Found]) -> list[str]:
     return [
         *lines,
         "",
-        f"training.batch_size={chosen.batch_size} "
+        f"training.batch_size={chosen.batch_size} training.gradient_accumulation_steps=1 "
         f"training.gradient_checkpointing={chosen.gradient_checkpointing}",
     ]
 
 
 def suggestion_lines(found: Sequence[Suggestion]) -> list[str]:
-    """The slices that fit, smallest first."""
-    if not any(s.fits for s in found):
-        return [*_suggestions(found), "", "nothing fits"]
-    return _suggestions(found)
-
-
-def _suggestions(found: Sequence[Suggestion]) -> list[str]:
+    """The slices that were tried, smallest first, and of which accelerator none fits."""
     rows = [
         (
             s.topology,
@@ -125,10 +119,27 @@ def _suggestions(found: Sequence[Suggestion]) -> list[str]:
             "fits" if s.fits else "does not fit",
             "" if s.peak_bytes_per_device is None else gib(s.peak_bytes_per_device),
             gib(s.hbm_bytes_per_device),
+            "; ".join(s.notes),
         )
         for s in found
     ]
-    return table([("topology", "devices", "overrides", "", "peak", "of"), *rows])
+    lines = table([("topology", "devices", "overrides", "", "peak", "of", ""), *rows])
+    largest = {s.topology.partition(":")[0]: s for s in found}
+    ends = [
+        f"nothing fits up to {s.topology}; a shorter data.max_length, or "
+        "training.gradient_checkpointing=full, might"
+        for s in largest.values()
+        if not s.fits
+    ]
+    return [*lines, "", *ends] if ends else lines
+
+
+def flops(count: float) -> str:
+    """FLOPs in the largest unit that leaves a whole one."""
+    for unit, size in (("PFLOPs", 1e15), ("TFLOPs", 1e12)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 1e9:,.1f} GFLOPs"
 
 
 def gib(size: int) -> str:

@@ -6,14 +6,15 @@ compiled, which takes a while: callers are told before each. Not done here: one 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from dsjax.assembly import assemble
 from dsjax.config import MeshSection, RunConfig
 from dsjax.errors import ConfigError
-from dsjax.planning import Plan, make_plan
+from dsjax.planning import make_plan, prepare
 from dsjax.sharding import batch_shards, make_mesh
+from dsjax.step import state_bytes
 from dsjax.topologies import SLICES, Topology, open_topology
 
 POLICIES = ("none", "dots", "names", "full")
@@ -39,14 +40,29 @@ class Found:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """One slice with one mesh, and whether the run fits."""
+    """One slice with one mesh, and whether the run fits.
+
+    Attributes:
+        topology: the slice's name.
+        devices: their number.
+        overrides: words that ask for the mesh and the batch.
+        fits: whether a device's memory holds the step.
+        compiled: False where what a device is given is too much already.
+        given_bytes_per_device: weights, optimizer and batch.
+        peak_bytes_per_device: None if it was not compiled, or the compiler gave up.
+        hbm_bytes_per_device: what a program can have.
+        notes: what there is to say besides.
+    """
 
     topology: str
     devices: int
     overrides: tuple[str, ...]
     fits: bool
+    compiled: bool
+    given_bytes_per_device: int
     peak_bytes_per_device: int | None
     hbm_bytes_per_device: int
+    notes: tuple[str, ...]
 
 
 def search(config: RunConfig, topology: Topology, say: Say) -> list[Found]:
@@ -96,17 +112,20 @@ def suggest(config: RunConfig, accelerator: str | None, say: Say) -> list[Sugges
     """Try slices from the smallest on, until one fits.
 
     Args:
-        config: the run's; its mesh, batch size and accumulation are replaced, so that a device has
-            one row at a time.
+        config: the run's; a device gets one row at a time. Of its mesh the tensor and expert axes
+            are kept where they divide the devices; copies (`data`) become shards, which need less.
         accelerator: v5p, h100 ...; None for v5e, v6e and v5p.
         say: told before each compilation.
+
+    Raises:
+        ConfigError: there is no such accelerator, its compiler is not here, the run is refused.
     """
     kinds = _kinds(accelerator)
+    limits = _limits(config, open_topology(f"{kinds[0]}:{SLICES[kinds[0]][0]}"))
     found: list[Suggestion] = []
     for kind in kinds:
         for slice_ in SLICES[kind]:
-            topology = open_topology(f"{kind}:{slice_}")
-            tried = list(_on(config, topology, say))
+            tried = list(_on(config, open_topology(f"{kind}:{slice_}"), limits, say))
             found += tried
             if any(s.fits for s in tried):
                 break
@@ -116,55 +135,99 @@ def suggest(config: RunConfig, accelerator: str | None, say: Say) -> list[Sugges
 def _kinds(accelerator: str | None) -> Sequence[str]:
     if accelerator is None:
         return ("v5e", "v6e", "v5p")
-    kind = accelerator.partition(":")[0]
-    if kind not in SLICES:
+    if accelerator not in SLICES:
+        kind = accelerator.partition(":")[0]
+        hint = f"; did you mean {kind}?" if kind in SLICES else ""
+        known = ", ".join(SLICES)
         raise ConfigError(
-            f"--topology: got {accelerator}, expected with --suggest one of {', '.join(SLICES)}"
+            f"--topology: got {accelerator or 'nothing'}, expected with --suggest, which finds the "
+            f"shape, one of {known}{hint}"
         )
-    return (kind,)
+    return (accelerator,)
 
 
-def _on(config: RunConfig, topology: Topology, say: Say) -> Iterator[Suggestion]:
-    """The meshes for one slice until one fits."""
-    for mesh in meshes(config, topology):
-        devices = len(topology.devices)
-        rows = math.prod(size for axis, size in mesh.items() if axis != "tensor")
-        batch = max(rows, config.training.batch_size // rows * rows)
-        section = MeshSection(fsdp=mesh["fsdp"], expert=mesh["expert"])
-        variant = _with(config, batch, config.training.gradient_checkpointing)
-        training = variant.training.model_copy(
-            update={"gradient_accumulation_steps": batch // rows}
+def _limits(config: RunConfig, topology: Topology) -> dict[str, int]:
+    """What the expert and tensor axes have to divide; 0 for anything."""
+    lone = config.model_copy(update={"mesh": MeshSection()})
+    leaves = assemble(lone, topology.devices[:1], weights=False).partition.leaves.values()
+    sizes: dict[str, list[int]] = {"experts": [], "mlp": []}
+    for leaf in leaves:
+        if leaf.kind == "base" and "experts" in leaf.axes:
+            for axis, size in zip(leaf.axes, leaf.shape, strict=True):
+                sizes.get(axis or "", []).append(size)
+    return {"expert": math.gcd(*sizes["experts"]) or 1, "tensor": math.gcd(*sizes["mlp"])}
+
+
+def _on(
+    config: RunConfig, topology: Topology, limits: Mapping[str, int], say: Say
+) -> Iterator[Suggestion]:
+    """The meshes for one slice until one fits; what cannot fit is not compiled."""
+    for mesh in meshes(config.mesh, len(topology.devices), limits):
+        variant, words = _variant(config, mesh)
+        batch, room = variant.training.batch_size, topology.memory_bytes
+        shown = f"{topology.name} {' '.join(words)}"
+        asked = config.training.batch_size
+        notes = [] if batch == asked else [f"batch_size was {asked}: the mesh has to divide it"]
+        given = sum(
+            state_bytes(prepare(variant, topology)[1], batch, config.data.max_length).values()
         )
-        variant = variant.model_copy(update={"training": training, "mesh": section})
-        words = [f"mesh.{axis}={size}" for axis, size in mesh.items()]
-        say(f"compiling {topology.name} {' '.join(words)}")
-        plan = make_plan(variant, topology)
-        words += [
-            f"training.batch_size={batch}",
-            f"training.gradient_accumulation_steps={batch // rows}",
-        ]
-        yield _suggestion(plan, devices, words)
-        if plan.fits:
+        fits, peak = False, None
+        if given > room:
+            notes.append(
+                f"not compiled: weights, optimizer and batch take {given / 2**30:,.2f} GiB"
+            )
+            say(f"passing over {shown}: {notes[-1]}")
+        else:
+            say(f"compiling {shown}")
+            plan = make_plan(variant, topology)
+            fits, peak = plan.fits, plan.peak_bytes_per_device
+            notes += ["the compiler gave up"] if peak is None else []
+        yield Suggestion(
+            topology=topology.name,
+            devices=len(topology.devices),
+            overrides=tuple(words),
+            fits=fits,
+            compiled=given <= room,
+            given_bytes_per_device=given,
+            peak_bytes_per_device=peak,
+            hbm_bytes_per_device=room,
+            notes=tuple(notes),
+        )
+        if fits:
             return
 
 
-def _suggestion(plan: Plan, devices: int, words: list[str]) -> Suggestion:
-    return Suggestion(
-        plan.topology,
-        devices,
-        tuple(words),
-        plan.fits,
-        plan.peak_bytes_per_device,
-        plan.hbm_bytes_per_device,
-    )
+def _variant(config: RunConfig, mesh: MeshSection) -> tuple[RunConfig, list[str]]:
+    """The run on a mesh, a row at a time on each device; and the words that ask for it."""
+    rows = mesh.data * mesh.fsdp * mesh.expert
+    batch = max(rows, config.training.batch_size // rows * rows)
+    changes = {"batch_size": batch, "gradient_accumulation_steps": batch // rows}
+    training = config.training.model_copy(update=changes)
+    words = [
+        f"mesh.{axis}={size}"
+        for axis, size in mesh.model_dump().items()
+        if axis == "fsdp" or size != getattr(config.mesh, axis)
+    ]
+    words += [f"training.{key}={value}" for key, value in changes.items()]
+    return config.model_copy(update={"training": training, "mesh": mesh}), words
 
 
-def meshes(config: RunConfig, topology: Topology) -> list[dict[str, int]]:
-    """Meshes for a number of devices: the asked-for expert axis where it divides, then fsdp."""
-    devices = len(topology.devices)
-    expert = config.mesh.expert if config.mesh.expert > 0 else 1
-    experts = math.gcd(expert, devices)
-    found: list[dict[str, Any]] = [{"fsdp": devices // experts, "expert": experts}]
-    if experts > 1:
-        found.append({"fsdp": devices, "expert": 1})
-    return found
+def meshes(asked: MeshSection, devices: int, limits: Mapping[str, int]) -> list[MeshSection]:
+    """Meshes for a number of devices: as asked where that divides, then with other expert axes.
+
+    Args:
+        asked: the run's.
+        devices: their number.
+        limits: what the expert and tensor axes have to divide; 0 for anything.
+    """
+    tensor = math.gcd(devices, _asked(asked.tensor, devices), limits["tensor"])
+    left = devices // tensor
+    most = math.gcd(left, limits["expert"])
+    kept = math.gcd(most, _asked(asked.expert, left))
+    # A quarter of it: fewer tokens of others to hold, for more of the experts to gather.
+    experts = dict.fromkeys((kept, most, max(most // 4, 1), 1))
+    return [MeshSection(fsdp=left // e, expert=e, tensor=tensor) for e in experts if most % e == 0]
+
+
+def _asked(size: int, devices: int) -> int:
+    return devices if size == -1 else size

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from dsjax.assembly import assemble
+from dsjax.assembly import Assembly, assemble
 from dsjax.config import RunConfig
 from dsjax.estimate import Estimate, estimate
 from dsjax.models import Model
@@ -25,10 +25,9 @@ from dsjax.sharding import (
     check_batch,
     computed_sharding,
     leaf_sharding,
-    portions,
     undivided,
 )
-from dsjax.step import StepConfig, abstract_batch, abstract_state, lower_train_step, step_config
+from dsjax.step import StepConfig, lower_train_step, state_bytes, step_config
 from dsjax.throughput import token_flops
 from dsjax.topologies import Topology
 
@@ -114,11 +113,7 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
         ConfigError: the configuration cannot run on these devices.
     """
     training, length = config.training, config.data.max_length
-    parts = assemble(config, topology.devices, weights=False)
-    asked = training.gradient_accumulation_steps
-    accumulation = portions(asked, training.batch_size, parts.mesh)
-    check_batch(training.batch_size, accumulation, parts.mesh)
-    step = step_config(config, parts.partition, parts.mesh, ANY_LENGTH)
+    parts, step = prepare(config, topology)
     began = time.monotonic()
     memory, collectives, refusal = _compile(step, training.batch_size, length, topology)
     seconds = time.monotonic() - began
@@ -140,7 +135,7 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
         devices=len(topology.devices),
         mesh=dict(parts.mesh.shape),
         batch_size=training.batch_size,
-        gradient_accumulation_steps=accumulation,
+        gradient_accumulation_steps=step.accumulation,
         max_length=length,
         gradient_checkpointing=remat,
         peak_bytes_per_device=needed,
@@ -169,6 +164,18 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     )
 
 
+def prepare(config: RunConfig, topology: Topology) -> tuple[Assembly, StepConfig]:
+    """A run's parts and step on a topology, nothing compiled.
+
+    Raises:
+        ConfigError: the configuration cannot run on these devices.
+    """
+    parts = assemble(config, topology.devices, weights=False)
+    step = step_config(config, parts.partition, parts.mesh, ANY_LENGTH)
+    check_batch(config.training.batch_size, step.accumulation, parts.mesh)
+    return parts, step
+
+
 def _experts_in_chunks(model: Model, step: StepConfig, rows: int, length: int) -> bool:
     """Whether a row's tokens go through the experts in several chunks."""
     if not has_experts(step.partition.leaves):
@@ -193,18 +200,6 @@ def _compile(
     return memory_of(compiled, topology.platform), collectives_of(compiled.as_text() or ""), None
 
 
-def state_bytes(step: StepConfig, rows: int, length: int) -> dict[str, int]:
-    """Bytes that a device is given for a step, by what they are for."""
-    state = abstract_state(step)
-    counters = (state.step, state.rng, state.loss_scale)
-    return {
-        "frozen weights": sum(a.bytes_per_device for a in array_plans(step) if not a.trainable),
-        "trainable weights": _local_bytes(state.trainable),
-        "optimizer": _local_bytes((state.opt_state, counters)),
-        "batch": _local_bytes(abstract_batch(rows, length, step.mesh)),
-    }
-
-
 def array_plans(step: StepConfig) -> list[ArrayPlan]:
     """Where every array of the model lies."""
     plans = []
@@ -221,13 +216,6 @@ def _spec_entry(entry: Any) -> str:
     if entry is None:
         return "-"
     return entry if isinstance(entry, str) else " x ".join(entry)
-
-
-def _local_bytes(tree: Any) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def _traffic(step: StepConfig, classes: dict[str, int], remat: str) -> float:

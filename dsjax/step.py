@@ -7,6 +7,7 @@ divided once by the weight of the whole batch; routers' biases move by the exper
 Not done here: loading, logging, saving.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -367,6 +368,28 @@ def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
     ids: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding)
     weights: Any = jax.ShapeDtypeStruct((rows, length), jnp.float32, sharding=sharding)
     return Batch(ids, ids, weights, ids, ids)
+
+
+def state_bytes(config: StepConfig, rows: int, length: int) -> dict[str, int]:
+    """Bytes that a device is given for a step, by what they are for."""
+    leaves = config.partition.leaves
+    shardings = leaf_shardings(leaves, config.mesh)
+    state = abstract_state(config)
+    counters = (state.step, state.rng, state.loss_scale)
+    return {
+        "frozen weights": sum(_held(leaves[p], shardings[p]) for p in config.partition.frozen),
+        "trainable weights": _held_by_all(state.trainable),
+        "optimizer": _held_by_all((state.opt_state, counters)),
+        "batch": _held_by_all(abstract_batch(rows, length, config.mesh)),
+    }
+
+
+def _held(leaf: Any, sharding: Any) -> int:
+    return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _held_by_all(tree: Any) -> int:
+    return sum(_held(leaf, leaf.sharding) for leaf in jax.tree.leaves(tree))
 
 
 def make_eval_step(config: StepConfig) -> Callable[[Params, Params, Batch], Sums]:

@@ -48,6 +48,12 @@ _GPU_TARGETS = {
 _CORES_PER_CHIP = {"v4": 2, "v5p": 2}
 """What the N in Google's names of slices (v5p-8) counts, where it is not chips."""
 
+_CHIPS_OF_A_POD = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256}
+"""The most chips that links join (docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e})."""
+
+_GPUS_OF_A_HOST = {"a100-40gb": 16}
+"""The most GPUs that a host has, where it is not 8."""
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -104,17 +110,36 @@ def _unknown(name: str) -> str:
     told = re.fullmatch(r"(v\d\w*?)(?:litepod)?-(\d+)", name)
     if told:
         kind = told[1] + ("e" if "litepod" in name else "")
-        chips = int(told[2]) // _CORES_PER_CHIP.get(kind, 1)
-        for slice_ in SLICES.get(kind, ()):
-            if math.prod(map(int, slice_.split("x"))) == chips:
-                return (
-                    f"--topology: got {name}, expected chips along each side; did you mean "
-                    f"{kind}:{slice_}?"
-                )
+        meant = _slice_of(kind, int(told[2]) // _CORES_PER_CHIP.get(kind, 1))
+        if meant:
+            return f"--topology: got {name}, expected chips along each side; did you mean {meant}?"
     known = ", ".join(
         f"{kind}:{slices[min(2, len(slices) - 1)]}" for kind, slices in SLICES.items()
     )
-    return f"--topology: got {name}, expected ACCELERATOR:SHAPE, such as {known}, or cpu:8"
+    got = name or "nothing"
+    return f"--topology: got {got}, expected ACCELERATOR:SHAPE, such as {known}, or cpu:8"
+
+
+def _slice_of(kind: str, chips: int) -> str | None:
+    """The usual slice of a number of chips."""
+    slices = [s for s in SLICES.get(kind, ()) if math.prod(map(int, s.split("x"))) == chips]
+    return f"{kind}:{slices[0]}" if slices else None
+
+
+def _check_slice(name: str, accelerator: str, sides: list[int]) -> None:
+    """Refuse what libtpu would take in silence: other sides than the network's, too many chips."""
+    usual, chips = SLICES[accelerator], math.prod(sides)
+    count, most = usual[0].count("x") + 1, _CHIPS_OF_A_POD[accelerator]
+    if len(sides) != count:
+        meant = _slice_of(accelerator, chips) or f"{accelerator}:{usual[-1]}"
+        raise ConfigError(
+            f"--topology: got {name}, expected chips along {count} sides; did you mean {meant}?"
+        )
+    if chips > most:
+        raise ConfigError(
+            f"--topology: got {name} ({chips} chips), expected at most the {most} of a pod; "
+            f"{accelerator}:{usual[-1]} is the largest that is usual"
+        )
 
 
 def _cpu(name: str, count: int) -> Topology:
@@ -131,6 +156,7 @@ def _cpu(name: str, count: int) -> Topology:
 
 
 def _tpu(name: str, accelerator: str, sides: list[int]) -> Topology:
+    _check_slice(name, accelerator, sides)
     jax.config.update("jax_platforms", "cpu")
     options: dict[str, Any] = {}
     if math.prod(sides) == 1:
@@ -152,6 +178,12 @@ def _tpu(name: str, accelerator: str, sides: list[int]) -> Topology:
 
 
 def _gpu(name: str, accelerator: str, count: int, hosts: int) -> Topology:
+    most = _GPUS_OF_A_HOST.get(accelerator, 8)
+    if count > most:
+        raise ConfigError(
+            f"--topology: got {name}, expected at most {most} GPUs of a host; "
+            f"{accelerator}:{most}x{math.ceil(count * hosts / most)} are those of several"
+        )
     jax.config.update("jax_platforms", "cuda,cpu")
     file = resources.files("dsjax") / "gpu_targets" / f"{_GPU_TARGETS[accelerator]}.txtpb"
     target = file.read_text()

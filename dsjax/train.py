@@ -10,7 +10,6 @@ what is missing.
 """
 
 import json
-import math
 import os
 import sys
 import time
@@ -62,6 +61,7 @@ from dsjax.step import (
     init_state,
     lower_train_step,
     make_eval_step,
+    state_bytes,
     step_config,
 )
 from dsjax.terminal import Loading, Progress, banner, trainable_table
@@ -273,6 +273,8 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
     """Print what the run is; returns the table of what trains."""
     trained, everything = parts.partition.counts()
     training, loader = config.training, data.train
+    step = step_config(config, parts.partition, parts.mesh, total)
+    held = sum(state_bytes(step, training.batch_size, loader.sequence_length).values())
     facts = {
         "model": f"{config.model.path} ({parts.model.config.model_type})",
         "parameters": f"{everything:,}, of which {trained:,} train",
@@ -280,7 +282,7 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "mesh": ", ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items() if size > 1)
         or "1 device",
-        "memory": f"{_state_bytes(parts) / 2**20:,.1f} MiB per device, activations apart",
+        "memory": f"{held / 2**20:,.1f} MiB per device, gradients and activations apart",
         "rows": f"{loader.rows_in_epoch:,} of {loader.sequence_length:,} tokens per epoch",
         "batch": f"{training.batch_size} rows in {_portions(training, parts)} portions",
         "steps": f"{total:,} ({loader.epoch(total):.2f} epochs)",
@@ -310,16 +312,6 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
         print(f"not used by this kind of training: {', '.join(unused)}", file=sys.stderr)
     print(f"one row, the trained part marked:\n{data.sample}", file=sys.stderr)
     return trainable_table(report(parts.partition), everything)
-
-
-def _state_bytes(parts: Assembly) -> float:
-    """Bytes per device of parameters, gradients and two moments."""
-    total = 0.0
-    for path, leaf in parts.partition.leaves.items():
-        local = math.prod(parts.shardings[path].shard_shape(leaf.shape))
-        learns = path in parts.partition.learnt
-        total += local * (leaf.dtype.itemsize + (12 if learns else 0))
-    return total
 
 
 def speed_limits(parts: Assembly, config: RunConfig, loader: Loader) -> tuple[float, float | None]:

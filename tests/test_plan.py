@@ -2,25 +2,37 @@
 """Plans: what is planned is what a run then needs; what cannot run is refused."""
 
 import json
+import re
 import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import pytest
 import small_run
 
-from dsjax import plan, planning
+from dsjax import plan, plan_search, planning, train
 from dsjax.assembly import assemble, load_frozen, load_trainable
-from dsjax.config import load_config
+from dsjax.config import MeshSection, RunConfig, load_config
 from dsjax.errors import ConfigError
 from dsjax.program import Collective, Collectives, memory_of
 from dsjax.step import init_state, lower_train_step, step_config
+from dsjax.topologies import Topology, open_topology
 
 KEYS = {
     *("fits", "platform", "devices", "peak_bytes_per_device", "hbm_bytes_per_device"),
     *("total_params", "trainable_params", "flops_per_step", "compile_seconds"),
 }
+
+
+@pytest.fixture(autouse=True)
+def _devices() -> None:
+    """Find the eight devices before a topology asks for fewer, which the process then keeps."""
+    assert len(jax.devices()) == 8
 
 
 def _config(folder: Path, kind: str, variant: str, **mesh: int) -> Path:
@@ -37,7 +49,7 @@ def _bare(folder: Path) -> str:
 
 def _plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     capsys.readouterr()
-    assert plan.main([*words, "--topology", "cpu:8", "--json"]) == 0
+    assert plan.main([*words, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -63,7 +75,9 @@ def test_a_plan_is_what_the_run_then_needs(
 ) -> None:
     file = _config(tmp_path, kind, variant, **mesh)
     words = ["--config", str(file), "training.batch_size=16"]
-    planned = _plan(capsys, *words, _bare(tmp_path), "data.train=absent.jsonl")
+    planned = _plan(
+        capsys, "--topology", "cpu:8", *words, _bare(tmp_path), "data.train=absent.jsonl"
+    )
 
     config = load_config(file, words[2:])
     parts = assemble(config)
@@ -96,7 +110,7 @@ def test_the_table_is_for_people(
     assert plan.main(words) == 0
     out = capsys.readouterr().out
     assert out.startswith("fits on cpu:8: 8 x cpu\nmesh        fsdp 8\n")
-    assert "temporaries" in out and "no figures are known of this device" in out
+    assert "temporaries" in out and "no peak is known of this device in this dtype" in out
     assert "all-reduce                 3 times     1.00 GiB" in out
     assert "loops of unknown length, counted once: 2\n" in out
     assert "model.layers.self_attn.q_proj.weight" in out and "fsdp x expert" in out
@@ -105,16 +119,183 @@ def test_the_table_is_for_people(
 def test_a_search_marks_the_largest_batch_that_fits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan.plan_search, "MOST_ROWS", 2)
+    monkeypatch.setattr(plan_search, "MOST_ROWS", 1)
     file = _config(tmp_path, "lora", "llama_gqa")
     words = ["--config", str(file), "--topology", "cpu:8", _bare(tmp_path), "--search"]
     assert plan.main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [(f["batch_size"], f["gradient_checkpointing"], f["chosen"]) for f in found] == [
         (8, "full", False),
-        (16, "full", False),
-        (16, "none", True),
+        (8, "none", True),
     ]
+
+
+def test_a_search_ends_where_a_batch_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeps = {"none": 8, "dots": 6, "names": 3, "full": 1}
+
+    def planned(config: RunConfig, topology: Topology) -> SimpleNamespace:
+        training = config.training
+        peak = training.batch_size * keeps[training.gradient_checkpointing]
+        return SimpleNamespace(fits=peak <= 48, peak_bytes_per_device=peak, time=None)
+
+    monkeypatch.setattr(plan_search, "make_plan", planned)
+    file = _config(tmp_path, "lora", "llama_gqa", fsdp=4)
+    words = ["--config", str(file), "--topology", "cpu:4", "--search"]
+    assert plan.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines[1:-2]] == [
+        *([str(rows), "full", "fits"] for rows in (4, 8, 16, 32)),
+        ["64", "full", "does"],
+        ["32", "none", "does"],
+        ["32", "dots", "does"],
+        ["32", "names", "does"],
+    ]
+    assert lines[-1] == (
+        "training.batch_size=32 training.gradient_accumulation_steps=1 "
+        "training.gradient_checkpointing=full"
+    )
+
+
+def test_a_compiler_that_runs_out_of_memory_says_that_it_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> None:
+        raise jax.errors.JaxRuntimeError(messages[0])
+
+    messages = ["RESOURCE_EXHAUSTED: Ran out of memory in\n memory space hbm. Largest program ..."]
+    monkeypatch.setattr(planning, "lower_train_step", lambda *_: SimpleNamespace(compile=refuse))
+    config = load_config(_config(tmp_path, "lora", "llama_gqa"), [])
+    refused = planning.make_plan(config, open_topology("cpu:8"))
+    assert not refused.fits and refused.peak_bytes_per_device is None
+    assert refused.compiler_says == "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm."
+    messages[0] = "INTERNAL: a defect"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a defect"):
+        planning.make_plan(config, open_topology("cpu:8"))
+
+
+def test_the_banner_of_a_run_agrees_with_its_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = _config(tmp_path, "full", "deepseek_v3_hub", data=8, fsdp=1)
+    words = ["training.batch_size=16"]
+    config = load_config(file, words)
+    parts = assemble(config)
+    train.announce(config, parts, train.read_data(config, parts), 12)
+    told = re.search(r"memory +([\d.]+) MiB per device", capsys.readouterr().err)
+    classes = planning.state_bytes(
+        planning.prepare(config, open_topology("cpu:8"))[1], 16, config.data.max_length
+    )
+    assert told and classes["optimizer"] > 2**20
+    assert float(told[1]) == pytest.approx(sum(classes.values()) / 2**20, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("asked", "devices", "limits", "expected"),
+    [
+        ({}, 8, (1, 0), [(8, 1, 1)]),
+        ({"data": 4, "fsdp": 1}, 8, (1, 0), [(8, 1, 1)]),
+        ({"tensor": 2}, 8, (1, 0), [(4, 1, 2)]),
+        ({"tensor": 8}, 4, (1, 0), [(1, 1, 4)]),
+        ({"tensor": 3}, 8, (1, 0), [(8, 1, 1)]),
+        ({"tensor": -1, "fsdp": 1}, 32, (64, 24), [(4, 1, 8), (1, 4, 8)]),
+        ({}, 8, (64, 1408), [(8, 1, 1), (1, 8, 1), (4, 2, 1)]),
+        ({"expert": 8}, 32, (256, 2048), [(4, 8, 1), (1, 32, 1), (32, 1, 1)]),
+        ({"expert": 8}, 8, (6, 0), [(4, 2, 1), (8, 1, 1)]),
+    ],
+)
+def test_suggested_meshes(
+    asked: dict[str, int],
+    devices: int,
+    limits: tuple[int, int],
+    expected: list[tuple[int, int, int]],
+) -> None:
+    bounds = dict(zip(("expert", "tensor"), limits, strict=True))
+    found = plan_search.meshes(MeshSection(**asked), devices, bounds)
+    assert [(m.fsdp, m.expert, m.tensor) for m in found] == expected
+    assert {m.data * m.fsdp * m.expert * m.tensor for m in found} == {devices}
+
+
+def _small_slices(monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
+    """Slices of simulated devices that have so many bytes each."""
+    monkeypatch.setattr(plan_search, "SLICES", {"cpu": ("1", "2", "4")})
+    monkeypatch.setattr(
+        plan_search, "open_topology", lambda name: replace(open_topology(name), memory_bytes=memory)
+    )
+
+
+def test_a_suggestion_is_the_smallest_slice_that_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = _config(tmp_path, "full", "deepseek_v3_hub", data=2, expert=4)
+    words = ["--config", str(file), _bare(tmp_path), "training.batch_size=7"]
+    words.append("training.gradient_accumulation_steps=1")
+    config = load_config(file, [*words[2:], "mesh.data=1", "mesh.expert=1", "mesh.fsdp=1"])
+    step = planning.prepare(config, open_topology("cpu:1"))[1]
+    whole = sum(planning.state_bytes(step, 7, config.data.max_length).values())
+
+    _small_slices(monkeypatch, whole - 1)
+    fit = planning.make_plan
+    monkeypatch.setattr(plan_search, "make_plan", lambda c, t: replace(fit(c, t), fits=True))
+    capsys.readouterr()
+    assert plan.main([*words, "--suggest", "--topology", "cpu", "--json"]) == 0
+    output = capsys.readouterr()
+    alone, two = json.loads(output.out)
+    assert output.err.splitlines()[0].startswith("passing over cpu:1 mesh.data=1 mesh.fsdp=1 ")
+    assert output.err.splitlines()[1].startswith("compiling cpu:2 mesh.data=1 ")
+    assert (alone["fits"], alone["compiled"], alone["devices"]) == (False, False, 1)
+    assert alone["given_bytes_per_device"] == whole and alone["peak_bytes_per_device"] is None
+    assert "weights, optimizer and batch take 0.0" in alone["notes"][0]
+    assert (two["fits"], two["compiled"], two["topology"]) == (True, True, "cpu:2")
+    assert two["notes"] == ["batch_size was 7: the mesh has to divide it"]
+
+    again = _plan(capsys, *words, *two["overrides"], "--topology", two["topology"])
+    assert again["peak_bytes_per_device"] == two["peak_bytes_per_device"]
+    assert again["mesh"]["expert"] == 2 and again["batch_size"] == 6
+
+
+def test_where_nothing_fits_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _small_slices(monkeypatch, 1000)
+    file = _config(tmp_path, "lora", "llama_gqa")
+    words = ["--config", str(file), _bare(tmp_path), "--suggest", "--topology", "cpu"]
+    assert plan.main(words) == 0
+    output = capsys.readouterr()
+    lines = output.out.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["topology", "cpu:1", "cpu:2", "cpu:4"]
+    assert lines[-1].startswith("nothing fits up to cpu:4; a shorter data.max_length, or")
+    assert "compiling" not in output.err
+
+
+@pytest.mark.slow
+def test_a_suggestion_by_the_compiler_of_tpus(
+    tmp_path: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    file = _config(tmp_path, "lora", "llama_gqa")
+    words = ["--config", str(file), _bare(tmp_path), "--suggest", "--topology=v5e", "--json"]
+    done = run_cli("plan", *words)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    assert (found["topology"], found["fits"], found["devices"]) == ("v5e:1x1", True, 1)
+    assert 0 < found["peak_bytes_per_device"] < found["hbm_bytes_per_device"]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("compiling v5e:1x1 mesh.fsdp=1 ")
+
+
+@pytest.mark.slow
+def test_the_compiler_of_tpus_refuses_what_is_too_large(
+    tmp_path: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    file = _config(tmp_path, "lora", "llama_gqa")
+    many = "training.batch_size=262144 training.gradient_checkpointing=full".split()
+    words = ["--config", str(file), _bare(tmp_path), "--topology=v5e:1x1", "--json", *many]
+    done = run_cli("plan", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert not found["fits"] and found["peak_bytes_per_device"] is None
+    assert found["compiler_says"].startswith("RESOURCE_EXHAUSTED: ")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +306,16 @@ def test_a_search_marks_the_largest_batch_that_fits(
         (["--topology=cpu:8", "training.batch_size=12"], "training.batch_size: got 12, .*multiple"),
         (["--topology=cpu:8", "--topology=cpu:4"], "--topology: got cpu:8 and cpu:4, expected one"),
         (["--topology=cpu:8", "--search", "--suggest"], "--search: got it beside --suggest"),
-        (["--suggest", "--topology=cpu"], "--topology: got cpu, expected with --suggest one of v4"),
+        (["--suggest", "--topology=cpu"], "--topology: got cpu, expected with --suggest, .*of v4"),
+        (["--suggest", "--topology=v5p:2x2x1"], "got v5p:2x2x1, .*; did you mean v5p[?]"),
+        (["--suggest", "--topology="], "--topology: got nothing, expected with --suggest, .*of v4"),
+        (["--search", "--verbose"], "--verbose: got it beside a search, expected it of one plan"),
+        (["--topology"], "--topology: got nothing, expected ACCELERATOR:SHAPE"),
+        (
+            ["--topologie=cpu:8"],
+            "--topologie: got an unknown option, expected .*--topology, --json",
+        ),
+        (["--schema"], "--schema: got an unknown option"),
         (["--topology=cpu:8", "model.path=nowhere"], "model.path: got 'nowhere'"),
     ],
 )

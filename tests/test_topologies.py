@@ -24,6 +24,14 @@ from dsjax.topologies import open_topology
         ("v5p-8", "got v5p-8, expected chips along each side; did you mean v5p:2x2x1?"),
         ("v5litepod-16", "expected chips along each side; did you mean v5e:4x4?"),
         ("v5p:3x3x3", "got v5p:3x3x3 .*not divisible.*, expected one of v5p:2x2x1, v5p:2x2x2"),
+        ("", "got nothing, expected ACCELERATOR:SHAPE"),
+        ("v5p:2x2", "got v5p:2x2, expected chips along 3 sides; did you mean v5p:2x2x1?"),
+        ("v5e:4x4x2", "got v5e:4x4x2, expected chips along 2 sides; did you mean v5e:4x8?"),
+        ("v5e:3x5", "got v5e:3x5 .*not divisible.*, expected one of v5e:1x1, v5e:2x2"),
+        ("v6e:32x16", "got v6e:32x16 .512 chips., expected at most the 256 of a pod"),
+        ("h100:9", "got h100:9, expected at most 8 GPUs of a host; h100:8x2 are those of"),
+        ("h100:0", "got h100:0, expected ACCELERATOR:SHAPE"),
+        ("h100:8x", "got h100:8x, expected ACCELERATOR:SHAPE"),
         ("h100:8", "the CUDA compiler cannot be used here .*pip install 'dsjax\\[cuda\\]'"),
         ("cpu:9", "got cpu:9, expected at most cpu:8 here"),
     ],
@@ -54,6 +62,7 @@ def test_a_compiler_that_breaks_is_not_called_missing(monkeypatch: pytest.Monkey
 
 
 def test_simulated_devices() -> None:
+    assert len(jax.devices()) == 8  # found before, so that cpu:4 leaves them for other tests
     topology = open_topology("cpu:4")
     assert topology.devices == tuple(jax.devices()[:4])
     assert (topology.platform, topology.kind) == ("cpu", "cpu")
