@@ -72,7 +72,7 @@ def main() -> int:
     words = parser.parse_args()
     sections = read_sections()
     for title, recipe, topology, overrides in PLANS:
-        on_gpu = topology.partition(":")[0] not in ("cpu", "v5e", "v5p")
+        on_gpu = not topology.startswith(("cpu", "v"))
         python = words.cuda_python if on_gpu else sys.executable
         if python is not None and words.only in f"{recipe} {topology}":
             sections[title] = _section(python, recipe, topology, overrides)
