@@ -6,6 +6,7 @@ starts neither JAX nor a device. Commands are modules of their own: `python -m d
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +16,12 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load_pretrained", "save_pretrained"]
 
 _HOMES = {"load_pretrained": "dsjax.pretrained", "save_pretrained": "dsjax.pretrained"}
+
+# The first words of transformers where there is no torch, which dsjax does not need. Here, because
+# every command comes by before it imports transformers; its other warnings are left alone.
+logging.getLogger("transformers").addFilter(
+    lambda record: not record.getMessage().startswith("PyTorch was not found")
+)
 
 
 def __getattr__(name: str) -> Any:

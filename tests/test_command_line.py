@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mistakes on a command line read like all others: one line that names the option, exit 2."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,36 @@ def test_a_conversion_that_does_not_exist():
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: command: got 'to-gguf', expected ")
     assert "to-flax" in done.stderr and "usage" not in done.stderr
+
+
+WITHOUT_TORCH = """
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] == "torch" else find(name, *rest)
+"""
+WARNED = """
+import runpy, sys
+from importlib.util import find_spec
+
+assert find_spec("torch") is None
+runpy.run_module(sys.argv.pop(1), run_name="imported")
+from transformers.utils import logging
+
+logging.get_logger("transformers").warning("something else of transformers")
+"""
+
+
+@pytest.mark.parametrize("module", ["dsjax.train", "dsjax.generate"])
+def test_without_torch_no_command_begins_with_a_warning(module: str, tmp_path: Path):
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_TORCH)
+    settings = {name: value for name, value in os.environ.items() if "TRANSFORMERS" not in name}
+    settings["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(CONVERT.parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", WARNED, module],
+        env=settings,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == "[transformers] something else of transformers\n"
