@@ -23,6 +23,7 @@ from jaxtyping import Shaped
 
 from dsjax import hf_hub, storage, torch_file
 from dsjax.errors import ConfigError, raise_all
+from dsjax.json_file import read_object
 from dsjax.safetensors_file import (
     SafetensorsWriter,
     TensorInfo,
@@ -162,7 +163,7 @@ def open_source(path: str | Path, revision: str | None = None, weights: bool = T
         for file in _top_level(directory)
         if _is_aux(file.name) and is_lfs_pointer(file)
     )
-    config = _read_json(directory / CONFIG)
+    config = read_object(directory / CONFIG, "model.path")
     if not weights:
         return HFSource(directory, config, {}, [], {}, folder)
     files, weight_map = _weight_files(folder)
@@ -252,7 +253,7 @@ def _weight_files(folder: Folder) -> tuple[list[str], dict[str, str] | None]:
 
 
 def _read_weight_map(path: File) -> dict[str, str]:
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_object(path, "model.path").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ConfigError(
             f"model.path: got {path} without a weight_map, expected tensor names with the files "
@@ -354,21 +355,6 @@ def _no_weights(folder: Folder, names: Sequence[str]) -> str:
         f"model.path: got {folder} without weights, expected {SAFETENSORS}, "
         f"{SAFETENSORS_INDEX}, {_TORCH} or {_TORCH_INDEX}; found {_some(names)}"
     )
-
-
-def _read_json(path: File) -> dict[str, Any]:
-    try:
-        content = json.loads(storage.read_text(path))
-    except ValueError as error:
-        raise ConfigError(
-            f"model.path: got invalid JSON in {path} ({error}), expected a JSON object; correct it"
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"model.path: got a JSON {type(content).__name__} in {path}, expected a JSON object; "
-            "correct it"
-        )
-    return content
 
 
 def _top_level(directory: Path) -> list[Path]:

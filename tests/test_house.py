@@ -28,7 +28,7 @@ LAYERS = (
         "storage",
         "rendezvous",
     },
-    {"config_yaml", "hosts"},
+    {"config_yaml", "hosts", "json_file"},
     {"config"},
     {"safetensors_file", "hf_hub", "folders", "models", "data", "optimizer", "metrics"},
     {"sampling", "text_stream", "source"},

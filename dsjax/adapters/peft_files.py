@@ -6,7 +6,6 @@ names. PEFT drops unknown tensors without a word and only warns of missing ones;
 errors, and so is every field of the config that changes the numbers and that we do not implement.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,11 @@ from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
 from dsjax.config import AdapterSection
 from dsjax.errors import ConfigError, nearest, raise_all
+from dsjax.json_file import read_object
 from dsjax.models import Model
 from dsjax.partition import Leaf
 from dsjax.safetensors_file import TensorInfo, read_header, read_tensor
-from dsjax.storage import READS_AHEAD, Folder, in_order, is_url, open_folder, read_text
+from dsjax.storage import READS_AHEAD, Folder, in_order, is_url, open_folder
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -142,16 +142,7 @@ def _read_config(folder: Folder) -> dict[str, Any]:
     if CONFIG not in folder.files:
         names = list(folder.files)[:8]
         raise ConfigError(f"adapter.path: got {folder} without {CONFIG}; found {', '.join(names)}")
-    file = folder.files[CONFIG]
-    try:
-        config = json.loads(read_text(file))
-    except ValueError as error:
-        raise ConfigError(f"adapter.path: got invalid JSON in {file} ({error})") from error
-    if not isinstance(config, dict):
-        raise ConfigError(
-            f"adapter.path: got {type(config).__name__} in {file}, expected an object"
-        )
-    return config
+    return read_object(folder.files[CONFIG], "adapter.path")
 
 
 def check_tensors(

@@ -235,7 +235,7 @@ def test_keys_that_disagree_with_the_adapter_on_disk(desk: Desk, word: str, part
         ("adapter_model.safetensors", "", ["adapter.path", "adapter_model.safetensors", "0 bytes"]),
         ("adapter_config.json", None, ["adapter.path: got", "without adapter_config.json"]),
         ("adapter_config.json", "{", ["adapter.path: got invalid JSON in", "adapter_config.json"]),
-        ("adapter_config.json", "[]", ["adapter.path: got list in", "expected an object"]),
+        ("adapter_config.json", "[]", ["adapter.path: got a JSON list in", "a JSON object"]),
     ],
     ids=["no_tensors", "empty_tensors", "no_config", "config_json", "config_list"],
 )
