@@ -108,7 +108,7 @@ class Router(nnx.Module):
         experts_BTA = checkpoint_name(experts_BTA, ROUTING)
         weights_BTA = jnp.take_along_axis(scores_BTE, experts_BTA, axis=-1)
         if c.norm_topk_prob:
-            weights_BTA = weights_BTA / (weights_BTA.sum(-1, keepdims=True) + 1e-20)
+            weights_BTA = _sum_to_one(weights_BTA)
         work = Work(
             jnp.sum(_counts(experts_BTA, real_BT, c.n_routed_experts), axis=0),
             self._balance(scores_BTE, experts_BTA, real_BT),
@@ -127,7 +127,7 @@ class Router(nnx.Module):
         experts, chosen = self.config.n_routed_experts, self.config.num_experts_per_tok
         if self.config.topk_method == "noaux_tc":
             _, experts_BTA = lax.top_k(lax.stop_gradient(scores_BTE), chosen)
-            scores_BTE = scores_BTE / scores_BTE.sum(-1, keepdims=True)
+            scores_BTE = _sum_to_one(scores_BTE)
         tokens_B1 = jnp.maximum(real_BT.sum(-1, keepdims=True), 1)
         share_BE = _counts(experts_BTA, real_BT, experts) * experts / (chosen * tokens_B1)
         mean_BE = jnp.sum(scores_BTE * real_BT[..., None], axis=1) / tokens_B1
@@ -142,12 +142,25 @@ class Router(nnx.Module):
             return scores_BTE
         grouped = scores_BTE.reshape(*scores_BTE.shape[:-1], c.n_group, -1)
         if c.topk_method == "noaux_tc":
-            group_scores, floor = lax.top_k(grouped, 2)[0].sum(-1), -jnp.inf
+            group_scores = lax.top_k(grouped, 2)[0].sum(-1)
         else:
-            group_scores, floor = grouped.max(-1), 0.0
+            group_scores = grouped.max(-1)
         _, kept = lax.top_k(group_scores, c.topk_group)
         allowed = jax.nn.one_hot(kept, c.n_group, dtype=jnp.bool_).any(-2)
-        return jnp.where(allowed[..., None], grouped, floor).reshape(scores_BTE.shape)
+        # Not 0, which is as good as the score of an expert of a chosen group that underflowed.
+        return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(scores_BTE.shape)
+
+
+def _sum_to_one(scores: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
+    """Divide by the sum, + 1e-20 as Hugging Face does, with a gradient however small the sum is.
+
+    That of a quotient squares the divisor, which underflows. So both sides are multiplied by a
+    power of two first, which rounds nothing and brings the divisor to 1 or more.
+    """
+    largest = lax.stop_gradient(scores.max(-1, keepdims=True))
+    _, exponent = jnp.frexp(jnp.maximum(largest, 1e-20))
+    scale = jnp.ldexp(jnp.ones_like(largest), 1 - exponent)
+    return scores * scale / (scores.sum(-1, keepdims=True) * scale + 1e-20 * scale)
 
 
 def _counts(experts_BTA: jax.Array, real_BT: jax.Array, experts: int) -> Int[Array, "B E"]:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """For every token the router chooses the experts that transformers' routers choose, as strongly."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 import tiny
 import torch
 from flax import nnx
+from hypothesis import given, settings
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32TopkRouter
@@ -141,3 +145,115 @@ def test_the_gradient_of_the_weights_is_that_of_transformers(case: str) -> None:
     assert torch.linalg.vector_norm(ours - theirs) < 1e-5 * torch.linalg.vector_norm(theirs)
     if case == "v3":
         assert not gradients["e_score_correction_bias"][...].any()
+
+
+EXTREME = {
+    "deepseek_v2": ("v2", {"n_group": 4, "topk_group": 2}),
+    "deepseek_v3": ("v3", {"n_group": 4, "topk_group": 2}),
+    "one group": ("v3-one-group", {"n_group": 1, "topk_group": 1}),
+}
+EXPERTS = 16
+
+
+@cache
+def _extreme_routers(kind: str) -> tuple[torch.nn.Module, Callable[..., Any]]:
+    """Both routers with the identity as their weight: what they are given are the logits."""
+    case, groups = EXTREME[kind]
+    model_type, _, _, others = CASES[case]
+    config = tiny.CONFIGS[model_type](
+        hidden_size=EXPERTS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=EXPERTS,
+        num_experts_per_tok=4,
+        first_k_dense_replace=0,
+        **{**others, **groups},
+    )
+    reference = _reference(config, BIASES["mixed"], torch.float32)
+    reference.weight.data = torch.eye(EXPERTS)
+    router = Router(parse_config(config.to_dict()).router, EXPERTS, layers=1)
+    values = reference.state_dict()
+    state: dict[Any, Any] = {(name,): jnp.asarray(t.numpy()) for name, t in values.items()}
+    router = nnx.merge(nnx.graphdef(router), nnx.from_flat_state(state))
+    return reference, jax.jit(lambda x, cotangent: _our_weights(router, x, cotangent))
+
+
+def _torch_weights(reference: torch.nn.Module, x: np.ndarray, cotangent: np.ndarray):
+    """What each expert is multiplied by for each token, and the gradient of its inner product."""
+    logits = torch.tensor(x, requires_grad=True)
+    _, weights, experts = reference(logits)
+    dense = torch.zeros(len(x), EXPERTS).scatter(1, experts, weights)
+    (dense * torch.tensor(cotangent)).sum().backward()
+    assert logits.grad is not None
+    return dense.detach().numpy(), logits.grad.numpy()
+
+
+def _our_weights(router: Any, x_TE: jax.Array, cotangent: jax.Array):
+    """The same, and the gradient of the balance loss."""
+
+    def total(x_TE: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        routing, work = router(x_TE[None], jnp.ones((1, len(x_TE)), bool))
+        took = jax.nn.one_hot(routing.experts[0], EXPERTS)
+        dense_TE = jnp.sum(took * routing.weights[0][..., None], axis=1)
+        return jnp.sum(dense_TE * cotangent), (dense_TE, work.balance)
+
+    def balance(x_TE: jax.Array) -> jax.Array:
+        return jnp.sum(total(x_TE)[1][1])
+
+    gradient, (dense, _) = jax.grad(total, has_aux=True)(x_TE)
+    return dense, gradient, jax.grad(balance)(x_TE)
+
+
+def _assert_extreme_logits_are_as_in_torch(kind: str, centre: float, width: float, seed: int):
+    rng = np.random.default_rng(seed)
+    # Distinct ones: what torch chooses among equals is its own affair.
+    ranks = rng.permuted(np.tile(np.arange(EXPERTS) - EXPERTS / 2, (8, 1)), axis=1)
+    x = (centre + width * ranks).astype(np.float32)
+    cotangent = rng.normal(size=x.shape).astype(np.float32)
+    reference, ours_of = _extreme_routers(kind)
+
+    weights, gradient = _torch_weights(reference, x, cotangent)
+    ours, our_gradient, of_balance = ours_of(x, cotangent)
+
+    size = reference.routed_scaling_factor
+    np.testing.assert_allclose(ours, weights, rtol=0, atol=2e-5 * size)
+    np.testing.assert_allclose(our_gradient, gradient, rtol=0, atol=2e-5 * size)
+    assert np.isfinite(of_balance).all()
+
+
+@pytest.mark.parametrize("kind", EXTREME)
+@pytest.mark.parametrize("centre", [0.0, 30.0, -30.0, -46.0, -60.0, -90.0, -1e4, 1e4])
+def test_extreme_logits_have_the_weights_and_gradients_of_torch(kind: str, centre: float) -> None:
+    _assert_extreme_logits_are_as_in_torch(kind, centre, 0.3, seed=1)
+
+
+def test_no_expert_outside_the_chosen_groups_is_taken_for_one_that_underflowed() -> None:
+    reference, ours_of = _extreme_routers("deepseek_v2")
+    groups = [[4.0, 3.9, 3.8, 3.7], [3.0] * 4, [5.0] + 3 * [-300.0], [5.1] + 3 * [-300.0]]
+    x = np.tile(np.concatenate(groups).astype(np.float32), (8, 1))
+    weights, gradient = _torch_weights(reference, x, np.cos(x))
+    ours, our_gradient, _ = ours_of(x, np.cos(x))
+    np.testing.assert_allclose(ours, weights, rtol=1e-5)
+    np.testing.assert_allclose(our_gradient, gradient, rtol=1e-4, atol=1e-6)
+    assert (weights > 0).sum(1).tolist() == [2] * 8
+
+
+_EXTREMES = given(
+    kind=st.sampled_from(sorted(EXTREME)),
+    centre=st.floats(-120, 40, width=32) | st.floats(-1e4, 1e4, width=32),
+    width=st.sampled_from([0.01, 0.1, 1.0, 10.0, 400.0]),
+    seed=st.integers(0, 2**31),
+)
+
+
+@settings(max_examples=15)
+@_EXTREMES
+def test_any_logits_do(kind: str, centre: float, width: float, seed: int) -> None:
+    _assert_extreme_logits_are_as_in_torch(kind, centre, width, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=400)
+@_EXTREMES
+def test_any_logits_do_often(kind: str, centre: float, width: float, seed: int) -> None:
+    _assert_extreme_logits_are_as_in_torch(kind, centre, width, seed)
