@@ -21,8 +21,9 @@ from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 import jax
 from jax._src.distributed import global_state  # the one way to the coordinator's store
 
+from dsjax.coordinator import numbered
 from dsjax.errors import ConfigError, raise_all
-from dsjax.rendezvous import Seat, meet, numbered
+from dsjax.rendezvous import Seat, meet
 
 SILENT = 30.0
 """Seconds without a sign of life after which a process is gone."""

@@ -5,29 +5,26 @@ In: `--coordinator HOST:PORT --processes N --process I` of a command line, or an
 jax knows (TPU VM, GKE and JobSet, Slurm, Open MPI). Out: a `Seat`, None for a process alone; and
 after `meet` all processes are there. Why meet first: where the coordinator cannot be reached, or a
 process never comes, `jax.distributed.initialize` aborts the process without saying which. Not done
-here: what they do together (`hosts`).
+here: process 0's side of it (`coordinator`), what they do together (`hosts`).
 """
 
-import json
 import re
 import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from jax._src.clusters import ClusterEnv  # the only way to ask without connecting
 
+from dsjax.coordinator import GRACE, PAUSE, greeting, parse, receive, send
 from dsjax.errors import ConfigError, raise_all
 
 WAIT = 45.0
 """Seconds after which a process that is not there is missing; with the start, within a minute."""
 
-GREETING = "dsjax"
 _OPTIONS = ("--coordinator", "--processes", "--process", "--wait")
-_GRACE, _PAUSE, _TOLD_EVERY = 5.0, 0.2, 10.0
+_MOST_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -113,14 +110,14 @@ def _option_problems(given: Mapping[str, str]) -> Iterator[str]:
                 others = " and ".join(other for other in three if other != name)
                 yield f"{name}: got nothing, expected it beside {others}"
     host, _, port = given.get("--coordinator", "host:1").rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         yield (
             f"--coordinator: got {given['--coordinator']!r}, expected HOST:PORT of process 0, "
             "such as 10.0.0.2:8476"
         )
     counts = {name: given.get(name, "0" if name == "--process" else "1") for name in three[1:]}
     for name, least in (("--processes", 1), ("--process", 0)):
-        if not counts[name].isdigit() or int(counts[name]) < least:
+        if not counts[name].isdecimal() or int(counts[name]) < least:
             yield f"{name}: got {counts[name]!r}, expected an integer >= {least}"
             return
     if "--process" in given and int(counts["--process"]) >= int(counts["--processes"]):
@@ -184,101 +181,34 @@ def meet(seat: Seat) -> None:
     """Return once all processes are there.
 
     Raises:
-        ConfigError: they are not, within `seat.wait` seconds; the same message on all that came.
+        ConfigError: they are not, within `seat.wait` seconds, with the same message on all that
+            came; or this one is refused, for a number that does not fit.
     """
     if seat.process == 0:
-        _receive(seat)
+        receive(seat.coordinator, seat.address[1], seat.processes, seat.wait)
     else:
         _visit(seat)
-
-
-def _receive(seat: Seat) -> None:
-    """As process 0: wait for the others at the address, then send all of them on."""
-    with ExitStack() as stack:
-        server = stack.enter_context(_listen(seat))
-        said = f"waiting for {seat.processes - 1} other processes at {seat.coordinator}"
-        print(said, file=sys.stderr, flush=True)
-        guests: dict[int, socket.socket] = {}
-        problem = _await_guests(seat, server, guests, stack)
-        for guest in guests.values():
-            _send(guest, {"problem": problem})
-        for guest in guests.values():
-            _read(guest, 1.0)  # until it has closed: the port is then free at once
-    if problem is not None:
-        raise ConfigError(problem)
-
-
-def _listen(seat: Seat) -> socket.socket:
-    port = seat.address[1]
-    try:
-        if socket.has_dualstack_ipv6():
-            family = socket.AF_INET6
-            return socket.create_server(("", port), family=family, dualstack_ipv6=True)
-        return socket.create_server(("", port))
-    except OSError as error:
-        raise ConfigError(
-            f"--coordinator: got {seat.coordinator}, expected a port that is free on process 0's "
-            f"machine ({error.strerror}); choose another, or end what uses it"
-        ) from error
-
-
-def _await_guests(
-    seat: Seat, server: socket.socket, guests: dict[int, socket.socket], stack: ExitStack
-) -> str | None:
-    """Fill `guests`; returns what is wrong, None once all are there."""
-    began = said = time.monotonic()
-    while len(guests) < seat.processes - 1:
-        now = time.monotonic()
-        missing = [i for i in range(1, seat.processes) if i not in guests]
-        if now - began > seat.wait:
-            return (
-                f"processes: got {len(guests) + 1} of {seat.processes} within {seat.wait:g} s, "
-                f"expected all; {numbered(missing)} did not come to {seat.coordinator}: see "
-                "their consoles, or give them longer by --wait SECONDS"
-            )
-        if now - said > _TOLD_EVERY:
-            said = now
-            print(f"still waiting for {numbered(missing)}", file=sys.stderr, flush=True)
-        server.settimeout(_PAUSE)
-        try:
-            guest = stack.enter_context(server.accept()[0])
-        except TimeoutError:
-            continue
-        told = _read(guest, _GRACE)
-        if told.get("greeting") != GREETING:
-            continue  # something that looks at ports
-        process, processes = told["process"], told["processes"]
-        if processes != seat.processes:
-            return (
-                f"--processes: got {seat.processes} on process 0 and {processes} on process "
-                f"{process}, expected the same on all"
-            )
-        if process == 0 or (process in guests and _is_there(guests[process])):
-            return f"--process: got {process} twice, expected each of 0 to {processes - 1} once"
-        guests[process] = guest
-    return None
 
 
 def _visit(seat: Seat) -> None:
     """As any other process: go to the address until process 0 answers."""
     began, reason = time.monotonic(), "no answer"
-    greeting = {"greeting": GREETING, "process": seat.process, "processes": seat.processes}
     while time.monotonic() - began < seat.wait:
         try:
-            with socket.create_connection(seat.address, timeout=_GRACE) as connection:
-                _send(connection, greeting)
+            with socket.create_connection(seat.address, timeout=GRACE) as connection:
+                send(connection, greeting(seat.process, seat.processes))
                 # It answers when all are there, or gives up at the end of its own waiting.
-                answer = _read(connection, seat.wait + _GRACE)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            time.sleep(_PAUSE)
+                answer = _read(connection, seat.wait + GRACE)
+        except (OSError, UnicodeError) as error:  # the latter of a name that can be no host's
+            reason = getattr(error, "strerror", None) or str(error)
+            time.sleep(PAUSE)
             continue
-        if "problem" in answer:
-            if answer["problem"] is not None:
-                raise ConfigError(answer["problem"])
+        if "problem" in answer and answer["problem"] is None:
             return
+        if isinstance(answer.get("problem"), str):
+            raise ConfigError(answer["problem"])
         reason = "it did not answer as process 0 of a run"
-        time.sleep(_PAUSE)
+        time.sleep(PAUSE)
     _unreachable(seat, reason)
 
 
@@ -290,38 +220,16 @@ def _unreachable(seat: Seat, reason: str) -> NoReturn:
     )
 
 
-def _send(connection: socket.socket, message: Mapping[str, Any]) -> None:
-    connection.sendall(json.dumps(message).encode() + b"\n")
-
-
 def _read(connection: socket.socket, seconds: float) -> dict[str, Any]:
-    """One message; empty if none came, or something else."""
-    connection.settimeout(seconds)
-    data = b""
+    """One message; empty if none came in time, or something else."""
+    data, deadline = b"", time.monotonic() + seconds
     try:
-        while not data.endswith(b"\n") and len(data) < 2**16:
+        while not data.endswith(b"\n") and len(data) < _MOST_BYTES:
+            connection.settimeout(max(deadline - time.monotonic(), 0.001))
             more = connection.recv(4096)
             if not more:
                 break
             data += more
-        message = json.loads(data)
-    except (OSError, ValueError):
-        return {}
-    return message if isinstance(message, dict) else {}
-
-
-def _is_there(guest: socket.socket) -> bool:
-    """Whether a guest still waits; one that was started anew has closed its first connection."""
-    guest.settimeout(0)
-    try:
-        return guest.recv(1, socket.MSG_PEEK) != b""
-    except BlockingIOError:
-        return True
     except OSError:
-        return False
-
-
-def numbered(processes: Sequence[int]) -> str:
-    """Name processes: `process 1`, `processes 1, 2, 5`."""
-    shown = ", ".join(map(str, processes[:16])) + (", ..." if len(processes) > 16 else "")
-    return f"process{'es' if len(processes) > 1 else ''} {shown}"
+        return {}
+    return parse(data)

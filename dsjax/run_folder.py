@@ -20,12 +20,12 @@ from dsjax import config as configuration
 from dsjax.assembly import CHECKPOINTS
 from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig, load_config
+from dsjax.coordinator import numbered
 from dsjax.errors import ConfigError
 from dsjax.export_folder import check_replaceable, export_marker, is_exported
 from dsjax.folders import check_possible
 from dsjax.hosts import Hosts
 from dsjax.metrics import METRICS_FILE, read_metrics
-from dsjax.rendezvous import numbered
 
 SHARED_WITHIN = 20.0
 """Seconds after which a file that one process wrote must be there for the others."""

@@ -43,6 +43,11 @@ def seat_of(*words: str, **environment: str) -> Seat | None:
             "--coordinator host --processes 2 --process 0",
             "--coordinator: got 'host', expected HOST",
         ),
+        (
+            "--coordinator h:70000 --processes 2 --process 0",
+            "--coordinator: got 'h:70000', expected",
+        ),
+        ("--coordinator h:² --processes 2 --process 0", "--coordinator: got 'h:²', expected HOST"),
         ("--coordinator h:1 --processes 2 --process 2", "--process: got 2, expected 0 to 1"),
         ("--coordinator h:1 --processes 0 --process 0", "--processes: got '0', expected an intege"),
         ("--coordinator h:1 --processes 2 --process x", "--process: got 'x', expected an integer"),
