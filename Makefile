@@ -1,8 +1,19 @@
 # Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml
-# changes. PYTHON=/path/to/python picks the interpreter; another version than .venv's rebuilds it.
-# Only the CUDA compiler, which is large, has an environment of its own, .venv-cuda.
+# or constraints.txt changes. PYTHON=/path/to/python picks the interpreter; another version than
+# .venv's rebuilds it. The versions are those of constraints.txt, which the tests ran with; PINS=none
+# takes the newest that pyproject.toml allows, in .venv-newest. Only the CUDA compiler, which is
+# large, has an environment of its own, .venv-cuda.
 
+PINS ?= constraints.txt
+ifeq ($(PINS),none)
+VENV := .venv-newest
+PIP_INSTALL := -m pip install --quiet --upgrade --upgrade-strategy eager
+PINNED := always
+else
 VENV := .venv
+PIP_INSTALL := -m pip install --quiet --constraint $(PINS)
+PINNED := $(PINS)
+endif
 BIN := $(VENV)/bin
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 VERSION_OF = -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])'
@@ -14,7 +25,7 @@ CUDA_TESTS := $(CUDA)/tests-$(VERSION)
 # The tests of a file share their runs, so they stay in one process.
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test test-slow test-cuda lint format
+.PHONY: quickstart test test-slow test-cuda lint format newest update always
 
 quickstart: $(PACKAGE)
 	$(BIN)/python tools/quickstart.py
@@ -37,22 +48,35 @@ format: $(TESTS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(PACKAGE): pyproject.toml
+# What the newest versions do, where any is newer than the pinned one.
+newest:
+	@$(MAKE) PINS=none PYTHON=$(PYTHON) .venv-newest/tests-$(VERSION)
+	@.venv-newest/bin/python tools/pin_versions.py constraints.txt --check || \
+	  $(MAKE) PINS=none PYTHON=$(PYTHON) test
+
+# Pins the newest versions for this Python, if every test passes with them.
+update:
+	$(MAKE) PINS=none PYTHON=$(PYTHON) test
+	$(MAKE) PINS=none PYTHON=$(PYTHON) test-slow
+	$(MAKE) PINS=none PYTHON=$(PYTHON) lint
+	.venv-newest/bin/python tools/pin_versions.py constraints.txt
+
+$(PACKAGE): pyproject.toml $(PINNED)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else 1)' || \
 	  { echo "$(PYTHON) is not Python 3.11 or newer; name one: PYTHON=/path/to/python make"; exit 1; }
 	@test "`$(BIN)/python $(VERSION_OF) 2>/dev/null`" = "$(VERSION)" || \
 	  $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python $(PIP_INSTALL) --editable .
 	@touch $@
 
 # torch comes first and alone: resolved beside others, another build of it may be picked.
 $(TESTS): pyproject.toml $(PACKAGE)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python $(PIP_INSTALL) torch==2.13.0
+	$(BIN)/python $(PIP_INSTALL) --editable '.[test]'
 	@touch $@
 
-$(CUDA_TESTS): pyproject.toml
+$(CUDA_TESTS): pyproject.toml constraints.txt
 	@test "`$(CUDA)/bin/python $(VERSION_OF) 2>/dev/null`" = "$(VERSION)" || \
 	  $(PYTHON) -m venv --clear $(CUDA)
-	$(CUDA)/bin/python -m pip install --quiet --editable '.[test-cuda]'
+	$(CUDA)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test-cuda]'
 	@touch $@

@@ -9,11 +9,12 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import jaxtyping
+import our_warnings
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +66,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             config.hook.pytest_deselected(items=marked)
             items[:] = [item for item in items if item not in marked]
             config.stash[ABSENT][marker] = len(marked)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Iterator[object]:
+    """Inside pytest's own record of warnings, which goes on."""
+    with our_warnings.raise_ours():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """What importing a test file warns of, too."""
+    with our_warnings.raise_ours():
+        return (yield)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
