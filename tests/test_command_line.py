@@ -64,7 +64,8 @@ WITHOUT_TORCH = """
 from importlib.machinery import PathFinder
 
 find = PathFinder.find_spec
-PathFinder.find_spec = lambda name, *rest: None if name.split(".")[0] == "torch" else find(name, *rest)
+blind = lambda name, *rest: None if name.split(".")[0] == "torch" else find(name, *rest)
+PathFinder.find_spec = blind
 """
 WARNED = """
 import runpy, sys
