@@ -21,6 +21,7 @@ from jaxtyping import Float, Shaped
 from dsjax.errors import ConfigError, raise_all
 from dsjax.safetensors_file import TensorInfo
 from dsjax.source import Source
+from dsjax.tensor_names import examples
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 LARGEST = 448.0
@@ -165,28 +166,33 @@ def dequantised(source: Source) -> Source:
             for name in sorted(quantised)[:8]
         )
         return source
-    problems = []
     if not quantised:
-        problems.append(
+        raise ConfigError(
             "config.json quantization_config: got it for files without a float8_e4m3fn tensor, "
             "expected null; remove it if the weights are converted, else fetch the files again"
         )
-    for name in sorted(quantised):
-        shape = source.tensors[name].shape
-        scale = source.tensors.get(name + SCALE)
-        expected = form.scale_shape(shape) if len(shape) == 2 else None
-        if expected is None:
-            problems.append(f"{name}: got float8_e4m3fn of shape {list(shape)}, expected a matrix")
-        elif scale is None:
-            problems.append(f"{name}{SCALE}: got no such tensor, expected shape {list(expected)}")
-        elif scale.shape != expected:
-            problems.append(
-                f"{name}{SCALE}: got shape {list(scale.shape)}, expected {list(expected)} for "
-                f"{list(shape)} in blocks of {form.rows} x {form.columns} (config.json "
-                "quantization_config.weight_block_size)"
-            )
-    raise_all(problems)
+    problems = {name: _scale_problem(name, source, form) for name in sorted(quantised)}
+    wrong = [name for name, problem in problems.items() if problem]
+    raise_all(examples(wrong, problems.__getitem__, "tensors whose scales are missing or wrong"))
     return DequantisedSource(source, form)
+
+
+def _scale_problem(name: str, source: Source, form: Format) -> str:
+    """What is wrong with a quantised tensor or its scales; empty if nothing is."""
+    shape = source.tensors[name].shape
+    scale = source.tensors.get(name + SCALE)
+    if len(shape) != 2:
+        return f"{name}: got float8_e4m3fn of shape {list(shape)}, expected a matrix"
+    expected = form.scale_shape(shape)
+    if scale is None:
+        return f"{name}{SCALE}: got no such tensor, expected shape {list(expected)}"
+    if scale.shape != expected:
+        return (
+            f"{name}{SCALE}: got shape {list(scale.shape)}, expected {list(expected)} for "
+            f"{list(shape)} in blocks of {form.rows} x {form.columns} (config.json "
+            "quantization_config.weight_block_size)"
+        )
+    return ""
 
 
 def raw_of(source: Source) -> Source:

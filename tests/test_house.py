@@ -27,6 +27,7 @@ LAYERS = (
         "profiling",
         "storage",
         "coordinator",
+        "tensor_names",
     },
     {"config_yaml", "json_file", "rendezvous"},
     {"config", "hosts"},

@@ -20,12 +20,13 @@ from dsjax.adapters.expert_lora import DOWN, GATE_UP
 from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
 from dsjax.config import AdapterSection
-from dsjax.errors import ConfigError, nearest, raise_all
+from dsjax.errors import ConfigError, raise_all
 from dsjax.json_file import read_object
 from dsjax.models import Model
 from dsjax.partition import Leaf
 from dsjax.safetensors_file import TensorInfo, read_header, read_tensor
 from dsjax.storage import READS_AHEAD, Folder, in_order, is_url, open_folder
+from dsjax.tensor_names import mismatches
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -161,31 +162,22 @@ def check_tensors(
     found = {name: info.shape for name, info in infos.items()}
     wanted = _wanted_shapes(model, spec, leaves)
     file = f"adapter.path {path}/{TENSORS}"
-    problems = [
-        f"{file} {key}: got shape {list(found[key])}, expected {list(shape)} for this model"
-        for key, shape in wanted.items()
-        if key in found and found[key] != shape
-    ]
-    extra = [key for key in found if key not in wanted]
-    for key in [key for key in extra if _base_name(key, wanted)]:
-        extra.remove(key)
-        name = _base_name(key, wanted)
+    copies = {key: _base_name(key, wanted) for key in found if key not in wanted}
+    copies = {key: name for key, name in copies.items() if name}
+    problems = mismatches(
+        wanted,
+        {key: shape for key, shape in found.items() if key not in copies},
+        rule="for this model",
+        config=CONFIG,
+        place=file,
+        prefix=f"{file} ",
+    )
+    for key, name in copies.items():
         if not _same_weight(read_tensor(folder.files[TENSORS], infos[key]), read_base(name)):
             problems.append(
                 f"{file} {key}: got other values than the model's {name}, expected the same; "
                 "give the model that the adapter was trained on as model.path"
             )
-    problems += [
-        f"{file} {key}: got no such tensor, expected shape {list(shape)}"
-        + (f"; {nearest(key, extra)}" if extra else "")
-        for key, shape in wanted.items()
-        if key not in found
-    ]
-    problems += [
-        f"{file} {key}: got a tensor that {CONFIG} does not declare for this model; "
-        f"{nearest(key, wanted)}"
-        for key in extra
-    ]
     raise_all(problems)
     if isinstance(spec, LoraSpec) and spec.target_parameters:
         raise_all(

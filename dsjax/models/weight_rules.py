@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dsjax.errors import nearest
+from dsjax.tensor_names import mismatches
 
 
 @dataclass(frozen=True)
@@ -100,28 +100,22 @@ def coverage_problems(
         outside `model.` and `lm_head.` belong to other modules and are carried; an unknown name
         inside them would be a part of the network that we do not compute, and is a mismatch.
     """
-    wanted = {entry.hf: entry_shape(entry, shapes) for entry in entries}
-    problems = [
-        f"{name}: got shape {list(found[name])}, expected {list(shape)} from config.json"
-        for name, shape in wanted.items()
-        if name in found and tuple(found[name]) != shape
-    ]
-    copies = {entry.hf for entry in entries if entry.copy}
-    missing = [name for name in wanted if name not in found and name not in copies]
-    extra = [name for name in found if name not in wanted]
-    problems += [
-        f"{name}: got no such tensor, expected shape {list(wanted[name])} from config.json"
-        + (f"; {nearest(name, extra)}" if extra else "")
-        for name in missing
-    ]
     known = [re.compile(pattern) for pattern in carried]
-    kept = []
-    for name in extra:
-        if any(k.fullmatch(name) for k in known) or not name.startswith(("model.", "lm_head.")):
-            kept.append(name)
-        else:
-            problems.append(
-                f"{name}: got a tensor that config.json does not declare, expected none; "
-                f"{nearest(name, missing or wanted)}"
-            )
+
+    def is_carried(name: str) -> bool:
+        inside = name.startswith(("model.", "lm_head."))
+        return not inside or any(pattern.fullmatch(name) for pattern in known)
+
+    wanted = {entry.hf: entry_shape(entry, shapes) for entry in entries}
+    copies = {entry.hf for entry in entries if entry.copy}
+    kept = [name for name in found if name not in wanted and is_carried(name)]
+    problems = mismatches(
+        wanted,
+        found,
+        copies,
+        kept,
+        rule="from config.json",
+        config="config.json",
+        place="model.path",
+    )
     return problems, kept
