@@ -3,7 +3,7 @@
 
 In: a YAML file, or the words after a command. Out: plain dictionaries of plain values, and a
 `ConfigError` for anything that is not such a file or word. What a key means is not known here:
-see `config.py`.
+see `config.py`. The value of a word is all that stands behind its `=`: it is never cut.
 
 PyYAML follows YAML 1.1, where `1e-4` is text and a repeated key silently wins; both are put right.
 """
@@ -25,7 +25,32 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
 _FLOAT_STARTS = list("-+.0123456789")
 
 
+_RARE_BREAKS = frozenset("\r\x85\u2028\u2029")
+_MOST_VALUES = 100_000
+"""Values in a file, those behind an alias counted each time: nobody writes more by hand."""
+
+
 class _Loader(yaml.SafeLoader):
+    def __init__(self, stream: Any):
+        super().__init__(stream)
+        self._sizes: dict[int, int] = {}  # by node: the values in it
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Refuse aliases that make a small file large: whatever walks the result would not end."""
+        event = self.peek_event()
+        node = super().compose_node(parent, index)
+        if isinstance(event, yaml.AliasEvent) and id(node) not in self._sizes:
+            problem = f"the alias *{event.anchor} inside what it stands for"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        if not isinstance(event, yaml.AliasEvent):
+            inside = node.value if isinstance(node, yaml.CollectionNode) else ()
+            parts = [part for item in inside for part in (item if type(item) is tuple else [item])]
+            self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in parts)
+        if self._sizes[id(node)] > _MOST_VALUES:
+            problem = f"more than {_MOST_VALUES} values, aliases written out"
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        return node
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
@@ -38,8 +63,26 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _WordLoader(_Loader):
+    def scan_to_next_token(self) -> None:
+        """Refuse a comment, which would cut the value."""
+        at = 0
+        while self.peek(at) in " \t\r\n\x85\u2028\u2029":
+            at += 1
+        if self.peek(at) == "#":
+            problem = "a comment in a value"
+            raise yaml.scanner.ScannerError(None, None, problem, self.get_mark())
+        super().scan_to_next_token()
+
+
 class _Dumper(yaml.SafeDumper):
-    pass
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Escape the line breaks that PyYAML writes as they are and reads as other ones."""
+        style = '"' if _RARE_BREAKS.intersection(text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 # YAML 1.1 reads 016 as 14 and 1:30 as 90; here they are texts, which no number field takes.
@@ -67,20 +110,33 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such file, it is empty, or it is not YAML; names the line.
     """
-    file = Path(path)
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+        tree = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: got {error.strerror}, expected a YAML file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: got bytes that are not UTF-8, expected a YAML file") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(_yaml_problem(str(path), error)) from error
     if tree is None:
         raise ConfigError(f"{path}: got an empty file, expected sections such as `model:`")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: got {type(tree).__name__}, expected sections such as `model:`")
     return tree
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """Parse YAML into plain values that later code may walk.
+
+    Raises:
+        ConfigError: it is not YAML, or is nested or multiplied beyond sense; begins with `place`
+            and the line.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        problem = f"{place}: got lists or mappings nested too deeply, expected valid YAML"
+        raise ConfigError(problem) from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(_yaml_problem(place, error)) from error
 
 
 def _yaml_problem(path: str, error: Exception) -> str:
@@ -94,7 +150,7 @@ def _yaml_problem(path: str, error: Exception) -> str:
 def set_overrides(
     tree: Mapping[str, Any], words: Sequence[str], keys: Mapping[str, list[str]]
 ) -> dict[str, Any]:
-    """Return the tree with `section.key=value` words put in, each value read as YAML.
+    """Return the tree with `section.key=value` words put in, each value read by `_word_value`.
 
     Args:
         tree: what the file says; not changed.
@@ -113,8 +169,8 @@ def set_overrides(
             problems.append(f"{problem}, expected section.key=value; {meant(path, keys)}")
             continue
         try:
-            value = yaml.load(text, Loader=_Loader)
-        except (yaml.YAMLError, ValueError):
+            value = _word_value(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
             fix = f"quote text: {path}='\"...\"'"
             problems.append(f"{path}: got {text}, expected a value written as YAML; {fix}")
             continue
@@ -124,6 +180,24 @@ def set_overrides(
         (merged[section] if key else merged)[key or section] = value
     raise_all(problems)
     return merged
+
+
+def _word_value(text: str) -> Any:
+    """Read the value of an override, all of it.
+
+    YAML's brackets, braces and quotes are read as such, and so are its numbers, booleans and null.
+    Anything else is text as it stands: `#`, `: `, `&`, spaces at its ends and line breaks
+    belong to it.
+
+    Raises:
+        yaml.YAMLError, ValueError or RecursionError: brackets or quotes that do not close, or
+            something after them; characters that YAML cannot hold.
+    """
+    if text[:1] in ("[", "{", '"', "'"):
+        return yaml.load(text, Loader=_WordLoader)
+    loader = _Loader(text)
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    return loader.construct_object(yaml.ScalarNode(tag, text))
 
 
 def _path_problem(path: str, keys: Mapping[str, list[str]]) -> str | None:

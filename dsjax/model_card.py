@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from dsjax.config_yaml import parse_yaml
+from dsjax.errors import ConfigError
 from dsjax.storage import is_url
 
 LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -121,8 +123,8 @@ def _read_front_matter(readme: Path) -> Mapping[str, object]:
     if not lines or lines[0].strip() != "---" or "---" not in lines[1:]:
         return {}
     try:
-        fields = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
-    except yaml.YAMLError:
+        fields = parse_yaml("\n".join(lines[1 : lines.index("---", 1)]), str(readme))
+    except ConfigError:  # somebody else's card, of which only the licence is wanted
         return {}
     return fields if isinstance(fields, dict) else {}
 

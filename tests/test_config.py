@@ -257,8 +257,8 @@ def test_a_prefix_is_exported_as_peft_unless_told_otherwise():
             "mean adapter.lora_alpha?",
         ),
         (
-            "adapter.target_modules=*_proj",
-            "adapter.target_modules: got *_proj, expected a value "
+            "adapter.target_modules=[*_proj]",
+            "adapter.target_modules: got [*_proj], expected a value "
             "written as YAML; quote text: adapter.target_modules='\"...\"'",
         ),
         ("adapter.rank_pattern={q: 1, q: 2}", "adapter.rank_pattern: got {q: 1, q: 2}, expected"),

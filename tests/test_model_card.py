@@ -97,7 +97,12 @@ def test_license_comes_from_the_sources_readme(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "readme", [None, "# Model\n", "---\nlicense: [\n---\n", "---\nlicense: mit", ""]
+    "readme",
+    [
+        *(None, "# Model\n", "---\nlicense: [\n---\n", "---\nlicense: mit", ""),
+        *("---\ndate: 2026-13-45\n---\n", f"---\na: {'[' * 3_000}\n---\n"),
+        "---\na: &a {b: *a}\n---\n",
+    ],
 )
 def test_license_falls_back_to_the_config(tmp_path, readme):
     if readme is not None:
