@@ -6,7 +6,8 @@ Out: `Examples` (tokenised rows on disk, with a report of what happened to them)
 that plans order and packing for the whole run and gives this process its `Batch` of any step.
 Not here: devices and shardings (`dsjax.sharding`), losses (`dsjax.objectives`).
 
-The parts, in the order in which a row passes them: `files` (source -> rows with their origin),
+The parts, in the order in which a row passes them: `files` (source -> rows with their origin; it
+reads JSON by `json_file` and CSV by `csv_file`),
 `formats` (row -> messages, text or tokens), `chat` (messages -> tokens, by the template),
 `examples` (tokens on disk, length policy, report), `packing` (global plan), `loader` (batches).
 """

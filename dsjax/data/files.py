@@ -5,29 +5,31 @@ In: a path or the id of a hub dataset. Out: `(origin, fields)` pairs, one at a t
 `FILE:LINE` (for Parquet and the hub the number of the row, from 1), which every later complaint
 about the row repeats. Local files are parsed here, not by `datasets`: its readers infer one type
 per column, so they fail on rows of mixed shape and cannot say which line is wrong.
-Plain text (.txt) is one row per non-empty line. Not here: what the fields mean (`formats`).
+Plain text (.txt) is one row per non-empty line. Whatever a reader meets in a damaged file is a
+refusal that begins with the file's name. Not here: the syntax of JSON (`json_file`) and CSV
+(`csv_file`), what the fields mean (`formats`).
 """
 
-import csv
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import pyarrow
 import pyarrow.parquet
 
+from dsjax.data.csv_file import csv_rows
+from dsjax.data.json_file import json_file, json_lines, parse_json
 from dsjax.errors import ConfigError, nearest
 from dsjax.storage import is_url
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
-CHUNK = 1 << 20
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-VISIBLE = re.compile(r"\S")
-STRUCTURED = ("messages", "conversations", "history", "input_ids", "labels")
+STRUCTURED = ("messages", "conversations", "history", "input_ids", "labels", "attention_mask")
+DEEPEST = 100
+"""Levels of lists and objects in a row: no data has so many, and Python's own limit is not far."""
+INNER = (str, dict, list, tuple)
 
 
 def read_rows(source: str, field: str, splits: tuple[str, ...]) -> Rows:
@@ -47,15 +49,20 @@ def read_rows(source: str, field: str, splits: tuple[str, ...]) -> Rows:
             "system that every host sees"
         )
     path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        if path.is_dir():
+            raise ConfigError(
+                f"{field}: got the folder {source}, expected a file or a hub dataset; list its "
+                f"files, such as {next(_data_files(path), path / 'train.jsonl')}"
+            )
+        if path.is_file():
+            return _file_rows(path, _suffix(path, field))
+        if path.suffix in READERS or not HUB_ID.fullmatch(source):
+            raise ConfigError(f"{field}: got {source}, expected a file that exists{_beside(path)}")
+    except OSError as error:  # a folder on the way that may not be read, a name that is too long
         raise ConfigError(
-            f"{field}: got the folder {source}, expected a file or a hub dataset; list its files, "
-            f"such as {next(_data_files(path), path / 'train.jsonl')}"
-        )
-    if path.is_file():
-        return _checked(READERS[_suffix(path, field)](path), path)
-    if path.suffix in READERS or not HUB_ID.fullmatch(source):
-        raise ConfigError(f"{field}: got {source}, expected a file that exists{_beside(path)}")
+            f"{field}: got {source}, expected a file that can be read ({error.strerror})"
+        ) from error
     return _hub_rows(source, field, splits)
 
 
@@ -79,19 +86,24 @@ def _suffix(path: Path, field: str) -> str:
     return path.suffix
 
 
-def _checked(rows: Iterator[tuple[int, Any]], path: Path) -> Rows:
+def _file_rows(path: Path, suffix: str) -> Rows:
     """Turn line numbers into origins and refuse what is no row."""
     try:
-        for line, fields in rows:
+        for line, fields in READERS[suffix](path):
+            origin = f"{path}:{line}"
             if not isinstance(fields, dict):
                 raise ConfigError(
-                    f"{path}:{line}: got a {type(fields).__name__}, expected an object with the "
+                    f"{origin}: got a {type(fields).__name__}, expected an object with the "
                     "fields of one row"
                 )
-            yield f"{path}:{line}", fields
+            if suffix == ".csv":
+                fields = {key: _cell(key, text, origin) for key, text in fields.items()}
+            check_values(fields, origin)
+            yield origin, fields
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path}: got bytes that are not UTF-8 ({error.reason}), expected UTF-8; convert it"
+            f"{path}:{_undecodable_line(path)}: got bytes that are not UTF-8 ({error.reason}), "
+            "expected UTF-8; convert it"
         ) from error
     except OSError as error:
         raise ConfigError(
@@ -99,186 +111,99 @@ def _checked(rows: Iterator[tuple[int, Any]], path: Path) -> Rows:
         ) from error
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield number, _json_line(line, path, number)
+def check_values(fields: dict[str, Any], origin: str) -> None:
+    """Refuse what no later step could take: halves of characters, and nesting without an end.
+
+    Raises:
+      ConfigError: names origin and field.
+    """
+    # A list of what is left to look at, not recursion: it must not fail on what it looks for.
+    left: list[tuple[tuple[Any, ...], Any]] = [((), fields)]
+    while left:
+        where, value = left.pop()
+        if isinstance(value, str):
+            _check_text(value, where, origin)
+            continue
+        if len(where) == DEEPEST:
+            raise ConfigError(
+                f"{origin} {where[0]}: got values nested more than {DEEPEST} deep, expected fewer "
+                "levels; is the file damaged?"
+            )
+        if isinstance(value, dict):
+            left += [((*where, key), key) for key in value if isinstance(key, str)]
+        inside = value.items() if isinstance(value, dict) else enumerate(value)
+        left += [((*where, key), item) for key, item in inside if isinstance(item, INNER)]
 
 
-def _json_line(line: bytes, path: Path, number: int) -> Any:
+def _check_text(text: str, where: tuple[Any, ...], origin: str) -> None:
+    if text.isascii():
+        return
     try:
-        return json.loads(line)
-    except ValueError as error:  # bad JSON, or bytes that are not UTF-8
+        text.encode()
+    except UnicodeEncodeError as error:
+        names = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in where)
+        shown = names.removeprefix(".").encode("ascii", "backslashreplace").decode()
         raise ConfigError(
-            f"{path}:{number}: got a line that is not JSON ({error}), expected one object per line"
+            f"{origin} {shown}: got the lone surrogate {text[error.start]!a} as character "
+            f"{error.start + 1}, expected text that UTF-8 can hold; it is half of a character: "
+            "restore the other half, or remove it"
         ) from error
 
 
-class _JSONText:
-    """A JSON file read piece by piece, so that a large array is never in memory as a whole."""
-
-    def __init__(self, path: Path, file: TextIO) -> None:
-        self.path, self.line = path, 1
-        self._file = file
-        self._text, self._at, self._ended = "", 0, False
-        self._decoder = json.JSONDecoder()
-
-    def peek(self) -> str:
-        """Skip white space and return the next character, "" at the end of the file."""
-        while True:
-            found = VISIBLE.search(self._text, self._at)
-            self._skip((found.start() if found else len(self._text)) - self._at)
-            if found:
-                return found.group()
-            if not self._more():
-                return ""
-
-    def take(self, character: str) -> None:
-        """Pass over one expected character."""
-        if self.peek() != character:
-            raise self.wrong(repr(character))
-        self._skip(1)
-
-    def value(self) -> Any:
-        """Parse the next value."""
-        self.peek()
-        while True:
-            try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
-            except json.JSONDecodeError as error:
-                # A value cut by the end of the piece in memory fails near that end.
-                cut = "Unterminated" in error.msg or error.pos > len(self._text) - 16
-                if cut and self._more():
-                    continue
-                self._skip(max(error.pos - self._at, 0))
-                raise self.wrong(f"JSON ({error.msg})") from error
-            if end == len(self._text) and self._more():
-                continue  # a number could go on in the next piece
-            self._skip(end - self._at)
-            return value
-
-    def enter_list(self, key: str) -> None:
-        """Pass over `{` and the members before `key`, and enter its list."""
-        self.take("{")
-        while self.peek() == '"':
-            found = self.value()
-            self.take(":")
-            if found == key:
-                return self.take("[")
-            self.value()
-            if self.peek() == ",":
-                self.take(",")
-        raise self.wrong(f'an array of rows, or an object with "{key}": [rows]')
-
-    def wrong(self, expected: str) -> ConfigError:
-        """Say what stands here instead of what was expected."""
-        found = self._text[self._at : self._at + 20].split("\n")[0]
-        return ConfigError(
-            f"{self.path}:{self.line}: got {found!r}, expected {expected}"
-            if found
-            else f"{self.path}:{self.line}: got the end of the file, expected {expected}"
-        )
-
-    def _skip(self, count: int) -> None:
-        self.line += self._text.count("\n", self._at, self._at + count)
-        self._at += count
-
-    def _more(self) -> bool:
-        """Read on; pieces double while one value does not fit, so a long value costs no more."""
-        rest = self._text[self._at :]
-        piece = self._file.read(max(CHUNK, len(rest)))
-        if not piece:
-            return False
-        self._text, self._at = rest + piece, 0
-        return True
-
-
-def _json_file(path: Path) -> Iterator[tuple[int, Any]]:
-    """Read an array of rows, or `{"data": [rows]}`, or rows one per line under the name .json."""
-    with path.open(encoding="utf-8-sig") as file:
-        text = _JSONText(path, file)
-        if text.peek() == "{" and _first_line_is_whole(path):
-            yield from _json_lines(path)
-        else:
-            yield from _json_array(text)
-
-
-def _json_array(text: _JSONText) -> Iterator[tuple[int, Any]]:
-    start = text.peek()
-    if start == "{":
-        text.enter_list("data")
-    elif start == "[":
-        text.take("[")
-    else:
-        raise text.wrong('an array of rows, or {"data": [rows]}')
-    while text.peek() != "]":
-        line = text.line
-        yield line, text.value()
-        if text.peek() != "]":
-            text.take(",")
-    text.take("]")
-    if start == "[" and text.peek():
-        raise text.wrong("the end of the file after the array")
-
-
-def _first_line_is_whole(path: Path) -> bool:
+def _undecodable_line(path: Path) -> int:
+    """Find the first line that is not UTF-8."""
     with path.open("rb") as file:
-        line = next((line for line in file if line.strip()), b"")
+        return next(n for n, line in enumerate(file, 1) if not _is_utf8(line))
+
+
+def _is_utf8(line: bytes) -> bool:
     try:
-        return "data" not in json.loads(line)
-    except ValueError:
+        line.decode()
+    except UnicodeDecodeError:
         return False
+    return True
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(sys.maxsize)  # the default refuses texts of more than 131072 characters
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restkey="", strict=True)
-        line = 2
-        try:
-            for fields in reader:
-                _check_columns(fields, reader.fieldnames or (), f"{path}:{line}")
-                yield line, {key: _cell(key, text, path, line) for key, text in fields.items()}
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise ConfigError(
-                f"{path}:{line}: got a row that is not CSV ({error}), expected CSV with a header; "
-                "double the quotes inside quoted cells"
-            ) from error
-
-
-def _check_columns(fields: dict, names: Any, origin: str) -> None:
-    if "" in fields or None in fields.values():
-        found = len(names) - list(fields.values()).count(None) + len(fields.get("", ()))
-        raise ConfigError(
-            f"{origin}: got {found} columns, expected {len(names)} as in the header; "
-            "quote cells that hold a comma or a line break"
-        )
-
-
-def _cell(key: str, text: str, path: Path, line: int) -> Any:
+def _cell(key: str, text: str, origin: str) -> Any:
     """Columns that hold lists (messages, input_ids) are JSON inside the cell."""
     if key not in STRUCTURED:
         return text
     try:
-        return json.loads(text) if text else None
-    except ValueError as error:
+        return parse_json(text, f"{origin} {key}") if text else None
+    except json.JSONDecodeError as error:
         raise ConfigError(
-            f"{path}:{line} {key}: got {text[:40]!r}, expected JSON in this column ({error})"
+            f"{origin} {key}: got {text[:40]!r}, expected JSON in this column ({error})"
         ) from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
+        # Checksums are looked at where the writer left some: else a flipped bit is another token.
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            _check_names(file.schema_arrow.names, path)
             for batch in file.iter_batches(batch_size=1024):
-                for fields in batch.to_pylist():
+                for index in range(batch.num_rows):
+                    fields = batch.slice(index, 1).to_pylist()[0]
                     number += 1
                     yield number, fields
-    except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"{path}: got {error}, expected a Parquet file") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # pyarrow raises a dozen unrelated classes for a damaged file
+        origin = f"{path}:{number + 1}" if number else f"{path}"
+        raise ConfigError(
+            f"{origin}: got {_first_line(error)}, expected a Parquet file that can be read; "
+            "write or copy it again"
+        ) from error
+
+
+def _check_names(names: list[str], path: Path) -> None:
+    """Of two columns with one name a row would hold the last alone."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            f"{path}: got the column {twice} twice, expected it once; rename one of them"
+        )
 
 
 def _text_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -296,10 +221,9 @@ def _hub_rows(name: str, field: str, splits: tuple[str, ...]) -> Rows:
         try:
             rows = datasets.load_dataset(name, split=split)
         except Exception as error:  # the hub client raises a dozen unrelated classes
-            reason = f"{type(error).__name__}: {error}".split("\n")[0]
-            failures.append(f"split {split}: {reason[:200]}")
+            failures.append(f"split {split}: {_first_line(error)}")
             continue
-        return ((f"{name}[{split}]:{number}", dict(row)) for number, row in enumerate(rows, 1))
+        return _loaded_rows(rows, f"{name}[{split}]")
     raise ConfigError(
         f"{field}: got {name}, expected a file that exists, and there is none of that name, or a "
         f"hub dataset, which did not load ({'; '.join(failures)}); check the path, data.split and "
@@ -307,10 +231,30 @@ def _hub_rows(name: str, field: str, splits: tuple[str, ...]) -> Rows:
     )
 
 
+def _loaded_rows(rows: Any, name: str) -> Rows:
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            fields = dict(row)
+            check_values(fields, f"{name}:{number}")
+            yield f"{name}:{number}", fields
+    except ConfigError:
+        raise
+    except Exception as error:  # decoding a damaged copy in the hub's cache
+        raise ConfigError(
+            f"{name}:{number + 1}: got {_first_line(error)}, expected a row that can be read; "
+            "remove the data set from the hub's cache"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+
+
 READERS = {
-    ".json": _json_file,
-    ".jsonl": _json_lines,
-    ".csv": _csv_rows,
+    ".json": json_file,
+    ".jsonl": json_lines,
+    ".csv": csv_rows,
     ".parquet": _parquet_rows,
     ".txt": _text_lines,
 }

@@ -11,11 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsjax.data import files
+from dsjax.data import json_file
 from dsjax.data.files import read_rows
 from dsjax.errors import ConfigError
 
 FIELD = "data.train[0]"
+DEEP_LIST = "[" * 100_000 + "]" * 100_000
+DEEP = f'{{"x": {DEEP_LIST}}}'
+HUGE = "9" * 5000
+PANDAS = [("a.csv:2", {"x": "hi", "y": ""}), ("a.csv:3", {"x": 'say "x"', "y": "b"})]
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
@@ -54,6 +58,10 @@ def rows_of(path: Path) -> list[tuple[str, dict]]:
                 ("a.csv:4", {"prompt": "d", "completion": ""}),
             ],
         ),
+        ("a.csv", ',x,y\n0,hi,\n1,"say ""x""",b\n', PANDAS),
+        ("a.csv", ',,x,y\na,0,hi,\na,1,"say ""x""",b\n', PANDAS),
+        ("a.csv", 'x,y,\nhi,,\n"say ""x""",b\n', PANDAS),
+        ("a.csv", 'x,y,,\nhi,,,\n"say ""x""",b,\n', PANDAS),
         (
             "a.csv",
             'input_ids,labels\n"[1, 2]",\n',
@@ -84,7 +92,7 @@ def test_json_read_in_pieces_is_the_same(tmp_path_factory, rows, indent, ascii_o
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
     path = write(tmp_path_factory.getbasetemp(), "pieces.json", text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "CHUNK", chunk)
+        patch.setattr(json_file, "CHUNK", chunk)
         assert [fields for _, fields in rows_of(path)] == rows
 
 
@@ -100,13 +108,57 @@ def test_json_read_in_pieces_is_the_same(tmp_path_factory, rows, indent, ascii_o
         ("a.json", '{"rows": [\n]}', "a.json:2: got '}', expected an array of rows, or an object"),
         ("a.json", "12", "a.json:1: got '12', expected an array of rows, or {\"data\": [rows]}"),
         ("a.json", "[1]", "a.json:1: got a int, expected an object"),
-        ("a.json", b'[{"x": "\xff"}]', "a.json: got bytes that are not UTF-8"),
+        ("a.json", b'[{"x": "\xff"}]', "a.json:1: got bytes that are not UTF-8"),
         ("a.csv", "x,y\n1\n", "a.csv:2: got 1 columns, expected 2 as in the header"),
         ("a.csv", "x,y\n1,2,3\n", "a.csv:2: got 3 columns, expected 2 as in the header"),
+        ("a.csv", "x,y\n1,2,\n", "a.csv:2: got 3 columns, expected 2 as in the header"),
+        ("a.csv", ",x,y,\n0,1,2,,\n", "a.csv:2: got 5 columns, expected 4 as in the header"),
+        (
+            "a.csv",
+            "x,y,\n\n1,2,3\n",
+            "a.csv:3: got '3' in a column without a name, expected nothing",
+        ),
+        ("a.csv", "x,,y\n1,2,3\n", "a.csv:1: got no name for column 2 of 3, expected a name for"),
+        ("a.csv", "\nx,y,x\n1,2,3\n", "a.csv:2: got the column x twice, expected it once"),
+        ("a.csv", ",,\n1,2,3\n", "a.csv:1: got 3 columns without a name, expected a header"),
         ("a.csv", 'x\n"a" b\n"c', "a.csv:2: got a row that is not CSV (',' expected"),
         ("a.csv", "labels\nx\n", "a.csv:2 labels: got 'x', expected JSON in this column"),
         ("a.parquet", "x", "a.parquet: got "),
-        ("a.txt", b"\xff", "a.txt: got bytes that are not UTF-8"),
+        ("a.txt", b"one\n\xff", "a.txt:2: got bytes that are not UTF-8"),
+        ("a.csv", b"x\n\n\xff\n", "a.csv:3: got bytes that are not UTF-8"),
+        ("a.jsonl", '{"x": "\\udc97"}', "a.jsonl:1 x: got the lone surrogate '\\udc97' as charact"),
+        ("a.jsonl", b'{"x": "\xed\xb2\x97"}', "a.jsonl:1 x: got the lone surrogate '\\udc97' as"),
+        (
+            "a.json",
+            '[{"messages": [\n{"content": "a \\ud83d b"}]}]',
+            "a.json:1 messages[0].content: got the lone surrogate '\\ud83d' as character 3, exp",
+        ),
+        (
+            "a.jsonl",
+            '\n{"tools": [{"\\udfff": 1}]}',
+            "a.jsonl:2 tools[0].\\udfff: got the lone surr",
+        ),
+        ("a.csv", 'messages\n"[""\\udc97""]"\n', "a.csv:2 messages[0]: got the lone surrogate"),
+        ("a.jsonl", DEEP, "a.jsonl:1: got values nested too deep to be"),
+        ("a.json", f"[\n{DEEP}]", "a.json:2: got values nested too deep to be"),
+        ("a.json", DEEP, "a.json:1: got values nested too deep to be"),
+        (
+            "a.csv",
+            f"labels\n{DEEP_LIST}\n",
+            "a.csv:2 labels: got values nested too deep to be read",
+        ),
+        (
+            "a.jsonl",
+            '{"x":' * 101 + "1" + "}" * 101,
+            "a.jsonl:1 x: got values nested more than 100",
+        ),
+        ("a.jsonl", f'{{"x": {HUGE}}}', "a.jsonl:1: got an integer of too many digits (Exceeds"),
+        (
+            "a.json",
+            f'[{{"x": 1}},\n{{"x": {HUGE}}}]',
+            "a.json:2: got an integer of too many digits",
+        ),
+        ("a.csv", f"labels\n{HUGE}\n", "a.csv:2 labels: got an integer of too many dig"),
     ],
 )
 def test_wrong_content_names_file_and_line(tmp_path, name, content, message):
