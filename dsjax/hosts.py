@@ -22,7 +22,7 @@ import jax
 from jax._src.distributed import global_state  # the one way to the coordinator's store
 
 from dsjax.coordinator import numbered
-from dsjax.errors import ConfigError, raise_all
+from dsjax.errors import ConfigError, raise_all, system_fault
 from dsjax.rendezvous import Seat, meet
 
 SILENT = 30.0
@@ -185,6 +185,7 @@ class Hosts:
     def fail(self, error: BaseException) -> NoReturn:
         """Tell the others and this console why this process ends, and end."""
         self._failing.set()
+        error = system_fault(error) or error
         code, message = _told(error)
         if isinstance(error, jax.errors.JaxRuntimeError):
             self._await_cause(message)
