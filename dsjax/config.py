@@ -124,7 +124,7 @@ class DataSection(_Section):
     format: Literal[
         "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"
     ] = "auto"
-    """What a row looks like; auto: detected from its keys, and printed."""
+    """What a row looks like; auto: each row's detected from its keys, and counted."""
     max_length: int = Field(default=2048, ge=2)
     """Length of a training row in tokens."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"

@@ -7,6 +7,7 @@ tokenizer adds one, and EOS; rows of tokens are used as they are. Over-long rows
 dropped, or refused, and counted. Not here: order, packing, batches (`packing`, `loader`).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -31,7 +32,8 @@ class DataReport:
     """Counts over all sources. `rows` were read; `sequences` are kept, after splits and drops."""
 
     name: str
-    sources: list[tuple[str, str, int]] = field(default_factory=list)
+    sources: list[tuple[str, Counter[str]]] = field(default_factory=list)
+    """Each with its rows by format."""
     rows: int = 0
     sequences: int = 0
     tokens: int = 0
@@ -45,8 +47,8 @@ class DataReport:
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
         lines = [
-            f"{self.name}: {source}: {rows:,} rows, format {form}"
-            for source, form, rows in self.sources
+            f"{self.name}: {source}: {forms.total():,} rows, {_formats(forms)}"
+            for source, forms in self.sources
         ]
         share = 100 * self.trained_tokens / max(self.tokens, 1)
         lines.append(
@@ -60,6 +62,12 @@ class DataReport:
             f"{self.split:,} conversations split over several sequences"
         )
         return lines
+
+
+def _formats(forms: Counter[str]) -> str:
+    if len(forms) == 1:
+        return f"format {next(iter(forms))}"
+    return "formats " + ", ".join(f"{form} ({rows:,})" for form, rows in forms.items())
 
 
 class Examples(ExampleStore):
@@ -136,20 +144,19 @@ class _Sink:
 
     def read(self, source: str, rows: Rows, where: str) -> None:
         """Take in one source; what is wrong with its rows is collected in `problems`."""
-        report, form = self._examples.report, self._section.format
+        report, forms = self._examples.report, Counter[str]()
         before = report.rows
         try:
             for origin, fields in rows:
                 report.rows += 1
-                form = detect_format(fields, origin) if form == "auto" else form
-                self._add(fields, form, origin)
+                self._add(fields, forms, origin)
                 if len(self.problems) == SHOWN_PROBLEMS:
                     break
         except ConfigError as error:
             self.problems.append(str(error))
         if report.rows == before and not self.problems:
             self.problems.append(f"{where}: got {source} without a row, expected at least one")
-        report.sources.append((source, form, report.rows - before))
+        report.sources.append((source, forms))
 
     def refusals(self) -> list[str]:
         """Return the refusal of over-long rows, if any."""
@@ -161,8 +168,12 @@ class _Sink:
             "raise data.max_length, or set data.overlong to truncate or drop"
         ]
 
-    def _add(self, fields: dict[str, Any], form: str, origin: str) -> None:
+    def _add(self, fields: dict[str, Any], forms: Counter[str], origin: str) -> None:
+        form = self._section.format
         try:
+            # Of each row by itself: a file may hold rows of several formats.
+            form = detect_format(fields, origin) if form == "auto" else form
+            forms[form] += 1
             made = _encode(parse_row(fields, form, origin), self._tokenizer, origin)
             _check_vocabulary(made, self._vocab_size, origin)
         except ConfigError as error:

@@ -2,15 +2,19 @@
 """From rows to stored examples: text, tokens, length policies, the report, and all refusals."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dsjax.config import DataSection
 from dsjax.data import decode_sample, load_examples
 from dsjax.errors import ConfigError
 
 TOKENS = {"format": "tokens"}
+SAID = {"role": "assistant", "content": "a"}
 
 
 def test_text_gets_bos_and_eos_and_is_trained_whole(with_template, load_rows):
@@ -50,6 +54,54 @@ def test_sources_follow_one_another_and_are_reported(tmp_path, tokenizers):
         "data.train: over-long: 0 truncated, 0 dropped; 0 without a trained token; "
         "0 conversations split over several sequences",
     ]
+
+
+def test_every_row_is_of_its_own_format(tmp_path, tokenizers, load_rows):
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    rows = [
+        chat,
+        {"text": "plain"},
+        {"input_ids": [5, 6]},
+        chat,
+        {"instruction": "q", "output": ""},
+    ]
+    mixed = load_rows(rows, tokenizers["v3"])
+    assert mixed.report.lines()[0] == (
+        f"data.train: {tmp_path}/rows.jsonl: 5 rows, formats messages (2), text (1), tokens (1), "
+        "alpaca (1)"
+    )
+    for number, row in enumerate(rows):
+        alone = load_rows([row, {"text": "x"}], tokenizers["v3"])[0]
+        assert [field.tolist() for field in mixed[number]] == [field.tolist() for field in alone]
+
+
+@given(
+    rows=st.lists(
+        st.sampled_from(
+            [
+                ("messages", {"messages": [{"role": "user", "content": "q"}, SAID], "text": None}),
+                ("sharegpt", {"conversations": [{"from": "human", "value": "q"}, SAID]}),
+                ("alpaca", {"instruction": "q", "output": "a", "messages": None}),
+                ("prompt_completion", {"prompt": "q", "completion": "a"}),
+                ("text", {"text": "a"}),
+                ("tokens", {"input_ids": [5, 6]}),
+            ]
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_order_of_formats_is_counted_by_row(tokenizers, load_rows, rows):
+    examples = load_rows([fields for _, fields in rows], tokenizers["v3"])
+    assert len(examples) == len(rows)
+    assert dict(examples.report.sources[0][1]) == Counter(form for form, _ in rows)
+
+
+def test_rows_without_a_format_are_named_together(load_rows):
+    with pytest.raises(ConfigError) as caught:
+        load_rows([{"q": 1}, {"input_ids": [1, 2]}, {"r": 1}])
+    assert [line.split(":")[1] for line in str(caught.value).splitlines()] == ["1", "3"]
 
 
 def test_splits_of_conversations_are_counted(tokenizers, load_rows):

@@ -243,9 +243,9 @@ def test_a_row_that_means_nothing(desk: Desk, row: Any, form: str, parts: list[s
     assert_says(desk.refusal(f"data.format={form}"), "rows.jsonl:1", *parts)
 
 
-def test_rows_of_two_formats(desk: Desk):
+def test_a_row_of_another_format_than_the_one_named(desk: Desk):
     desk.write_rows(GOOD, GOOD, {"text": "a"})
-    message = desk.refusal()
+    message = desk.refusal("data.format=tokens")
     assert_says(message, "rows.jsonl:3: got the keys text", "expected also input_ids", "tokens")
 
 
