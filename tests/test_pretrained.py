@@ -14,9 +14,6 @@ from jax.sharding import Mesh
 import dsjax
 from dsjax.errors import ConfigError
 
-# PEFT asks transformers in words of its last version.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
-
 IDS = jnp.asarray(tiny.random_ids(190), jnp.int32)
 
 

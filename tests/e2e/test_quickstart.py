@@ -23,11 +23,7 @@ WITHOUT_TORCH = (
 ASKED = 6  # questions that torch answers too; all of them would only take longer
 
 
-pytestmark = [
-    pytest.mark.slow,
-    # PEFT asks transformers in words of its last version.
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,7 @@ import torch
 import dsjax
 from dsjax.decoding import generate
 
-pytestmark = [
-    pytest.mark.parity,
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
-]
+pytestmark = pytest.mark.parity
 
 NEW_TOKENS, STOP = 24, 1
 LENGTHS = (3, 38, 17)
@@ -36,6 +33,18 @@ def _generated(model: torch.nn.Module, prompt: list[int], stop_ids: list[int]) -
         pad_token_id=2,
     )
     return out[0, len(prompt) :].tolist()
+
+
+def _searched(model: torch.nn.Module, prompt: list[int], stop_ids: list[int]) -> list[int]:
+    """Greedy search by whole forward passes: transformers 5.24's `generate` hands the model a cache
+    of its own beside the one that PEFT 0.21 filled with the prefix, which is then ignored.
+    """
+    ids = torch.tensor([prompt])
+    while ids.shape[1] < len(prompt) + NEW_TOKENS and ids[0, -1].item() not in stop_ids:
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    return ids[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize(
@@ -93,9 +102,10 @@ def test_tokens_with_an_adapter_are_those_of_peft(variant: str, kind: str, tmp_p
     else:
         peft_adapters.build_prefix(checkpoint, adapter, tokens=5)
     reference = peft_adapters.load_strictly(checkpoint, adapter)
-    unstopped = _generated(reference, _prompts()[1], [STOP])
+    search = _generated if kind == "lora" else _searched
+    unstopped = search(reference, _prompts()[1], [STOP])
     stop_ids = [STOP, unstopped[len(unstopped) // 2]]
-    expected = [_generated(reference, prompt, stop_ids) for prompt in _prompts()]
+    expected = [search(reference, prompt, stop_ids) for prompt in _prompts()]
     assert len(expected[1]) < len(unstopped)
 
     model = dsjax.load_pretrained(str(checkpoint), adapter=str(adapter), dtype="float32")

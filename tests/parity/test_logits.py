@@ -147,7 +147,6 @@ def test_a_block_of_queries_after_the_other_gives_the_same(
     np.testing.assert_allclose(logits, expected, rtol=0, atol=BOUND)
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning")
 @pytest.mark.parametrize(
     ("variant", "fields"),

@@ -15,11 +15,7 @@ import torch_reference
 
 import dsjax
 
-pytestmark = [
-    pytest.mark.parity,
-    # PEFT 0.21 asks transformers 5.23 for a property under its old name.
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
-]
+pytestmark = pytest.mark.parity
 
 STEPS, BATCH = 20, 4
 

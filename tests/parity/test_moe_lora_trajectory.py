@@ -22,8 +22,6 @@ import dsjax
 
 pytestmark = [
     pytest.mark.parity,
-    # PEFT 0.21 asks transformers 5.23 for a property under its old name.
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
     # It looks for patterns among modules only; those of parameters it applies all the same.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did:RuntimeWarning"),
 ]

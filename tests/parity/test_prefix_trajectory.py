@@ -10,11 +10,7 @@ import runs
 import tiny
 import torch_reference
 
-pytestmark = [
-    pytest.mark.parity,
-    # PEFT 0.21 asks transformers 5.23 for a property under its old name.
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
-]
+pytestmark = pytest.mark.parity
 
 STEPS, TOKENS = 20, 5
 # As in test_lora_trajectory.
