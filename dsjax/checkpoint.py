@@ -7,7 +7,9 @@ Out: `<directory>/<step>/`, written by Orbax; and the state again, in the shardi
 Not done here: deciding what the state is (step.py), resuming (train.py), model files (export.py).
 
 Leaves are stored flat, under their dotted path in the pytree (`opt_state.0.mu.model.norm.weight`),
-so the containers around them do not matter to a reader.
+so the containers around them do not matter to a reader. With the JSON dict lies the record: dtype,
+shape and checksum of every leaf, and a digest of it all. What is read is held against it, so that
+a damaged checkpoint is refused, and never restored as other numbers.
 """
 
 import sys
@@ -21,12 +23,16 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from dsjax.checksums import checksums, digest, named_leaves
 from dsjax.config import CheckpointSection
 from dsjax.errors import ConfigError
 
 MOST_LINES = 8
-UNREADABLE = (OSError, ValueError, KeyError, TypeError)
-"""What Orbax and TensorStore raise on damaged files; running out of memory is none of them."""
+OURS = (MemoryError, jax.errors.JaxRuntimeError)
+"""What is raised while reading and says nothing about the files: no memory, a device that fails."""
+
+EARLIER_META = {"position", "data", "meter"}
+"""What lay in place of the record before there was one."""
 
 STRAGGLERS = ("Event loop is closed", "Encountered error while reading array index")
 """How reads that a failed one leaves behind report themselves."""
@@ -76,20 +82,38 @@ class Checkpointer:
     def save(
         self, step: int, state: PyTree[jax.Array], meta: dict[str, Any], *, force: bool = False
     ) -> bool:
-        """Start saving the state after `step` steps, if it is due or `force`d and not there yet.
+        """Start saving the state after `step` steps, if it is due or `force`d.
 
         Waits for an earlier save that still runs, and raises if that one failed.
 
         Returns:
             Whether a save was started.
+
+        Raises:
+            ConfigError: that step is there already, so another process trains in the same place.
         """
-        if not (force or self.due(step)) or step in self._manager.all_steps():
+        if not (force or self.due(step)):
             return False
+        self._refuse_existing(step)
+        leaves = named_leaves(state)
+        sums = checksums(leaves)
+        record = {"meta": meta, "leaves": {k: [_spec(x), sums[k]] for k, x in leaves.items()}}
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(named_leaves(state)), meta=ocp.args.JsonSave(meta)
+            state=ocp.args.PyTreeSave(leaves),
+            meta=ocp.args.JsonSave({"record": record, "digest": digest(record)}),
         )
         # Which steps are saved is decided above; Orbax would refuse any before its latest.
         return self._manager.save(step, args=items, force=True)
+
+    def _refuse_existing(self, step: int) -> None:
+        # Orbax remembers what it found at first and wrote itself, and would replace all else.
+        there = jax.process_index() == 0 and (self.directory / str(step)).exists()
+        if there or step in self._manager.all_steps():
+            raise ConfigError(
+                f"{self.directory / str(step)}: got a checkpoint of step {step} that is "
+                "there already, expected none; another process trains in this directory: stop one, "
+                "or choose another output_dir"
+            )
 
     def latest(self) -> int | None:
         """Give the newest complete checkpoint's step, once a running save is done; None: none."""
@@ -100,10 +124,23 @@ class Checkpointer:
         """Read what was saved beside the state.
 
         Raises:
-            ConfigError: it cannot be read.
+            ConfigError: it cannot be read, or is not as it was saved.
         """
+        return self._record(step)["meta"]
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """What was saved of the state, proven by its digest."""
         items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._read(step, lambda: self._manager.restore(step, args=items)["meta"])
+        stored = self._read(step, lambda: dict(self._manager.restore(step, args=items)["meta"]))
+        if stored.keys() == EARLIER_META:
+            raise ConfigError(
+                f"{self.directory / str(step)}: got a checkpoint of an earlier version, whose "
+                "arrays have no checksums, expected one that can be proven whole; finish the run "
+                "with the version that began it, or choose another output_dir"
+            )
+        if stored.keys() != {"record", "digest"} or digest(stored["record"]) != stored["digest"]:
+            raise self._damaged(step, "the record of its arrays is not as it was saved")
+        return stored["record"]
 
     def restore(
         self, step: int, abstract_state: PyTree[jax.ShapeDtypeStruct], *, partial: bool = False
@@ -117,11 +154,12 @@ class Checkpointer:
             partial: leave stored leaves unread that `abstract_state` has not.
 
         Raises:
-            ConfigError: the checkpoint holds other leaves, shapes or dtypes, or cannot be read.
+            ConfigError: the checkpoint holds other leaves, shapes or dtypes, or it cannot be read,
+                or what is read is not what was saved.
         """
         wanted = named_leaves(abstract_state)
-        stored = self._read(step, lambda: self._stored_leaves(step))
-        problems = _misfits(wanted, stored, partial)
+        stored = self._record(step)["leaves"]
+        problems = _misfits(wanted, {name: spec for name, (spec, _) in stored.items()}, partial)
         if problems:
             raise ConfigError(self._misfit_message(step, problems))
         items = ocp.args.Composite(
@@ -131,7 +169,12 @@ class Checkpointer:
                 partial_restore=partial,
             )
         )
-        leaves = self._read(step, lambda: self._manager.restore(step, args=items)["state"])
+        leaves = self._read(step, lambda: self._restored(step, items))
+        found = checksums({name: leaves[name] for name in wanted})
+        wrong = [name for name in wanted if found[name] != stored[name][1]]
+        if wrong:
+            more = f" and of {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise self._damaged(step, f"the numbers of {wrong[0]}{more} are not those saved")
         return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[k] for k in wanted])
 
     def wait(self) -> None:
@@ -150,21 +193,23 @@ class Checkpointer:
         except Exception as error:
             # Orbax tells of an array that it cannot read in a plain Exception around the reason.
             told = error.__cause__ if type(error) is Exception else error
-            if not isinstance(told, UNREADABLE):
+            if isinstance(told, OURS):
                 raise
-            older = [s for s in self._manager.all_steps() if s < step]
-            then = f"continue from step {max(older)}" if older else "start anew"
-            reason = str(told).strip().split("\n")[0][:200]
-            raise ConfigError(
-                f"{self.directory / str(step)}: got a damaged checkpoint ({reason}), expected one "
-                f"that can be read; delete this folder to {then}"
-            ) from error
+            reason = f"{type(told).__name__}: {str(told).strip()}".split("\n")[0][:200]
+            raise self._damaged(step, reason) from error
 
-    def _stored_leaves(self, step: int) -> dict[str, Any]:
-        metadata = self._manager.item_metadata(step)["state"]
-        if metadata is None:  # Orbax's answer where the file that lists the arrays is gone.
+    def _restored(self, step: int, items: ocp.args.Composite) -> dict[str, jax.Array]:
+        if self._manager.item_metadata(step)["state"] is None:  # Orbax would do without
             raise FileNotFoundError("the list of arrays is missing")
-        return metadata.tree
+        return self._manager.restore(step, args=items)["state"]
+
+    def _damaged(self, step: int, reason: str) -> ConfigError:
+        older = [s for s in self._manager.all_steps() if s < step]
+        then = f"continue from step {max(older)}" if older else "start anew"
+        return ConfigError(
+            f"{self.directory / str(step)}: got a damaged checkpoint ({reason}), expected one that "
+            f"can be read; delete this folder to {then}"
+        )
 
     def _misfit_message(self, step: int, problems: list[str]) -> str:
         if len(problems) > MOST_LINES:
@@ -193,24 +238,14 @@ def _silent_stragglers() -> Iterator[None]:
     sys.unraisablehook = report
 
 
-def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """Give each leaf its dotted path as name, in the pytree's order."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    names = {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
-    assert len(names) == len(leaves), "two leaves of the state have the same dotted path"
-    return names
-
-
-def _misfits(wanted: dict[str, Any], stored: dict[str, Any], partial: bool) -> list[str]:
+def _misfits(wanted: dict[str, Any], stored: dict[str, str], partial: bool) -> list[str]:
     problems = [f"{k}: got nothing, expected {_spec(wanted[k])}" for k in wanted.keys() - stored]
     if not partial:
-        problems += [
-            f"{k}: got {_spec(stored[k])}, expected no such leaf" for k in stored.keys() - wanted
-        ]
+        problems += [f"{k}: got {stored[k]}, expected no such leaf" for k in stored.keys() - wanted]
     problems += [
-        f"{k}: got {_spec(stored[k])}, expected {_spec(wanted[k])}"
+        f"{k}: got {stored[k]}, expected {_spec(wanted[k])}"
         for k in wanted.keys() & stored
-        if _spec(stored[k]) != _spec(wanted[k])
+        if stored[k] != _spec(wanted[k])
     ]
     return sorted(problems)
 

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: round trips, other meshes, donation, limits, damage, kills."""
 
+import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -21,7 +23,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from dsjax import checkpoint
-from dsjax.checkpoint import Checkpointer, named_leaves
+from dsjax.checkpoint import Checkpointer
+from dsjax.checksums import named_leaves
 from dsjax.config import CheckpointSection
 from dsjax.errors import ConfigError
 
@@ -128,8 +131,9 @@ def test_saves_when_due_or_forced_and_never_twice(open_in):
     started = [step for step in range(8) if checkpointer.save(step, make_state(step), {})]
     assert started == [3, 6]
     assert checkpointer.save(7, make_state(7), {}, force=True)
-    assert not checkpointer.save(7, make_state(8), {}, force=True)
-    assert not checkpointer.save(6, make_state(8), {}, force=True)
+    for step in (6, 7):  # there already: another run would be overwritten
+        with pytest.raises(ConfigError, match=rf"/{step}: got a checkpoint of step {step} that"):
+            checkpointer.save(step, make_state(8), {}, force=True)
     assert_same(checkpointer.restore(7, abstract(make_state(0))), make_state(7))
 
 
@@ -246,7 +250,75 @@ def test_damaged_checkpoint_is_refused_by_name(open_in, tmp_path, damage):
     assert_same(open_in().restore(3, abstract(make_state(0))), make_state(3))
 
 
-@pytest.mark.parametrize("content", [None, "", "{"])
+def flip_a_bit(folder, rng):
+    """Turn one bit over, anywhere in the folder: each file is as likely as each byte."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.stat().st_size]
+    file = rng.choice([rng.choice(files), max(files, key=lambda path: path.stat().st_size)])
+    content = bytearray(file.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(content)
+
+
+def restored_in_spite_of_flips(folder, flips, seed):
+    """Flip a bit in each of many copies of a checkpoint; return how many were restored right.
+
+    The others must be refused by name. What is restored must be what was saved, to the bit.
+    """
+    rng, right = random.Random(seed), 0
+    meta = {"position": {"epoch": 0, "row": 3}, "meter": {"run": {"loss": 2.25}}}
+    first = Checkpointer(folder / "whole", EVERY)
+    for step in (3, 7):
+        first.save(step, make_state(step, width=64), meta)
+    first.close()
+    for number in range(flips):
+        copy = shutil.copytree(folder / "whole", folder / f"copy{number}")
+        flip_a_bit(copy / "7", rng)
+        again = Checkpointer(copy, EVERY)
+        try:
+            assert again.meta(again.latest()) == meta
+            assert_same(again.restore(7, abstract(make_state(0, 64))), make_state(7, 64))
+            right += 1
+        except ConfigError as error:
+            assert f"{copy / '7'}: got a damaged checkpoint (" in str(error)  # noqa: PT017
+            assert str(error).endswith("delete this folder to continue from step 3")  # noqa: PT017
+        again.close()
+        shutil.rmtree(copy)
+    return right
+
+
+def test_no_flipped_bit_is_restored_as_another_number(tmp_path):
+    assert 0 < restored_in_spite_of_flips(tmp_path, 30, seed=0) < 30
+
+
+@pytest.mark.slow
+def test_none_of_many_flipped_bits_is_restored_as_another_number(tmp_path):
+    assert 0 < restored_in_spite_of_flips(tmp_path, 300, seed=1) < 300
+
+
+def test_a_damaged_leaf_is_named(open_in, tmp_path):
+    """Whole arrays of another run, each of them sound: only the record knows."""
+    saved(open_in, 7).close()
+    other = Checkpointer(tmp_path / "other", EVERY)
+    state = make_state(7)
+    moved = {**state.trainable, "model.norm.weight": state.trainable["model.norm.weight"] * -1}
+    other.save(7, state._replace(trainable=moved), {})
+    other.close()
+    folder = tmp_path / "checkpoints" / "7" / "state"
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "other" / "7" / "state", folder)
+    with pytest.raises(ConfigError, match=r"the numbers of trainable\.model\.norm\.weight are not"):
+        open_in().restore(7, abstract(make_state(0)))
+
+
+def test_a_checkpoint_without_checksums_is_refused(open_in, tmp_path):
+    saved(open_in, 7).close()
+    file = tmp_path / "checkpoints" / "7" / "meta" / "metadata"
+    file.write_text(json.dumps({"position": {}, "data": "", "meter": {}}))
+    with pytest.raises(ConfigError, match=r"7: got a checkpoint of an earlier version"):
+        open_in().meta(7)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"record": {"meta": 1}}'])
 def test_damaged_meta_is_refused_by_name(open_in, tmp_path, content):
     saved(open_in, 7).close()
     file = tmp_path / "checkpoints" / "7" / "meta" / "metadata"

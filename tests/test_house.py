@@ -28,6 +28,7 @@ LAYERS = (
         "storage",
         "coordinator",
         "tensor_names",
+        "checksums",
     },
     {"config_yaml", "json_file", "rendezvous"},
     {"config", "hosts"},
