@@ -171,7 +171,11 @@ class Checkpointer:
         )
         leaves = self._read(step, lambda: self._restored(step, items))
         found = checksums({name: leaves[name] for name in wanted})
-        wrong = [name for name in wanted if found[name] != stored[name][1]]
+        wrong = [
+            name
+            for name, leaf in wanted.items()
+            if found[name] != stored[name][1] or leaves[name].dtype != leaf.dtype
+        ]
         if wrong:
             more = f" and of {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise self._damaged(step, f"the numbers of {wrong[0]}{more} are not those saved")
