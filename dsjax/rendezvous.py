@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the processes of a run find each other, before jax connects them.
 
-In: `--coordinator HOST:PORT --processes N --process I` of a command line, or an environment that
-jax knows (TPU VM, GKE and JobSet, Slurm, Open MPI). Out: a `Seat`, None for a process alone; and
+In: `--coordinator HOST:PORT --processes N --process I` of a command line, or the environment that a
+launcher made (`launchers`). Out: a `Seat`, None for a process alone; and
 after `meet` all processes are there. Why meet first: where the coordinator cannot be reached, or a
 process never comes, `jax.distributed.initialize` aborts the process without saying which. Not done
 here: process 0's side of it (`coordinator`), what they do together (`hosts`).
 """
 
-import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from jax._src.clusters import ClusterEnv  # the only way to ask without connecting
-
 from dsjax.coordinator import GRACE, PAUSE, greeting, parse, receive, send
 from dsjax.errors import ConfigError, raise_all
+from dsjax.launchers import Sign, detect
 
 WAIT = 45.0
 """Seconds after which a process that is not there is missing; with the start, within a minute."""
@@ -35,7 +33,7 @@ class Seat:
         coordinator: where process 0 listens, HOST:PORT.
         processes: how many there are.
         process: which one this is.
-        local_devices: ids of the devices that are this process's; None for all of the machine.
+        local_devices: ids of the devices that are this process's; None for all that it sees.
         wait: seconds to wait for the others.
     """
 
@@ -79,12 +77,20 @@ def find_seat(given: Mapping[str, str], environment: Mapping[str, str]) -> Seat 
     """
     raise_all(_option_problems(given))
     wait = float(given.get("--wait", WAIT))
-    if "--coordinator" not in given:
-        return _detected(environment, wait)
-    processes, process = int(given["--processes"]), int(given["--process"])
+    processes = int(given.get("--processes", 0))
     if processes == 1:
         return None
-    return Seat(given["--coordinator"], processes, process, None, wait)
+    if "--coordinator" in given:
+        return Seat(given["--coordinator"], processes, int(given["--process"]), None, wait)
+    found = detect(environment, wait)
+    if isinstance(found, Sign):
+        raise ConfigError(
+            f"processes: got {found.found}, expected {found.fix}; or --processes 1 for a run of "
+            "this process alone"
+        )
+    if found is None:
+        return None
+    return Seat(found.coordinator, found.processes, found.process, found.local_devices, wait)
 
 
 def refuse_several(command: str, environment: Mapping[str, str]) -> None:
@@ -93,18 +99,24 @@ def refuse_several(command: str, environment: Mapping[str, str]) -> None:
     Raises:
         ConfigError: it did.
     """
-    seat = _detected(environment, WAIT)
-    if seat is not None:
-        raise ConfigError(
-            f"processes: got {seat.processes}, expected 1; {command} runs as one process: start it "
-            "on one machine, outside of the launcher (on a TPU host, with JAX_PLATFORMS=cpu)"
-        )
+    found = detect(environment, WAIT)
+    if found is None:
+        return
+    if isinstance(found, Sign):
+        several, outside = found.found, f"or by env -u {found.variable}"
+    else:
+        several, outside = str(found.processes), "on a TPU host, with JAX_PLATFORMS=cpu"
+    raise ConfigError(
+        f"processes: got {several}, expected 1; {command} runs as one process: start it "
+        f"on one machine, outside of the launcher ({outside})"
+    )
 
 
 def _option_problems(given: Mapping[str, str]) -> Iterator[str]:
     """A line for every option that is wrong or missing."""
     three = _OPTIONS[:3]
-    if any(name in given for name in three):
+    some = {name: given[name] for name in three if name in given}
+    if some and some != {"--processes": "1"}:  # one alone needs nobody's address
         for name in three:
             if name not in given:
                 others = " and ".join(other for other in three if other != name)
@@ -124,57 +136,8 @@ def _option_problems(given: Mapping[str, str]) -> Iterator[str]:
         most = int(counts["--processes"]) - 1
         yield f"--process: got {counts['--process']}, expected 0 to {most}; they count from 0"
     wait = given.get("--wait", "1")
-    if not wait.replace(".", "", 1).isdigit() or not float(wait):
+    if not wait.replace(".", "", 1).isdecimal() or not float(wait):
         yield f"--wait: got {wait!r}, expected seconds"
-
-
-def _detected(environment: Mapping[str, str], wait: float) -> Seat | None:
-    """What a launcher says in the environment, in the ways that jax understands."""
-    cluster = next((c for c in _clusters(environment) if c.is_env_present()), None)
-    if cluster is None:
-        started = environment.get("OMPI_COMM_WORLD_SIZE", "1")
-        if started != "1":  # Open MPI 5 no longer says where process 0 is
-            raise ConfigError(
-                f"processes: got {started} from mpirun, which does not say where process 0 is, "
-                "expected --coordinator HOST:PORT --processes $OMPI_COMM_WORLD_SIZE --process "
-                "$OMPI_COMM_WORLD_RANK"
-            )
-        return None
-    try:
-        if cluster.get_process_count() == 1:
-            return None
-        port = environment.get("JAX_COORDINATOR_PORT")
-        address = environment.get("JAX_COORDINATOR_ADDRESS")
-        address = address or cluster.get_coordinator_address(int(wait), port)
-        processes, process = cluster.get_process_count(), cluster.get_process_id()
-        return Seat(address, processes, process, _local_devices(cluster, environment), wait)
-    except (RuntimeError, OSError, KeyError, ValueError) as error:
-        raise ConfigError(
-            f"processes: got an environment of {cluster.__name__} that could not be read "
-            f"({error}), expected one; or give --coordinator, --processes and --process"
-        ) from error
-
-
-def _local_devices(cluster: type[ClusterEnv], environment: Mapping[str, str]) -> list[int] | None:
-    """One device for each of several processes of a machine; all for the only one on it.
-
-    jax by itself would give one device also to the only process of a machine.
-    """
-    here = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
-    here = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", here)
-    local = None if "tpu" in cluster.name else cluster.get_local_process_id()
-    return None if local is None or re.fullmatch(r"1(\(x\d+\))?", here) else [local]
-
-
-def _clusters(environment: Mapping[str, str]) -> list[type[ClusterEnv]]:
-    """The environments to look for: not Kubernetes' outside of a Job, nor a TPU's without it."""
-    left_out = []
-    if "JOB_COMPLETION_INDEX" not in environment:
-        left_out.append("K8sCluster")
-    if environment.get("JAX_PLATFORMS") == "cpu":
-        left_out += ["GceTpuCluster", "GkeTpuCluster"]
-    known = ClusterEnv._cluster_types
-    return [c for c in known if not c.opt_in_only_method and c.__name__ not in left_out]
 
 
 def meet(seat: Seat) -> None:

@@ -76,7 +76,7 @@ USAGE = """usage: python -m dsjax.train --config FILE [section.key=value ...]
 
 Several processes find each other by what a TPU VM, GKE, Slurm or Open MPI tells them, or by
 --coordinator HOST:PORT  where process 0 listens
---processes N            how many there are
+--processes N            how many there are; 1 alone is a run of this process, whatever started it
 --process I              which one this is, from 0
 --wait SECONDS           how long to wait for the others (45)
 

@@ -27,6 +27,7 @@ LAYERS = (
         "profiling",
         "storage",
         "coordinator",
+        "launchers",
         "tensor_names",
         "checksums",
     },
