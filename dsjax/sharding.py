@@ -7,12 +7,13 @@ report says so. Not done here: moving data.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import jax
-from jax.experimental.mesh_utils import create_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsjax.config import MeshSection
@@ -43,8 +44,12 @@ stack if it had to gather another one; never the vocabulary, which logits are co
 def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
     """Arrange the devices; an axis of -1 takes what the others leave.
 
+    Of several TPU slices, `data` crosses the network between them, and `fsdp` where it is written
+    as a number; all other axes lie within a slice.
+
     Raises:
-        ConfigError: more than one -1, or sizes that do not multiply to the number of devices.
+        ConfigError: more than one -1, sizes that do not multiply to the number of devices, or axes
+            that would have to lie across slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(section, axis) for axis in AXES]
@@ -59,9 +64,40 @@ def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mes
             f"{_working_meshes(section, len(devices))}"
         )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
+    across = _across_slices(section, sizes, devices)
     # An axis of 8 on a slice of 4 x 4 x 4 chips takes a part of a side.
-    placed = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    if math.prod(across) == 1:
+        placed = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        within = [size // count for size, count in zip(sizes, across, strict=True)]
+        placed = create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _across_slices(
+    section: MeshSection, sizes: Sequence[int], devices: Sequence[Any]
+) -> tuple[int, ...]:
+    """Into how many parts each axis is divided by the network between TPU slices."""
+    # Only a TPU's: other devices have hosts, which are in the order of their numbers anyway.
+    tpus = [device for device in devices if device.platform == "tpu"]
+    chips = Counter(getattr(device, "slice_index", 0) for device in tpus)
+    if len(chips) < 2:
+        return (1,) * len(AXES)
+    if len(set(chips.values())) > 1:
+        counts = ", ".join(str(chips[index]) for index in sorted(chips))
+        raise ConfigError(f"mesh: got TPU slices of {counts} chips, expected slices of one size")
+    slices, (data, fsdp, *_) = len(chips), sizes
+    copies = math.gcd(data, slices)
+    shards = slices // copies
+    if shards > 1 and (section.fsdp == -1 or fsdp % shards):
+        chip_count = len(tpus) // slices
+        raise ConfigError(
+            f"mesh.data: got {data} for {slices} TPU slices of {chip_count} chips, expected a "
+            f"multiple of {slices}: gradients alone should cross the network between slices; set "
+            f"mesh.data={slices}, or, for a model that no slice holds, mesh.fsdp to a multiple of "
+            f"{shards} as a number (not -1): its weights then cross it at every layer, slowly"
+        )
+    return (copies, shards, *(1 for _ in AXES[2:]))
 
 
 def _working_meshes(section: MeshSection, devices: int) -> str:
