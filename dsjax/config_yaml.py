@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
+from yaml.scanner import ScannerError
 
 from dsjax.config_rules import meant
 from dsjax.errors import ConfigError, raise_all
@@ -41,14 +44,14 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         if isinstance(event, yaml.AliasEvent) and id(node) not in self._sizes:
             problem = f"the alias *{event.anchor} inside what it stands for"
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+            raise ComposerError(None, None, problem, event.start_mark)
         if not isinstance(event, yaml.AliasEvent):
             inside = node.value if isinstance(node, yaml.CollectionNode) else ()
             parts = [part for item in inside for part in (item if type(item) is tuple else [item])]
             self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in parts)
         if self._sizes[id(node)] > _MOST_VALUES:
             problem = f"more than {_MOST_VALUES} values, aliases written out"
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+            raise ComposerError(None, None, problem, event.start_mark)
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -58,7 +61,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if key.value in seen:
                 problem = f"the key {key.value} twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                raise ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -71,7 +74,7 @@ class _WordLoader(_Loader):
             at += 1
         if self.peek(at) == "#":
             problem = "a comment in a value"
-            raise yaml.scanner.ScannerError(None, None, problem, self.get_mark())
+            raise ScannerError(None, None, problem, self.get_mark())
         super().scan_to_next_token()
 
 
