@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 
 from dsjax.errors import ConfigError, raise_all
+from dsjax.models.config_fields import shown
 from dsjax.safetensors_file import TensorInfo
 from dsjax.source import Source
 from dsjax.tensor_names import examples
@@ -32,6 +33,8 @@ SCALE = "_scale_inv"
 
 _VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 """Number of every byte: five times as fast as a cast."""
+
+_LARGEST_BLOCK = 2**20
 
 _ONLY = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 
@@ -60,23 +63,29 @@ def read_format(config: Mapping[str, Any]) -> Format | None:
         return None
     field = "config.json quantization_config"
     if not isinstance(section, Mapping):
-        raise ConfigError(f"{field}: got {section!r}, expected a mapping or null")
+        raise ConfigError(f"{field}: got {shown(section)}, expected a mapping or null")
     problems = [
-        f"{field}.{name}: got {section[name]!r}, expected {value!r}; other kinds of quantised "
-        "checkpoints are not read"
+        f"{field}.{name}: got {shown(section.get(name))}, expected {value!r}; other kinds of "
+        "quantised checkpoints are not read"
         for name, value in _ONLY.items()
-        if section.get(name) not in (None, value)
-        or (name == "quant_method" and name not in section)
+        if section.get(name) != value and (section.get(name) is not None or name == "quant_method")
     ]
     block: Any = section.get("weight_block_size")
     if not (isinstance(block, list) and len(block) == 2 and all(_is_size(size) for size in block)):
-        problems.append(f"{field}.weight_block_size: got {block!r}, expected [128, 128]")
+        problems.append(f"{field}.weight_block_size: got {shown(block)}, expected [128, 128]")
+    scales, plain = section.get("scale_fmt"), section.get("modules_to_not_convert")
+    if scales not in (None, "ue8m0"):
+        problems.append(f"{field}.scale_fmt: got {shown(scales)}, expected 'ue8m0' or null")
+    if not (plain is None or (isinstance(plain, list) and all(type(n) is str for n in plain))):
+        problems.append(
+            f"{field}.modules_to_not_convert: got {shown(plain)}, expected a list of names or null"
+        )
     raise_all(problems)
-    return Format(block[0], block[1], section.get("scale_fmt") == "ue8m0")
+    return Format(block[0], block[1], scales == "ue8m0")
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) is int and value >= 1
+    return type(value) is int and 1 <= value <= _LARGEST_BLOCK
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,7 @@ def dequantised(source: Source) -> Source:
             another shape.
     """
     quantised = {name for name, info in source.tensors.items() if info.dtype == FP8}
-    form = read_format(source.config) if source.config.get("quantization_config") else None
+    form = read_format(source.config)
     if form is None:
         raise_all(
             f"{name}: got float8_e4m3fn, and config.json has no quantization_config, expected it "

@@ -10,13 +10,10 @@ answers and nothing else. Not done here: the loop over tokens (`decoding`).
 """
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -26,7 +23,9 @@ from dsjax.convert import Source, open_checkpoint
 from dsjax.data import encode_chat, encode_text, load_tokenizer
 from dsjax.decoding import generate, prompt_problems, request_problems
 from dsjax.errors import ConfigError, raise_all, renamed, run_command
+from dsjax.json_file import read_object
 from dsjax.models import Model
+from dsjax.models.config_fields import count_problems, shown
 from dsjax.pretrained import load_pretrained
 from dsjax.rendezvous import refuse_several
 from dsjax.sampling import Sampling
@@ -72,7 +71,8 @@ def run(words: argparse.Namespace) -> int:
     else:
         prompts = [encode_text(tokenizer, text) for text in words.prompt]
     stop_ids = stop_tokens(source, tokenizer)
-    raise_all(prompt_problems(prompts, source.config.get("vocab_size", 2**31)))
+    raise_all(count_problems(source.config, ["vocab_size"], []))
+    raise_all(prompt_problems(prompts, source.config["vocab_size"]))
     print(f"loading {words.model}", file=sys.stderr)
     # Every matrix product is shared by all devices: rows are few, weights are many.
     mesh = make_mesh(MeshSection(fsdp=1, tensor=-1))
@@ -186,25 +186,19 @@ def stop_tokens(source: Source, tokenizer: PreTrainedTokenizerFast) -> frozenset
         ConfigError: generation_config.json is no such file.
     """
     file = source.directory / "generation_config.json"
-    named = [_generation_config(file).get("eos_token_id"), source.config.get("eos_token_id")]
-    named.append(tokenizer.eos_token_id)
-    found = next((ids for ids in named if ids not in (None, [])), [])
+    settings = read_object(file, "model.path") if file.is_file() else {}
+    named = [
+        (file, settings.get("eos_token_id")),
+        (source.directory / "config.json", source.config.get("eos_token_id")),
+        ("the tokenizer", tokenizer.eos_token_id),
+    ]
+    place, found = next(((p, ids) for p, ids in named if ids not in (None, [])), ("", []))
     ids = found if isinstance(found, list) else [found]
-    if not all(type(token) is int for token in ids):
-        raise ConfigError(f"{file} eos_token_id: got {found!r}, expected an integer or a list")
+    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        raise ConfigError(
+            f"{place} eos_token_id: got {shown(found)}, expected an integer >= 0 or a list of them"
+        )
     return frozenset(ids)
-
-
-def _generation_config(file: Path) -> Mapping[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file}: got {error}, expected JSON; fetch it again") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: got {type(content).__name__}, expected a JSON object")
-    return content
 
 
 def _converse(speaker: Speaker, seed: int) -> None:

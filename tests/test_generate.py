@@ -167,8 +167,11 @@ def test_stop_tokens(tmp_path: Path, generation, config, expected):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "generation_config.json: got Expecting property name"),
-        ("[]", "generation_config.json: got list, expected a JSON object"),
+        ("{", "got invalid JSON in {file} (Expecting property name"),
+        ("[]", "got a JSON list in {file}, expected a JSON object"),
+        ("[" * 5_000, "got invalid JSON in {file} (nested deeper"),
+        ('{"eos_token_id": -1}', "generation_config.json eos_token_id: got -1, expected"),
+        ('{"eos_token_id": [1, true]}', "eos_token_id: got [1, True], expected an integer"),
         ('{"eos_token_id": "</s>"}', "generation_config.json eos_token_id: got '</s>', expected"),
     ],
 )
@@ -179,7 +182,7 @@ def test_a_damaged_generation_config(tmp_path: Path, text: str, says: str):
     with pytest.raises(ConfigError) as error:
         source = open_checkpoint(str(tmp_path), weights=False)
         command.stop_tokens(source, load_tokenizer(tmp_path))
-    assert says in str(error.value)
+    assert says.format(file=tmp_path / "generation_config.json") in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.errors import ConfigError
+from dsjax.models.config_fields import shown
 from dsjax.models.decoder import CausalLM
 from dsjax.models.deepseek import weights as deepseek_weights
 from dsjax.models.deepseek.config import parse_config as parse_deepseek
@@ -72,9 +73,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
         ConfigError: its model_type is not one that we compute.
     """
     kind = config.get("model_type")
-    if kind not in MODELS:
+    if not isinstance(kind, str) or kind not in MODELS:
         raise ConfigError(
-            f"config.json model_type: got {kind!r}, expected one of {', '.join(MODELS)}"
+            f"config.json model_type: got {shown(kind)}, expected one of {', '.join(MODELS)}"
         )
     return MODELS[kind]
 

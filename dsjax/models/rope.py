@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsjax.errors import ConfigError, raise_all
+from dsjax.models.config_fields import is_positive, shown
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _REQUIRED = {
@@ -28,7 +29,7 @@ _REQUIRED = {
 }
 _OPTIONAL = (
     *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
-    *("original_max_position_embeddings", "partial_rotary_factor"),
+    "original_max_position_embeddings",
 )
 
 
@@ -57,7 +58,21 @@ def rope_from_config(config: Mapping[str, Any], dim: int) -> Rope:
     """
     field, settings = rope_settings(config)
     rope_type = settings.get("rope_type") or settings.get("type") or "default"
-    _check(field, rope_type, settings, dim)
+    _check(field, config, settings, dim)
+    with np.errstate(all="ignore"):  # what overflows is found below
+        rope = _computed(config, rope_type, settings, dim)
+    if not all(math.isfinite(value) and value > 0 for value in rope.inv_freq):
+        numbers = {key: value for key, value in settings.items() if value is not None}
+        raise ConfigError(
+            f"config.json {field}: got {shown(numbers)}, expected numbers that give rotations > 0 "
+            "which float32 can hold"
+        )
+    return rope
+
+
+def _computed(
+    config: Mapping[str, Any], rope_type: str, settings: Mapping[str, Any], dim: int
+) -> Rope:
     theta = float(settings["rope_theta"])
     base = (1.0 / np.float32(theta) ** (np.arange(0, dim, 2, dtype=np.float32) / dim)).astype(
         np.float32
@@ -77,49 +92,90 @@ def rope_from_config(config: Mapping[str, Any], dim: int) -> Rope:
 
 
 def rope_settings(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The rope dictionary with `rope_theta` inside, and the field it was read from."""
+    """The rope dictionary with `rope_theta` inside, and the field it was read from.
+
+    Raises:
+        ConfigError: one of the dictionaries is something else.
+    """
+    raise_all(
+        f"config.json {field}: got {shown(config[field])}, expected a mapping or null"
+        for field in ("rope_scaling", "rope_parameters")
+        if not isinstance(config.get(field), Mapping | None)
+    )
     field = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    settings = config.get(field) or {}
-    if not isinstance(settings, Mapping):
-        raise ConfigError(f"config.json {field}: got {settings!r}, expected a mapping or null")
-    settings = dict(settings)
-    if settings.get("rope_theta") is None:
-        settings["rope_theta"] = config.get("rope_theta") or 10_000.0
-    if settings.get("partial_rotary_factor") is None:
-        settings["partial_rotary_factor"] = config.get("partial_rotary_factor") or 1.0
+    settings = dict(config.get(field) or {})
+    for key, default in (("rope_theta", 10_000.0), ("partial_rotary_factor", 1.0)):
+        if settings.get(key) is None:
+            settings[key] = default if config.get(key) is None else config[key]
     return field, settings
 
 
-def _check(field: str, rope_type: str, settings: Mapping[str, Any], dim: int) -> None:
-    if rope_type not in ROPE_TYPES:
-        raise ConfigError(
-            f"config.json {field}.rope_type: got {rope_type!r}, expected one of "
-            f"{', '.join(ROPE_TYPES)}; this model cannot be computed exactly with another one"
-        )
+def _check(field: str, config: Mapping[str, Any], settings: Mapping[str, Any], dim: int) -> None:
     problems = [
-        f"config.json {field}.{key}: got {settings.get(key)!r}, expected a number > 0 for "
+        f"config.json {field}.rope_type: got {shown(settings[key])}, expected one of "
+        f"{', '.join(ROPE_TYPES)}; this model cannot be computed exactly with another one"
+        for key in ("rope_type", "type")
+        if settings.get(key) is not None and settings[key] not in ROPE_TYPES
+    ]
+    raise_all(problems)
+    rope_type = settings.get("rope_type") or settings.get("type") or "default"
+    problems += [
+        f"config.json {field}.{key}: got {shown(settings.get(key))}, expected a number > 0 for "
         f"rope_type {rope_type}"
-        for key in ("rope_theta", *_REQUIRED[rope_type])
-        if not _is_positive(settings.get(key))
+        for key in _REQUIRED[rope_type]
+        if not is_positive(settings.get(key))
     ]
     problems += [
-        f"config.json {field}.{key}: got {settings[key]!r}, expected a number >= 0 or null"
+        f"config.json {field}.{key}: got {shown(settings[key])}, expected a number >= 0 or null"
         for key in _OPTIONAL
-        if settings.get(key) and not _is_positive(settings[key])
+        if settings.get(key) is not None and not _is_zero_or_more(settings[key])
     ]
-    if settings["partial_rotary_factor"] != 1.0:
+    problems += _shared_problems(field, config, settings, least=1 if rope_type == "yarn" else 0)
+    if not isinstance(settings.get("truncate", True), bool | None):
         problems.append(
-            f"config.json {field}.partial_rotary_factor: got "
-            f"{settings['partial_rotary_factor']!r}, "
-            "expected 1.0 (every dimension of a head is rotated in the supported models)"
+            f"config.json {field}.truncate: got {shown(settings['truncate'])}, expected true or "
+            "false"
         )
     if dim % 2:
-        problems.append(f"config.json head_dim: got {dim}, expected an even number for rope")
+        problems.append(
+            f"config.json head_dim: got {dim}, expected an even number for rope (qk_rope_head_dim, "
+            "or hidden_size / num_attention_heads where it is not given)"
+        )
     raise_all(problems)
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+def _shared_problems(
+    field: str, config: Mapping[str, Any], settings: Mapping[str, Any], least: int
+) -> list[str]:
+    """Keys that may stand in the rope dictionary or beside it."""
+    theta, part = settings["rope_theta"], settings["partial_rotary_factor"]
+    problems = []
+    if not is_positive(theta) or theta <= least:
+        problems.append(
+            f"config.json {_place(field, config, 'rope_theta')}: got {shown(theta)}, expected a "
+            f"number > {least}"
+        )
+    if part != 1.0:
+        problems.append(
+            f"config.json {_place(field, config, 'partial_rotary_factor')}: got {shown(part)}, "
+            "expected 1.0 (every dimension of a head is rotated in the supported models)"
+        )
+    beside = config.get("original_max_position_embeddings")
+    if beside is not None and not is_positive(beside):
+        problems.append(
+            f"config.json original_max_position_embeddings: got {shown(beside)}, expected a number "
+            "> 0 or null"
+        )
+    return problems
+
+
+def _place(field: str, config: Mapping[str, Any], key: str) -> str:
+    """Where a key was read: in the rope dictionary or beside it."""
+    return f"{field}.{key}" if (config.get(field) or {}).get(key) is not None else key
+
+
+def _is_zero_or_more(value: Any) -> bool:
+    return is_positive(value) or (type(value) in (int, float) and value == 0)
 
 
 def _rope(inv_freq: np.ndarray, attention_factor: float) -> Rope:
@@ -172,7 +228,7 @@ def _yarn_attention_factor(settings: Mapping[str, Any]) -> float:
         return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
     if settings.get("mscale") and settings.get("mscale_all_dim"):
-        return gain(settings["mscale"]) / gain(settings["mscale_all_dim"])
+        return gain(float(settings["mscale"])) / gain(float(settings["mscale_all_dim"]))
     return gain(1.0)
 
 

@@ -14,9 +14,13 @@ from typing import Any
 from dsjax.errors import raise_all
 from dsjax.models.config_fields import (
     count_problems,
+    expert_problems,
     flag_problems,
+    head_problems,
+    names_problems,
     number_problems,
     only_problems,
+    shown,
 )
 from dsjax.models.moe import RouterConfig
 from dsjax.models.rope import Rope, rope_from_config, rope_settings
@@ -170,7 +174,7 @@ def parse_config(config: Mapping[str, Any]) -> DeepseekConfig:
         num_attention_heads=heads,
         num_key_value_heads=config.get("num_key_value_heads") or heads,
         head_dim=head_dim,
-        rms_norm_eps=float(config.get("rms_norm_eps") or 1e-6),
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         max_position_embeddings=config["max_position_embeddings"],
         tie_word_embeddings=bool(config.get("tie_word_embeddings")),
         attention_bias=bool(config.get("attention_bias")),
@@ -198,7 +202,7 @@ def _router(config: Mapping[str, Any]) -> RouterConfig:
         n_group=config.get("n_group") or 1,
         topk_group=config.get("topk_group") or 1,
         norm_topk_prob=bool(config.get("norm_topk_prob")),
-        routed_scaling_factor=float(config.get("routed_scaling_factor") or 1.0),
+        routed_scaling_factor=float(config.get("routed_scaling_factor", 1.0)),
     )
 
 
@@ -246,14 +250,16 @@ def _check(config: Mapping[str, Any]) -> None:
         *only_problems(config, only),
         *flag_problems(config, _FLAGS),
         *number_problems(config, ["rms_norm_eps", "routed_scaling_factor"]),
+        *names_problems(config, "mlp_layer_types"),
     ]
     methods = _TOPK.get(kind, ("noaux_tc",))
     if config.get("topk_method") not in (None, *methods):
         problems.append(
-            f"config.json topk_method: got {config['topk_method']!r}, expected "
+            f"config.json topk_method: got {shown(config['topk_method'])}, expected "
             f"{' or '.join(methods)} for model_type {kind}"
         )
     raise_all(problems)
+    raise_all([*expert_problems(config), *head_problems(config)])
 
 
 def _check_parsed(config: DeepseekConfig, source: Mapping[str, Any]) -> None:
@@ -265,8 +271,8 @@ def _check_parsed(config: DeepseekConfig, source: Mapping[str, Any]) -> None:
         )
     elif router.topk_method == "noaux_tc" and experts // groups < 2:
         problems.append(
-            f"config.json n_group: got {groups}, expected at least 2 of the {experts} experts in "
-            "each group"
+            f"config.json n_group: got {groups}, expected at least 2 of the {experts} experts "
+            "(n_routed_experts) in each group"
         )
     if router.topk_group > groups:
         problems.append(
@@ -276,7 +282,8 @@ def _check_parsed(config: DeepseekConfig, source: Mapping[str, Any]) -> None:
     if router.num_experts_per_tok > room:
         problems.append(
             f"config.json num_experts_per_tok: got {router.num_experts_per_tok}, expected at most "
-            f"the {room} experts that a token may choose from"
+            f"the {room} experts that a token may choose from (n_routed_experts, n_group, "
+            "topk_group)"
         )
     if router.topk_method != "greedy":
         problems += [
@@ -306,9 +313,9 @@ def _layer_type_problems(config: DeepseekConfig, source: Mapping[str, Any]) -> l
     dense, layers = config.dense_layers, config.num_hidden_layers
     expected = ["dense"] * dense + ["sparse"] * (layers - dense)
     given = source.get("mlp_layer_types")
-    if given is None or list(given) == expected:
+    if given is None or given == expected:
         return []
     return [
-        f"config.json mlp_layer_types: got {given!r}, expected {dense} times dense, then sparse, "
-        "as first_k_dense_replace says"
+        f"config.json mlp_layer_types: got {shown(given)}, expected {dense} times dense, then "
+        "sparse, as first_k_dense_replace says"
     ]

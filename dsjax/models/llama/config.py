@@ -14,8 +14,11 @@ from dsjax.errors import raise_all
 from dsjax.models.config_fields import (
     count_problems,
     flag_problems,
+    head_problems,
+    names_problems,
     number_problems,
     only_problems,
+    shown,
 )
 from dsjax.models.rope import Rope, rope_from_config
 
@@ -28,6 +31,9 @@ _SIZES = (
 )
 _ONLY = {"hidden_act": "silu", "attention_dropout": 0.0}
 """Fields that are implemented for one value only."""
+
+_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
+"""model_type -> what the reference class takes for max_position_embeddings where it is absent."""
 
 _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 
@@ -75,8 +81,9 @@ def parse_config(config: Mapping[str, Any]) -> LlamaConfig:
     Raises:
         ConfigError: with a line for every field that is wrong.
     """
-    _check(config)
     kind = config["model_type"]
+    config = {"max_position_embeddings": _POSITIONS[kind], **config}
+    _check(config)
     heads = config["num_attention_heads"]
     # The reference's class defaults: Qwen classes assume 32 kv heads when the key is absent.
     kv_heads = config.get("num_key_value_heads", None if kind == "llama" else 32) or heads
@@ -91,7 +98,7 @@ def parse_config(config: Mapping[str, Any]) -> LlamaConfig:
         head_dim=head_dim,
         rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
+        max_position_embeddings=config["max_position_embeddings"],
         qkv_bias=attention_bias or kind == "qwen2",
         o_bias=attention_bias,
         mlp_bias=bool(config.get("mlp_bias", False)) and kind == "llama",
@@ -114,20 +121,23 @@ def _layer_types(config: Mapping[str, Any], window: int | None) -> tuple[str, ..
         return ("full_attention",) * layers
     if config.get("layer_types") is not None:
         return tuple(config["layer_types"])
-    first = config.get("max_window_layers", 28) if window is not None else layers
+    first = config.get("max_window_layers")
+    first = layers if window is None else 28 if first is None else first
     return tuple("sliding_attention" if i >= first else "full_attention" for i in range(layers))
 
 
 def _check(config: Mapping[str, Any]) -> None:
-    optional = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
-    raise_all(
-        [
-            *count_problems(config, _SIZES, optional),
-            *only_problems(config, _ONLY),
-            *flag_problems(config, _FLAGS),
-            *number_problems({"rms_norm_eps": 1e-6, **config}, ["rms_norm_eps"]),
-        ]
-    )
+    sizes = (*_SIZES, "max_position_embeddings")
+    problems = [
+        *count_problems(config, sizes, ("num_key_value_heads", "head_dim", "sliding_window")),
+        *count_problems(config, [], ["max_window_layers"], least=0),
+        *only_problems(config, _ONLY),
+        *flag_problems(config, _FLAGS),
+        *number_problems(config, ["rms_norm_eps"]),
+        *names_problems(config, "layer_types"),
+    ]
+    raise_all(problems)
+    raise_all(head_problems(config))
 
 
 def _check_parsed(config: LlamaConfig) -> None:
@@ -145,7 +155,8 @@ def _check_parsed(config: LlamaConfig) -> None:
     unknown = sorted(set(config.layer_types) - {"full_attention", "sliding_attention"})
     if unknown:
         problems.append(
-            f"config.json layer_types: got {unknown}, expected full_attention or sliding_attention"
+            f"config.json layer_types: got {shown(unknown)}, expected full_attention or "
+            "sliding_attention"
         )
     if "sliding_attention" in config.layer_types and config.sliding_window is None:
         problems.append(
