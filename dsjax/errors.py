@@ -12,12 +12,13 @@ import errno
 import logging
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
+
+from dsjax import signals
 
 _ELSEWHERE = "use a place that can be written, or have the permission changed"
 _FAULTS: Mapping[int, str] = {
@@ -120,23 +121,21 @@ def files_of(file: Path | str) -> Iterator[None]:
 def run_command(main: Callable[[Sequence[str]], int]) -> None:
     """Run an entry point on the command line's words and exit with its code.
 
-    Or with 2 on a ConfigError and on what the system refuses, with 130 on an interrupt from the
-    keyboard, with 143 on SIGTERM (which the training loop takes over to save first).
+    Or with 2 on a ConfigError and on what the system refuses, with 130 on SIGINT, an interrupt from
+    the keyboard, with 143 on SIGTERM (both of which the training loop takes over to save first).
     """
     for name in ("absl", "asyncio"):  # Orbax tells of its own workings, and raises what matters
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        with files_of("a file"):
-            code = main(sys.argv[1:])
-        with files_of("standard output"), suppress(BrokenPipeError):  # its reader has seen enough
-            sys.stdout.flush()
-    except ConfigError as error:
-        with suppress(OSError):  # it may go to the disk that is full
-            print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
+    with signals.sent_to(signals.end):
+        try:
+            with files_of("a file"):
+                code = main(sys.argv[1:])
+            with files_of("standard output"), suppress(BrokenPipeError):  # who reads has enough
+                sys.stdout.flush()
+        except ConfigError as error:
+            with suppress(OSError):  # it may go to the disk that is full
+                print(f"error: {error}", file=sys.stderr)
+            code = 2
     _give_up(sys.stdout)
     _give_up(sys.stderr)
     sys.exit(code)

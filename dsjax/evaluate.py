@@ -9,6 +9,11 @@ else with the model as configured; stderr says which. Not done here: the sums (`
 generation.
 """
 
+if __name__ == "__main__":
+    from dsjax.signals import end_at_once
+
+    end_at_once()  # what is imported below takes seconds
+
 import argparse
 import json
 import math

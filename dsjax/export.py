@@ -11,6 +11,11 @@ dtype. What was written is read again and compared before the folder takes its n
 Not done here: training; deciding what to write by default (`config.export_format`).
 """
 
+if __name__ == "__main__":
+    from dsjax.signals import end_at_once
+
+    end_at_once()  # what is imported below takes seconds
+
 import json
 import os
 import sys

@@ -5,12 +5,14 @@ In: the folder's final path. Out: a folder beside it to write into, renamed when
 kill leaves the old one, or none, never half of the new. Not done here: what goes into it.
 """
 
+import functools
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dsjax import signals
 from dsjax.errors import ConfigError
 from dsjax.storage import is_url, written_to_url
 
@@ -51,10 +53,12 @@ def written_beside(path: Path, primary: bool = True) -> Iterator[Path]:
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
+    remove = functools.partial(shutil.rmtree, partial, ignore_errors=True)
     try:
-        yield partial
+        with signals.undone(remove):
+            yield partial
     except Exception:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove()
         raise
     if path.exists():
         os.rename(path, old)

@@ -9,6 +9,11 @@ chat template, and `--chat` alone is a conversation, line by line from stdin. st
 answers and nothing else. Not done here: the loop over tokens (`decoding`).
 """
 
+if __name__ == "__main__":
+    from dsjax.signals import end_at_once
+
+    end_at_once()  # what is imported below takes seconds
+
 import argparse
 import os
 import sys

@@ -9,7 +9,7 @@ there twice a second, so that no step waits for it. Not done here: moving arrays
 
 import hashlib
 import json
-import os
+import signal
 import sys
 import threading
 import time
@@ -21,6 +21,7 @@ from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 import jax
 from jax._src.distributed import global_state  # the one way to the coordinator's store
 
+from dsjax import signals
 from dsjax.coordinator import numbered
 from dsjax.errors import ConfigError, raise_all, system_fault
 from dsjax.rendezvous import Seat, meet
@@ -200,6 +201,16 @@ class Hosts:
             code = self._say_cause(cause)
         self._exit(code)
 
+    def end_by(self, number: int) -> NoReturn:
+        """End by a signal, now and wherever the main thread is; with this process the others."""
+        if self.count == 1:
+            signals.end(number)
+        self._failing.set()
+        code, message = 128 + number, f"ended by {signal.Signals(number).name}"
+        self._tell(_FAILURE, {"process": self.index, "code": code, "message": message})
+        print(message, file=sys.stderr)
+        self._exit(code)
+
     def _await_cause(self, message: str) -> None:
         """Give another process time to tell why; a broken connection is what it looks like here."""
         first = message.strip().splitlines()[0]
@@ -218,6 +229,7 @@ class Hosts:
 
     def _exit(self, code: int) -> NoReturn:
         """Leave without jax's farewell, which waits for processes that may never come."""
+        signals.undo_all()
         self._tell(f"{_GONE}{self.index}", "")
         if self._keeps_store:  # it ends with this process
             deadline = time.monotonic() + _LINGER
@@ -227,9 +239,7 @@ class Hosts:
                     if time.monotonic() > deadline:
                         break
             time.sleep(0.2)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        signals.leave(code)
 
     # The thread.
 
@@ -325,8 +335,9 @@ def joined(seat: Seat | None) -> Iterator[Hosts]:
     index, count = jax.process_index(), jax.process_count()
     hosts = Hosts(index, count, global_state.client, keeps_store=seat.process == 0)
     hosts.start()
-    try:
-        yield hosts
-    except BaseException as error:
-        hosts.fail(error)
-    hosts.part()
+    with signals.sent_to(hosts.end_by):
+        try:
+            yield hosts
+        except BaseException as error:
+            hosts.fail(error)
+        hosts.part()

@@ -8,15 +8,19 @@ resumed run repeats none and lacks none. Not done here: making any of these.
 
 import json
 import math
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from dsjax import signals
 from dsjax.assembly import Assembly
 from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig
@@ -30,6 +34,67 @@ from dsjax.profiling import Profile
 from dsjax.run_folder import EVAL_RESULTS, is_evaluated, write_whole
 from dsjax.step import StepReport, TrainState
 from dsjax.terminal import Progress
+
+MOST_IN_FLIGHT = 2
+"""Steps that the devices have been given and have not finished: enough to keep them busy, few
+enough to stop soon."""
+
+
+SAME_SIGNAL = 0.3
+"""Seconds within which signals count as one: `timeout` sends its to the process and its group."""
+
+
+class StepsInFlight:
+    """Steps that the devices may still be at; each is counted, and shown, once it is finished."""
+
+    def __init__(self, meter: Meter, progress: Progress) -> None:
+        self._meter, self._progress = meter, progress
+        self._reports: deque[tuple[int, StepReport]] = deque()
+
+    def add(self, step: int, told: StepReport) -> None:
+        """Take the report of a step that has just been dispatched."""
+        self._reports.append((step, told))
+
+    def wait(self, most: int = 0) -> None:
+        """Wait for the oldest steps until at most so many are left."""
+        while len(self._reports) > most:
+            step, told = self._reports.popleft()
+            sums = jax.device_get(told.sums)
+            after = None if sums.ahead is None else (sums.ahead.loss, sums.ahead.weight)
+            self._meter.add(sums.loss, sums.weight, sums.correct, sums.tokens, after)
+            self._progress.advance(step)
+
+
+@dataclass
+class Stop:
+    """What a signal does to the loop: it ends after a step; or, by a second one, at once.
+
+    Attributes:
+        hosts: the processes of the run, which stop together.
+        step: the one after which the loop looks next.
+        came: when the first signal did.
+    """
+
+    hosts: Hosts
+    step: int
+    came: float | None = None
+
+    def receive(self, number: int) -> None:
+        """Take a signal, in the thread of signals."""
+        now = time.monotonic()
+        if self.came is not None:
+            if now - self.came > SAME_SIGNAL:
+                self.hosts.end_by(number)
+            return
+        self.came = now
+        self.hosts.ask_to_stop(number)
+        when = "" if self.hosts.count == 1 else " or soon after, together with the other processes"
+        said = f"stopping after step {self.step}{when}; again to stop now"
+        print(said, file=sys.stderr, flush=True)
+
+    def reached(self) -> bool:
+        """Whether to stop by now; every process asks equally often."""
+        return self.hosts.stop_reached() is not None
 
 
 @dataclass(frozen=True)
@@ -54,11 +119,12 @@ class Loop:
         """Run the steps from `start`; returns the state and the signal that ended them early."""
         traced, folder = self.config.logging.profile_steps, Path(self.config.output_dir)
         profile = Profile(traced, start, self.total, folder / BOARD, self.hosts.primary)
-        with signals_caught(self.hosts):
+        stop = Stop(self.hosts, start)
+        with signals.sent_to(stop.receive):
             # Inside: a save that still runs is waited for before a signal can end the process, and
             # also when a step raises.
             with closing(self.checkpointer), profile:
-                state = self._steps(state, start, meter, log, progress, profile)
+                state = self._steps(state, start, meter, log, progress, profile, stop)
             return state, self.hosts.stop_wanted()
 
     def _steps(
@@ -69,36 +135,38 @@ class Loop:
         log: MetricsLog,
         progress: Progress,
         profile: Profile,
+        stop: Stop,
     ) -> TrainState:
         """Run the steps until the last, or until all processes stop for a signal."""
-        every = self.config.logging.logging_steps
+        every, in_flight = self.config.logging.logging_steps, StepsInFlight(meter, progress)
         meter.start()
         # A signal may have cut off the evaluation that belongs to the step before.
-        if self._evaluate_if_due(state, start, meter, log, progress) or self._stops():
+        if self._evaluate_if_due(state, start, meter, log, progress, stop) or stop.reached():
             return state
         for step, batch in enumerate(self.train.iterate(start, self.total), start + 1):
+            stop.step = step
             rows = to_devices(batch, self.parts.mesh, self.train)
             state, told = self.train_step(state, self.frozen, rows)
-            sums, ahead = told.sums, told.sums.ahead
-            after = None if ahead is None else (ahead.loss, ahead.weight)
-            meter.add(sums.loss, sums.weight, sums.correct, sums.tokens, after)
-            progress.advance(step)
+            in_flight.add(step, told)
+            in_flight.wait(MOST_IN_FLIGHT - 1)
             if step % every == 0 or step == self.total:
+                in_flight.wait()
                 self._check_finite(step, told)
                 values = self._values(step, meter, told)
                 log.log(step, values)
                 progress.log(step, values)
-            stopped = self._evaluate_if_due(state, step, meter, log, progress) or self._stops()
+            if self._evaluates_after(step):
+                in_flight.wait()  # the meter's clock is about to be stopped
+            cut = self._evaluate_if_due(state, step, meter, log, progress, stop)
+            stopped = cut or stop.reached()
             if step == self.total or stopped or self.checkpointer.due(step):
+                in_flight.wait()
                 self._check_finite(step, told)
                 self._save(step, state, meter)
             profile.reached(step, told)
             if stopped:
                 break
         return state
-
-    def _stops(self) -> bool:
-        return self.hosts.stop_reached() is not None
 
     def _values(self, step: int, meter: Meter, told: StepReport) -> dict[str, Any]:
         """The line of a step."""
@@ -145,6 +213,10 @@ class Loop:
         }
         self.checkpointer.save(step, state, meta, force=True)
 
+    def _evaluates_after(self, step: int) -> bool:
+        every = self.config.training.eval_steps
+        return every is not None and 0 < step < self.total and step % every == 0
+
     def _evaluate_if_due(
         self,
         state: TrainState,
@@ -152,6 +224,7 @@ class Loop:
         meter: Meter,
         log: MetricsLog,
         progress: Progress,
+        stop: Stop,
     ) -> bool:
         """Evaluate where `eval_steps` says; a signal cuts it off, and the next run makes up for it.
 
@@ -159,12 +232,10 @@ class Loop:
 
         An evaluation can last far longer than whoever sends SIGTERM waits before SIGKILL.
         """
-        every = self.config.training.eval_steps
-        due = every and 0 < step < self.total and step % every == 0
-        if due and not log.evaluated(step):
+        if self._evaluates_after(step) and not log.evaluated(step):
             with meter.paused():
                 try:
-                    self.evaluate(state, step, log, progress, self._stops)
+                    self.evaluate(state, step, log, progress, stop.reached)
                 except StoppedError:
                     return True
         return False
@@ -209,20 +280,6 @@ def expert_values(loads_LE: np.ndarray, tokens: int, chosen: int) -> dict[str, f
         "expert_imbalance": float(np.mean(loads_LE.max(axis=1) / np.maximum(means_L, 1e-30))),
         "dropped_tokens": int(tokens * chosen * len(loads_LE) - loads_LE.sum()),
     }
-
-
-@contextmanager
-def signals_caught(hosts: Hosts) -> Iterator[None]:
-    """Note SIGTERM and SIGINT instead of dying of them; the loop looks after each step."""
-    before = {
-        number: signal.signal(number, lambda number, frame: hosts.ask_to_stop(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def finish_evaluation(

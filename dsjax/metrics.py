@@ -186,8 +186,7 @@ class Meter:
     """Sums what the steps return and gives the values of a training line.
 
     Sums are kept as Python floats in step order, so a resumed run that restores `state()` logs the
-    very numbers of an unbroken one. `add` does not wait for the step: device scalars are read when
-    the values are asked for.
+    very numbers of an unbroken one.
 
     Args:
         flops_per_token: what a token needs (`throughput.token_flops`); None gives no `mfu`.
@@ -201,8 +200,6 @@ class Meter:
         if flops_per_token is not None and peak_flops is not None:
             self._mfu_per_rate = flops_per_token / peak_flops
         self._since_log, self._run = _Sums(), _Sums()
-        self._pending: list[tuple[SupportsFloat, SupportsFloat, SupportsFloat, SupportsInt]] = []
-        self._pending_ahead: list[tuple[SupportsFloat, SupportsFloat]] = []
         self._ahead: tuple[float, float] | None = None  # loss and weight since the last log
         self._timed_tokens = self._tokens_here = self._steps_here = 0
         self._started = self._clock = time.monotonic()
@@ -219,7 +216,7 @@ class Meter:
         tokens: SupportsInt,
         ahead: tuple[SupportsFloat, SupportsFloat] | None = None,
     ) -> None:
-        """Take one optimizer step's sums over the whole batch (floats or device scalars).
+        """Take one optimizer step's sums over the whole batch.
 
         Args:
             loss_sum: sum of weight x loss over the trained tokens.
@@ -228,16 +225,21 @@ class Meter:
             tokens: real tokens in the batch, padding excluded, trained or not.
             ahead: sums of loss and weight of the token after the next, where it is predicted.
         """
-        self._pending.append((loss_sum, weight_sum, correct, tokens))
+        step = float(loss_sum), float(weight_sum), float(correct), int(tokens)
+        self._since_log.add(*step)
+        self._run.add(*step)
+        self._timed_tokens += step[3]
+        self._tokens_here += step[3]
+        self._steps_here += 1
         if ahead is not None:
-            self._pending_ahead.append(ahead)
+            loss, weight = self._ahead or (0.0, 0.0)
+            self._ahead = loss + float(ahead[0]), weight + float(ahead[1])
 
     def values(self) -> dict[str, float | int | None]:
         """Return means since the last call and `tokens` of the whole run; start the next interval.
 
         A mean over no trained token is NaN. `mtp_loss` is there where steps told of it.
         """
-        self._drain()
         now = time.monotonic()
         rate = self._timed_tokens / max(now - self._clock, 1e-9)
         sums, self._since_log = self._since_log, _Sums()
@@ -255,7 +257,6 @@ class Meter:
 
     def summary(self) -> dict[str, float]:
         """Return the closing line: the loss of the whole run, the speed of this process's part."""
-        self._drain()
         seconds = max(time.monotonic() - self._started, 1e-9)
         return {
             "train_loss": _mean(self._run.loss, self._run.weight),
@@ -267,7 +268,6 @@ class Meter:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Keep what happens inside (an evaluation, a compilation) out of `tokens_per_second`."""
-        self._drain()
         stopped = time.monotonic()
         try:
             yield
@@ -276,7 +276,6 @@ class Meter:
 
     def state(self) -> dict[str, dict]:
         """Return the sums for the checkpoint; exact through JSON, not through float32 arrays."""
-        self._drain()
         state = {"since_log": asdict(self._since_log), "run": asdict(self._run)}
         if self._ahead is not None:
             state["ahead"] = {"loss": self._ahead[0], "weight": self._ahead[1]}
@@ -292,20 +291,6 @@ class Meter:
         self._run = _Sums(**state["run"])
         ahead = state.get("ahead")
         self._ahead = None if ahead is None else (ahead["loss"], ahead["weight"])
-
-    def _drain(self) -> None:
-        for loss, weight, correct, tokens in self._pending:
-            step = float(loss), float(weight), float(correct), int(tokens)
-            self._since_log.add(*step)
-            self._run.add(*step)
-            self._timed_tokens += step[3]
-            self._tokens_here += step[3]
-        self._steps_here += len(self._pending)
-        self._pending.clear()
-        for pair in self._pending_ahead:
-            loss, weight = self._ahead or (0.0, 0.0)
-            self._ahead = loss + float(pair[0]), weight + float(pair[1])
-        self._pending_ahead.clear()
 
 
 def _mean(total: float, weight: float) -> float:

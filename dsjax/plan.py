@@ -17,6 +17,11 @@ answer (exit 0, `fits` false). Not done here: the compilers' devices (`topologie
 of time (`estimate`), trying variants (`plan_search`).
 """
 
+if __name__ == "__main__":
+    from dsjax.signals import end_at_once
+
+    end_at_once()  # what is imported below takes seconds
+
 import dataclasses
 import json
 import os

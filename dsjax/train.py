@@ -9,8 +9,14 @@ written before every input has been checked; running the same command again resu
 what is missing.
 """
 
+if __name__ == "__main__":
+    from dsjax.signals import end_at_once
+
+    end_at_once()  # what is imported below takes seconds
+
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -97,7 +103,10 @@ def main(argv: Sequence[str]) -> int:
         print(configuration.to_yaml(load_config(path, overrides)), end="")
         return 0
     with joined(find_seat(given, os.environ)) as hosts:
-        return train(load_config(path, overrides), hosts)
+        code = train(load_config(path, overrides), hosts)
+        if code:
+            hosts.say(f"to go on: {shlex.join(sys.orig_argv)}")
+        return code
 
 
 def train(config: RunConfig, hosts: Hosts | None = None) -> int:
@@ -184,7 +193,9 @@ def train(config: RunConfig, hosts: Hosts | None = None) -> int:
             log.log_start(configuration.to_yaml(config), table)
             state, stopped = loop.run(state, start, meter, log, progress)
             if stopped is not None:
-                hosts.say(f"stopped by signal {stopped}; run again to continue")
+                done = int(state.step)
+                saved = f"step {done} is saved in {run / CHECKPOINTS / str(done)}"
+                hosts.say(f"stopped by signal {stopped}; {saved if done else 'no step was taken'}")
                 return 128 + stopped
             finish_evaluation(run, loop, state, log, progress)
             log.log_summary(total, meter.summary())

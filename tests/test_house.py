@@ -18,6 +18,7 @@ PACKAGE = ROOT / "dsjax"
 
 # A module imports from the rows above its own only. A folder counts as one module.
 LAYERS = (
+    {"signals"},
     {"errors"},
     {
         "config_rules",

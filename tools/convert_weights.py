@@ -13,6 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":
+    from dsjax.signals import end_at_once
+
+    end_at_once()  # what is imported below takes seconds
+
 from dsjax.command_line import CommandParser
 from dsjax.convert import to_flax
 from dsjax.errors import run_command
