@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop runs few steps ahead, counts finished ones, and stops soon after a signal."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import small_run
+
+from dsjax import loop, train
+from dsjax.terminal import Progress
+
+LONG = 30
+"""Products of a step that takes a while, some tenths of a second."""
+
+
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Make each step's report come late; returns the reports' arrays, in order of dispatch."""
+    dispatched: list[Any] = []
+    compile_step = train.compile_step
+
+    @jax.jit
+    def late(x: jax.Array) -> jax.Array:
+        busy = jnp.full((512, 512), x / 512)
+        busy = jax.lax.fori_loop(0, LONG, lambda _, y: jnp.cos(y @ y), busy)
+        return x + 0 * busy[0, 0]
+
+    late(jnp.float32(1)).block_until_ready()
+
+    def compile_slow(*arguments: Any) -> Any:
+        compiled = compile_step(*arguments)
+
+        def step(*arrays: Any) -> Any:
+            state, told = compiled(*arrays)
+            slow = late(told.sums.loss.addressable_data(0))
+            dispatched.append(slow)
+            return state, told._replace(sums=told.sums._replace(loss=slow))
+
+        return step
+
+    monkeypatch.setattr(train, "compile_step", compile_slow)
+    return dispatched
+
+
+def words(tmp_path: Path, *more: str) -> list[str]:
+    """Of a run that logs seldom, does not evaluate, and exports nothing."""
+    config = small_run.write_inputs(tmp_path, "lora", training={"eval_steps": None})
+    keys = ["data.eval=null", "logging.logging_steps=100", "export.format=null", "mesh.fsdp=1"]
+    return ["--config", str(config), "mesh.data=8", *keys, *more]
+
+
+def test_few_steps_are_in_flight_and_the_bar_counts_finished_ones(
+    tmp_path: Path, slow_steps: list[Any], monkeypatch: pytest.MonkeyPatch
+):
+    in_flight, behind, advance = [], [], Progress.advance
+    to_devices = loop.to_devices
+
+    def note_dispatch(*arguments: Any) -> Any:
+        in_flight.append(sum(not report.is_ready() for report in slow_steps))
+        return to_devices(*arguments)
+
+    def note_advance(self: Progress, step: int) -> None:
+        assert slow_steps[step - 1].is_ready()
+        behind.append(len(slow_steps) - step)
+        advance(self, step)
+
+    monkeypatch.setattr(loop, "to_devices", note_dispatch)
+    monkeypatch.setattr(Progress, "advance", note_advance)
+    assert train.main(words(tmp_path, "training.max_steps=8")) == 0
+    assert len(behind) == 8 and max(behind) == 1
+    assert max(in_flight) == 1  # and the one that is dispatched next
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_signal_is_answered_at_once_and_obeyed_two_steps_later(
+    tmp_path: Path, slow_steps: list[Any], capsys: pytest.CaptureFixture[str], again: bool
+):
+    sent: list[int] = []
+
+    def send() -> None:
+        while len(slow_steps) < 3:
+            time.sleep(0.01)
+        for _ in range(1 + again):  # `timeout` signals the process and its group
+            os.kill(os.getpid(), signal.SIGTERM)
+        sent.append(len(slow_steps))
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    given = words(tmp_path, "training.max_steps=8")
+    assert train.main(given) == 143
+    thread.join()
+    done = len(slow_steps)
+    assert done <= sent[0] + 2
+    said = capsys.readouterr().err
+    saved = tmp_path / "run" / "checkpoints" / str(done)
+    assert saved.is_dir()
+    assert f"stopping after step {done}; again to stop now\n" in said
+    assert f"stopped by signal 15; step {done} is saved in {saved}\n" in said

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals at any moment: the right exit code at once, nothing half written, no traceback.
+
+A command notes on stderr that a function begins; the signal comes while that runs.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import small_run
+
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+SECONDS_TO_END = 30
+"""It takes a fraction of one, in the loop two steps and a save; the rest is for a busy machine."""
+
+NOTED = """
+import importlib, sys
+from dsjax.signals import end_at_once
+end_at_once()
+command, module, owner, name = sys.argv[1:5]
+del sys.argv[1:5]
+def note():
+    print("AT THE MOMENT", file=sys.stderr, flush=True)
+if module:
+    place = importlib.import_module(module)
+    place = getattr(place, owner) if owner else place
+    noted = getattr(place, name)
+    setattr(place, name, lambda *args, **options: note() or noted(*args, **options))
+else:
+    note()
+from dsjax import errors
+errors.run_command(importlib.import_module(command).main)
+"""
+"""Runs a command that notes when a function is called, or that it is about to be imported."""
+
+Moment = tuple[str, str, str]
+"""A function: its module, its owner in there, its name. Empty for the import of the command."""
+
+
+def signalled(
+    folder: Path, number: signal.Signals, command: str, at: Moment, *words: object, wait: float = 0
+) -> str:
+    """Send a command a signal during a function; returns what it said, once the code is right."""
+    log = folder / "signalled.log"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", NOTED, command, *at, *map(str, words)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            env=os.environ
+            | {"PYTHONPATH": f"{small_run.ROOT}:{folder}", "JAX_NUM_CPU_DEVICES": "1"},
+            start_new_session=True,
+        )
+    there = small_run.wait_for(process, lambda: "AT THE MOMENT" in log.read_text())
+    assert there, log.read_text()
+    time.sleep(wait)
+    began = time.monotonic()
+    os.killpg(process.pid, number)
+    code = process.wait(300)
+    said = log.read_text()
+    assert code == SIGNALS[number], said[-3000:]
+    assert time.monotonic() - began < SECONDS_TO_END
+    assert "Traceback" not in said, said[-3000:]
+    return said
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_compilation_is_not_waited_for(tmp_path: Path, number: signal.Signals):
+    (tmp_path / "compiles.py").write_text("""
+import jax
+def step(x):
+    for _ in range(4000):  # takes about a minute
+        x = jax.numpy.sin(x @ x)
+    return x
+def main(words):
+    compile(jax.jit(step).lower(jax.numpy.ones((8, 8))))
+    return 0
+def compile(lowered):
+    lowered.compile()
+""")
+    said = signalled(tmp_path, number, "compiles", ("compiles", "", "compile"), wait=0.5)
+    assert said.endswith(f"ended by {number.name}\n")
+
+
+def test_who_waits_for_a_reader_ends_as_well(tmp_path: Path):
+    (tmp_path / "writes.py").write_text("""
+import sys
+def main(words):
+    while True:
+        print("nobody reads this" * 1000)
+""")
+    code = "import writes; from dsjax.errors import run_command; run_command(writes.main)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": f"{small_run.ROOT}:{tmp_path}"},
+    )
+    assert process.stdout is not None and process.stdout.read(1)
+    process.terminate()
+    assert process.wait(SECONDS_TO_END) == 143
+    process.stdout.close()
+
+
+def test_a_folder_half_written_is_removed(tmp_path: Path):
+    (tmp_path / "writes.py").write_text("""
+import time
+from pathlib import Path
+from dsjax.folders import written_beside
+def main(words):
+    with written_beside(Path(words[0])) as folder:
+        (folder / "half").write_text("")
+        half_written()
+        time.sleep(600)
+def half_written():
+    pass
+""")
+    (tmp_path / "out").mkdir()
+    moment = ("writes", "", "half_written")
+    signalled(tmp_path, signal.SIGTERM, "writes", moment, tmp_path / "out" / "export")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+TRAIN: dict[str, Moment] = {
+    "import": ("", "", ""),
+    "config": ("dsjax.train", "", "load_config"),
+    "data": ("dsjax.train", "", "read_data"),
+    "compile": ("dsjax.train", "", "compile_step"),
+    "load": ("dsjax.train", "", "load_frozen"),
+    "step": ("dsjax.loop", "", "to_devices"),
+    "restore": ("dsjax.checkpoint", "Checkpointer", "restore"),
+    "save": ("dsjax.checkpoint", "Checkpointer", "save"),
+    "evaluate": ("dsjax.loop", "", "evaluate_loss"),
+    "export": ("dsjax.export", "", "write_checkpoint"),
+    "proof": ("dsjax.logit_proof", "", "prove"),
+    "picture": ("dsjax.train", "", "plot_loss"),
+}
+"""Moments of a run, in the order in which they come if each ends it and it is started again."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [0, 1], ids=["int_first", "term_first"])
+def test_a_run_that_is_ended_at_every_moment(tmp_path: Path, first: int):
+    config = small_run.write_inputs(tmp_path, "lora")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    small_run.finish(config, f"output_dir={whole}")
+    for place, (name, moment) in enumerate(TRAIN.items(), first):
+        number = list(SIGNALS)[place % 2]
+        said = signalled(tmp_path, number, "dsjax.train", moment, "--config", config, wait=0.05)
+        in_loop = name in ("step", "save", "evaluate")
+        assert ("; again to stop now" in said) == in_loop, (name, said[-2000:])
+        assert (f"to go on: {sys.executable} " in said) == in_loop
+        assert [path for path in run.rglob("*") if "partial" in path.name] == [], name
+    small_run.finish(config)
+    assert small_run.metrics(run) == small_run.metrics(whole)
+    assert small_run.contents(run / "export") == small_run.contents(whole / "export")
