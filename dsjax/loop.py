@@ -125,7 +125,13 @@ class Loop:
             # also when a step raises.
             with closing(self.checkpointer), profile:
                 state = self._steps(state, start, meter, log, progress, profile, stop)
-            return state, self.hosts.stop_wanted()
+            stopped = self.hosts.stop_wanted()
+        if stopped is not None:
+            done = int(state.step)
+            place = self.checkpointer.directory / str(done)
+            saved = f"step {done} is saved in {place}" if done else "no step was taken"
+            self.hosts.say(f"stopped by signal {stopped}; {saved}")
+        return state, stopped
 
     def _steps(
         self,

@@ -74,7 +74,8 @@ def end_at_once() -> None:
 def end(number: int) -> NoReturn:
     """End the process by a signal: undo what is half done, and leave with 128 + `number`."""
     undo_all()
-    leave(128 + number, f"ended by {signal.Signals(number).name}")
+    flush(f"ended by {signal.Signals(number).name}")
+    os._exit(128 + number)
 
 
 def undo_all() -> None:
@@ -84,16 +85,15 @@ def undo_all() -> None:
             undo()
 
 
-def leave(code: int, last_words: str = "") -> NoReturn:
-    """End the process with an exit code, whatever its threads are at."""
+def flush(last_words: str = "") -> None:
+    """Write what is left to be written on stdout and stderr, before `os._exit`."""
     # A thread that waits for a reader of our output keeps others from writing: not for ever.
-    writer = threading.Thread(target=_say, args=(last_words,), daemon=True)
+    writer = threading.Thread(target=_flush, args=(last_words,), daemon=True)
     writer.start()
     writer.join(FLUSHED_WITHIN)
-    os._exit(code)
 
 
-def _say(last_words: str) -> None:
+def _flush(last_words: str) -> None:
     with suppress(OSError, ValueError):
         if sys.stderr.isatty():
             sys.stderr.write("\x1b[?25h")  # a progress bar hides the cursor

@@ -193,9 +193,6 @@ def train(config: RunConfig, hosts: Hosts | None = None) -> int:
             log.log_start(configuration.to_yaml(config), table)
             state, stopped = loop.run(state, start, meter, log, progress)
             if stopped is not None:
-                done = int(state.step)
-                saved = f"step {done} is saved in {run / CHECKPOINTS / str(done)}"
-                hosts.say(f"stopped by signal {stopped}; {saved if done else 'no step was taken'}")
                 return 128 + stopped
             finish_evaluation(run, loop, state, log, progress)
             log.log_summary(total, meter.summary())

@@ -144,12 +144,11 @@ TRAIN: dict[str, Moment] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", [0, 1], ids=["int_first", "term_first"])
-def test_a_run_that_is_ended_at_every_moment(tmp_path: Path, first: int):
+def test_a_run_that_is_ended_at_every_moment(tmp_path: Path):
     config = small_run.write_inputs(tmp_path, "lora")
     whole, run = tmp_path / "whole", tmp_path / "run"
     small_run.finish(config, f"output_dir={whole}")
-    for place, (name, moment) in enumerate(TRAIN.items(), first):
+    for place, (name, moment) in enumerate(TRAIN.items()):
         number = list(SIGNALS)[place % 2]
         said = signalled(tmp_path, number, "dsjax.train", moment, "--config", config, wait=0.05)
         in_loop = name in ("step", "save", "evaluate")
@@ -159,3 +158,22 @@ def test_a_run_that_is_ended_at_every_moment(tmp_path: Path, first: int):
     small_run.finish(config)
     assert small_run.metrics(run) == small_run.metrics(whole)
     assert small_run.contents(run / "export") == small_run.contents(whole / "export")
+
+
+@pytest.mark.slow
+def test_the_other_commands_end_as_well(tmp_path: Path):
+    config = small_run.write_inputs(tmp_path, "lora", training={"max_steps": 2, "eval_steps": None})
+    small_run.finish(config)
+    run, out = tmp_path / "run", tmp_path / "out" / "export"
+    out.parent.mkdir()
+    evaluate, plan = ("dsjax.evaluate", "", "evaluate_loss"), ("dsjax.planning", "", "_compile")
+    export = ("dsjax.logit_proof", "", "prove")
+    written = ("--run", run, "--out", out, "--format", "merged")
+    int_, term = SIGNALS
+    for number in (int_, term):
+        signalled(tmp_path, number, "dsjax.evaluate", evaluate, "--config", config)
+        signalled(tmp_path, number, "dsjax.export", export, *written)
+        assert list(out.parent.iterdir()) == []
+    signalled(tmp_path, term, "dsjax.plan", plan, "--config", config, "--topology", "cpu:1")
+    load = ("dsjax.generate", "", "open_checkpoint")
+    signalled(tmp_path, int_, "dsjax.generate", load, "--model", run / "export", "--prompt", "1")

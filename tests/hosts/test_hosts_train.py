@@ -97,6 +97,18 @@ def test_a_signal_to_one_stops_all_at_the_same_step(lora: Path, undisturbed: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_signal_during_the_compilation_ends_all(lora: Path, process: int):
+    folder = lora.parent / f"early{process}"
+    run = several.train(lora, f"output_dir={folder}", processes=2, devices=2)
+    run.wait_until(lambda: "one row, the trained part marked" in run.said(0))
+    assert several.stopped(run, process) == [143, 143]
+    other = 1 - process
+    assert f"process {process} ended by SIGTERM" in run.said(other)
+    assert "Traceback" not in run.said(0) + run.said(1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victims", [[1], [0], [0, 1]])
 def test_killed_processes_end_all(lora: Path, undisturbed: Path, victims: list[int]):
     folder = lora.parent / f"killed{len(victims)}{victims[0]}"
