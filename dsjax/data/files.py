@@ -99,7 +99,7 @@ def _file_rows(path: Path, suffix: str) -> Rows:
             if suffix == ".csv":
                 fields = {key: _cell(key, text, origin) for key, text in fields.items()}
             check_values(fields, origin)
-            yield origin, fields
+            yield origin, without_filled_nulls(fields) if suffix == ".parquet" else fields
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{path}:{_undecodable_line(path)}: got bytes that are not UTF-8 ({error.reason}), "
@@ -133,6 +133,21 @@ def check_values(fields: dict[str, Any], origin: str) -> None:
             left += [((*where, key), key) for key in value if isinstance(key, str)]
         inside = value.items() if isinstance(value, dict) else enumerate(value)
         left += [((*where, key), item) for key, item in inside if isinstance(item, INNER)]
+
+
+def without_filled_nulls(fields: dict[str, Any]) -> dict[str, Any]:
+    """Drop the nulls inside a row's values that Arrow put there, not the user.
+
+    A column has one type: each object in it has the keys of all, those that were absent as null.
+    Nulls in lists, and the row's own keys, stay.
+    """
+    return {key: _without_nulls(value) for key, value in fields.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _check_text(text: str, where: tuple[Any, ...], origin: str) -> None:
@@ -237,7 +252,7 @@ def _loaded_rows(rows: Any, name: str) -> Rows:
         for number, row in enumerate(rows, 1):
             fields = dict(row)
             check_values(fields, f"{name}:{number}")
-            yield f"{name}:{number}", fields
+            yield f"{name}:{number}", without_filled_nulls(fields)
     except ConfigError:
         raise
     except Exception as error:  # decoding a damaged copy in the hub's cache

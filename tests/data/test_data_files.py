@@ -212,3 +212,31 @@ def test_hub_datasets_try_splits_in_order(monkeypatch):
         f"{FIELD}: got owner/rows, expected a file that exists, and there is none of that name, or "
         "a hub dataset, which did not load (split train: ValueError: Unknown split train)"
     )
+
+
+def test_nulls_that_arrow_filled_in_are_dropped_at_every_depth(tmp_path):
+    rows = [
+        {
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "calls": calls}],
+            "tools": [{"name": "f", "parameters": {"properties": properties}}],
+            "note": note,
+        }
+        for calls, properties, note in (
+            ([{"arguments": {"city": "Ulm"}}], {"city": {"type": "string"}}, None),
+            ([{"arguments": {"zone": "CET"}, "id": "7"}], {"zone": {"enum": ["a", None]}}, "x"),
+        )
+    ]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert [fields for _, fields in read_rows(str(path), "data.train[0]", ())] == rows
+
+
+def test_nulls_that_the_user_wrote_stay(tmp_path):
+    row = {"messages": [{"role": "assistant", "tool_calls": [{"arguments": {"a": None}}]}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    assert [fields for _, fields in read_rows(str(path), "data.train[0]", ())] == [row]
+    text = {"messages": [{"arguments": json.dumps({"a": None})}]}
+    table = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([text]), table)
+    assert [fields for _, fields in read_rows(str(table), "data.train[0]", ())] == [text]
