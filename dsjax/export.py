@@ -47,6 +47,7 @@ from dsjax.flax_checkpoint import is_flax_checkpoint, open_flax
 from dsjax.folders import check_empty, written_beside
 from dsjax.fp8 import DequantisedSource
 from dsjax.gather import host_array
+from dsjax.generation_config import added_stop, write_generation_config
 from dsjax.hf_files import SafetensorsWriter
 from dsjax.hosts import Hosts
 from dsjax.merge import changed_tensors, write_checkpoint
@@ -157,6 +158,8 @@ def export_trained(
             changes = changed_tensors(parts.model, parts.spec, trainable, masks)
             again_fp8 = marker.get("dtype") == "fp8"
             write_checkpoint(parts.source, directory, changes, progress, again_fp8, hosts.primary)
+            if hosts.primary:
+                write_generation_config(directory, parts.source)
             hosts.barrier()  # written: all read it
             logit_proof.prove(parts, trainable, frozen, directory, changes.keys())
             hosts.barrier()  # read by all: it may take its name
@@ -172,8 +175,15 @@ PARAMETER_TARGETS = (
 )
 
 
+TURN_END = (
+    "Turns end with `{1}` (token {0}), at which the base model's own files do not stop: generate "
+    "with `eos_token_id={2}`, which the generation_config.json of a merged model says already."
+)
+
+
 def card_facts(config: RunConfig, parts: Assembly, form: str, step: int, rows: list) -> CardFacts:
     """What the model card says of a run."""
+    stop = added_stop(parts.source)
     by_parameter = form == "peft" and adapters.targets_parameters(parts.model, parts.spec)
     return CardFacts(
         base_model=config.model.path,
@@ -190,6 +200,7 @@ def card_facts(config: RunConfig, parts: Assembly, form: str, step: int, rows: l
         metrics=rows,
         license=source_license(parts.source.directory, parts.source.config),
         needs=PARAMETER_TARGETS if by_parameter else "",
+        stops="" if stop is None else TURN_END.format(*stop),
     )
 
 

@@ -24,13 +24,13 @@ from transformers import PreTrainedTokenizerFast
 
 from dsjax.command_line import CommandParser
 from dsjax.config import MeshSection
-from dsjax.convert import Source, open_checkpoint
+from dsjax.convert import open_checkpoint
 from dsjax.data import encode_chat, encode_text, load_tokenizer
 from dsjax.decoding import generate, prompt_problems, request_problems
-from dsjax.errors import ConfigError, raise_all, renamed, run_command
-from dsjax.json_file import read_object
+from dsjax.errors import raise_all, renamed, run_command
+from dsjax.generation_config import stop_tokens
 from dsjax.models import Model
-from dsjax.models.config_fields import count_problems, shown
+from dsjax.models.config_fields import count_problems
 from dsjax.pretrained import load_pretrained
 from dsjax.rendezvous import refuse_several
 from dsjax.sampling import Sampling
@@ -181,29 +181,6 @@ class Answers:
     def _announce(self) -> None:
         if self._row < len(self._titles):
             print(f"[{self._row + 1}] {self._titles[self._row]}", file=sys.stderr, flush=True)
-
-
-def stop_tokens(source: Source, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """The tokens that end an answer, by the first that names any: generation_config.json,
-    config.json, the tokenizer.
-
-    Raises:
-        ConfigError: generation_config.json is no such file.
-    """
-    file = source.directory / "generation_config.json"
-    settings = read_object(file, "model.path") if file.is_file() else {}
-    named = [
-        (file, settings.get("eos_token_id")),
-        (source.directory / "config.json", source.config.get("eos_token_id")),
-        ("the tokenizer", tokenizer.eos_token_id),
-    ]
-    place, found = next(((p, ids) for p, ids in named if ids not in (None, [])), ("", []))
-    ids = found if isinstance(found, list) else [found]
-    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
-        raise ConfigError(
-            f"{place} eos_token_id: got {shown(found)}, expected an integer >= 0 or a list of them"
-        )
-    return frozenset(ids)
 
 
 def _converse(speaker: Speaker, seed: int) -> None:

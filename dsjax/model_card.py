@@ -53,6 +53,7 @@ class CardFacts:
         metrics: the rows of `metrics.jsonl`.
         license: from `source_license`.
         needs: what a reader must be to load it; empty if any will do.
+        stops: where generation has to stop; empty if the base model's files say so.
     """
 
     base_model: str
@@ -63,6 +64,7 @@ class CardFacts:
     metrics: Sequence[Mapping[str, Any]] = ()
     license: Mapping[str, str] = field(default_factory=dict)
     needs: str = ""
+    stops: str = ""
 
 
 def write_model_card(directory: Path, facts: CardFacts) -> Path:
@@ -81,6 +83,7 @@ def card_text(facts: CardFacts) -> str:
         f"Trained from `{facts.base_model}` with dsjax ({facts.method}, {facts.step:,} steps).",
         f"## How to load\n\n```python\n{_snippet(facts)}\n```",
         *([facts.needs] if facts.needs else []),
+        *([facts.stops] if facts.stops else []),
         f"## Hyper-parameters\n\n{_pairs('key', 'value', facts.hyperparameters)}",
         *_loss_section(facts),
         f"## Versions\n\n{_pairs('framework', 'version', _versions())}",

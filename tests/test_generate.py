@@ -13,7 +13,6 @@ import tiny
 import dsjax
 from dsjax import decoding
 from dsjax import generate as command
-from dsjax.convert import open_checkpoint
 from dsjax.data import encode_chat, encode_text, load_tokenizer
 from dsjax.errors import ConfigError
 from dsjax.models import Model
@@ -143,46 +142,6 @@ def test_the_first_row_is_printed_as_it_comes_and_others_wait(capsys):
     assert capsys.readouterr().out == "\n"
     assert answers.close() == []
     assert answers.texts == ["ab", "xy"]
-
-
-@pytest.mark.parametrize(
-    ("generation", "config", "expected"),
-    [
-        ({"eos_token_id": [5, 6]}, 7, {5, 6}),
-        ({"eos_token_id": 5}, 7, {5}),
-        ({}, 7, {7}),
-        (None, [7, 8], {7, 8}),
-        ({"eos_token_id": None}, None, {1}),
-    ],
-)
-def test_stop_tokens(tmp_path: Path, generation, config, expected):
-    tiny.write_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": config}))
-    if generation is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    source = open_checkpoint(str(tmp_path), weights=False)
-    assert command.stop_tokens(source, load_tokenizer(tmp_path)) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("{", "got invalid JSON in {file} (Expecting property name"),
-        ("[]", "got a JSON list in {file}, expected a JSON object"),
-        ("[" * 5_000, "got invalid JSON in {file} (nested deeper"),
-        ('{"eos_token_id": -1}', "generation_config.json eos_token_id: got -1, expected"),
-        ('{"eos_token_id": [1, true]}', "eos_token_id: got [1, True], expected an integer"),
-        ('{"eos_token_id": "</s>"}', "generation_config.json eos_token_id: got '</s>', expected"),
-    ],
-)
-def test_a_damaged_generation_config(tmp_path: Path, text: str, says: str):
-    tiny.write_tokenizer(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "generation_config.json").write_text(text)
-    with pytest.raises(ConfigError) as error:
-        source = open_checkpoint(str(tmp_path), weights=False)
-        command.stop_tokens(source, load_tokenizer(tmp_path))
-    assert says.format(file=tmp_path / "generation_config.json") in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ Not here: devices and shardings (`dsjax.sharding`), losses (`dsjax.objectives`).
 
 The parts, in the order in which a row passes them: `files` (source -> rows with their origin; it
 reads JSON by `json_file` and CSV by `csv_file`),
-`formats` (row -> messages, text or tokens), `chat` (messages -> tokens, by the template),
+`formats` and `messages` (row -> messages, text or tokens), `readings` (the forms that a template
+may want), `template` (the template at work), `shown` (what it shows), `chat` (-> tokens),
 `examples` (tokens on disk, length policy, report), `packing` (global plan), `loader` (batches).
 """
 
@@ -16,11 +17,13 @@ from dsjax.data.chat import encode_chat
 from dsjax.data.examples import DataReport, Examples, decode_sample, load_examples
 from dsjax.data.loader import Batch, Loader
 from dsjax.data.store import Example
+from dsjax.data.template import Ending, turn_ending
 from dsjax.data.tokenizer import encode_text, find_tokenizer, load_tokenizer
 
 __all__ = [
     "Batch",
     "DataReport",
+    "Ending",
     "Example",
     "Examples",
     "Loader",
@@ -30,4 +33,5 @@ __all__ = [
     "find_tokenizer",
     "load_examples",
     "load_tokenizer",
+    "turn_ending",
 ]

@@ -19,45 +19,25 @@ Not here: BOS rules and the tokenizer (`tokenizer`), how rows state messages (`f
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from dsjax.data.formats import Chat
+from dsjax.data.messages import CLOSE, OPEN
+from dsjax.data.readings import check_null, check_tool_results, readings, without_ends
+from dsjax.data.shown import Piece, Place, find_pieces
 from dsjax.data.store import Example
+from dsjax.data.template import PROBE, Messages, RenderError, Template, stop_texts, turn_ending
 from dsjax.data.tokenizer import backend, bos_before, encode_text
-from dsjax.errors import ConfigError
+from dsjax.errors import ConfigError, raise_all
 
-OPEN, CLOSE = "<think>", "</think>"
-PROBE = "dsjax-probe-of-the-template"
 MARKS = re.compile(r"(\s*</?think>)*\s*$")
+LEADING_MARKS = re.compile(r"^(\s*</?think>)*\s*")
+MOST_PROBLEMS = 8
 
-
-class _Renderer:
-    """The chat template, bound to one row for its error messages."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, tools: list | None, origin: str):
-        self._tokenizer, self._tools, self._origin = tokenizer, tools, origin
-        self.eos = str(tokenizer.eos_token or "")
-
-    def __call__(self, messages: list[dict], generate: bool = False, thinking: bool = False) -> str:
-        """Render messages as text; `thinking` is read by V3.1's template alone."""
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages,
-                tools=self._tools,
-                tokenize=False,
-                add_generation_prompt=generate,
-                thinking=thinking,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{self._origin}: got a conversation that the chat template refuses ({error}), "
-                "expected one that it renders; check the order of the roles"
-            ) from error
-        return str(text)
+Found = list[tuple[Piece, Place | None]]
 
 
 class _Turn(NamedTuple):
@@ -80,9 +60,7 @@ def encode_chat(
       messages: `role` and `content` each.
       thinking: for templates that ask (V3.1): open the reasoning instead of closing it.
     """
-    text = _renderer(tokenizer, Chat(messages, []), "messages")(
-        messages, generate=True, thinking=thinking
-    )
+    text = Template(tokenizer, "messages")(messages, generate=True, thinking=thinking)
     return encode_text(tokenizer, text)
 
 
@@ -92,80 +70,164 @@ def chat_examples(tokenizer: PreTrainedTokenizerFast, chat: Chat, origin: str) -
     Raises:
       ConfigError: the template is missing, refuses the row, or would not show what it holds.
     """
-    render = _renderer(tokenizer, chat, origin)
+    Template(tokenizer, origin)
+    chat = without_ends(chat, stop_texts(tokenizer), origin)
+    errors: list[ConfigError] = []
+    for reading in readings(chat):
+        try:
+            return _examples(Template(tokenizer, origin, reading.tools), reading)
+        except ConfigError as error:
+            errors.append(error)
+    # What a template leaves out says more than where it came to grief on another reading.
+    raise next((error for error in errors if not isinstance(error, RenderError)), errors[0])
+
+
+def _examples(template: Template, chat: Chat) -> list[Example]:
+    """Tokenise one reading of a conversation."""
+    check_null(template, chat)
     sequences: list[tuple[list[int], list[float]]] = []
     done = 0
-    for turn in _turns(chat, render, origin):
-        ids, weights = _prompt_tokens(tokenizer, chat, turn, done, render, origin)
+    for turn in _turns(chat, template):
+        ids, weights = _prompt_tokens(template, chat, turn, done)
         if sequences and ids[: len(sequences[-1][0])] == sequences[-1][0]:
             earlier = sequences.pop()[1]
             weights[: len(earlier)] = earlier
-        answer = encode_text(tokenizer, turn.target, add_bos=False)
+        answer = encode_text(template.tokenizer, turn.target, add_bos=False)
         sequences.append((ids + answer, weights + [turn.weight] * len(answer)))
         done = turn.end
+    check_tool_results(template, chat)
     return [
         Example(np.array(ids, np.int32), np.array(ids, np.int32), np.array(weights, np.float32))
         for ids, weights in sequences
     ]
 
 
-def _turns(chat: Chat, render: _Renderer, origin: str) -> list[_Turn]:
+def _turns(chat: Chat, template: Template) -> list[_Turn]:
     """List the trained turns; at the end also messages that are trained but not answered."""
     turns = [
-        _assistant_turn(chat, index, render, f"{origin} messages[{index}]")
+        _assistant_turn(chat, index, template)
         for index, message in enumerate(chat.messages)
         if message["role"] == "assistant" and chat.weights[index]
     ]
     last = turns[-1].end + 1 if turns else 0
     if not turns or any(chat.weights[last:]):
-        turns.append(_Turn(len(chat.messages), render(chat.messages), "", 0.0, False))
-    _check_shown(chat, turns[-1], origin)
+        text = template(chat.messages)
+        _check_shown(chat, template, find_pieces(template, chat.messages, text))
+        turns.append(_Turn(len(chat.messages), text, "", 0.0, False))
     return turns
 
 
-def _assistant_turn(chat: Chat, index: int, render: _Renderer, where: str) -> _Turn:
+def _assistant_turn(chat: Chat, index: int, template: Template) -> _Turn:
     """Find the prompt before an assistant message and the text that inference would go on with."""
     before, message = chat.messages[:index], chat.messages[index]
-    content = message["content"]
+    content = message["content"] or ""
     thinks = CLOSE in content
     if content.lstrip().startswith(OPEN) and not thinks:
+        where = f"{template.origin} {chat.name(index)}"
         raise ConfigError(f"{where}: got {OPEN} without {CLOSE}, expected both or neither")
-    prompt = render(before, generate=True, thinking=thinks)
-    whole = render([*before, message], thinking=thinks)
+    prompt = _prompt(template, before, message, thinks)
+    whole = template([*before, message], thinking=thinks)
+    found = find_pieces(template, [*before, message], whole, thinking=thinks)
+    own = [place for piece, place in found if piece.message == index]
     target = whole[len(prompt) :]
-    if whole.startswith(prompt) and content.strip() in target:
-        target += "" if _closes(target, content.strip()) else render.eos
+    spoken = all(place is not None and place.start >= len(prompt) for place in own)
+    if spoken and whole.startswith(prompt) and content.strip() in target:
+        end = max((place.end for place in own if place), default=len(prompt))
+        target += _missing_end(template, whole[end:])
+        shown = [(piece, place) for piece, place in found if piece.message < index]
     else:
-        target = _built_target(before, content, prompt, render, where)
+        target = _built_target(chat, index, prompt, template)
+        shown = find_pieces(template, before, prompt, generate=True, thinking=thinks)
+    _check_shown(chat, template, shown)
+    _check_ends_once(chat, index, target, template)
     return _Turn(index, prompt, target, chat.weights[index], thinks)
 
 
-def _closes(target: str, content: str) -> bool:
-    """Say whether the template puts anything but white space after the turn's text."""
-    return bool(target[target.rindex(content) + len(content) if content else 0 :].strip())
+def _check_ends_once(chat: Chat, index: int, target: str, template: Template) -> None:
+    """Refuse a turn that the template ends before it has said all (some do between calls)."""
+    for stop in stop_texts(template.tokenizer):
+        if target.count(stop) > 1:
+            raise ConfigError(
+                f"{template.origin} {chat.name(index)}: got a message that the chat template ends "
+                f"{target.count(stop)} times with {stop}, expected once, for generation ends "
+                "there; split its calls over several rows"
+            )
 
 
-def _built_target(
-    before: list[dict], content: str, prompt: str, render: _Renderer, where: str
-) -> str:
+def _prompt(template: Template, before: Messages, message: dict[str, Any], thinks: bool) -> str:
+    """Return what inference shows before a message, which may be the first of all."""
+    if before:
+        return template(before, generate=True, thinking=thinks)
+    head = template([{"role": message["role"], "content": PROBE}]).partition(PROBE)[0]
+    try:
+        prompt = template([], generate=True, thinking=thinks)
+    except RenderError:  # it looks at the first message, and there is none
+        return head
+    return prompt if MARKS.sub("", head) == MARKS.sub("", prompt) else head
+
+
+def _missing_end(template: Template, tail: str) -> str:
+    """Return EOS where `tail`, all that follows what a turn says, does not end it."""
+    ending = turn_ending(template.tokenizer)
+    if ending is None:
+        ended = bool(tail.strip())
+    else:
+        ends = [*stop_texts(template.tokenizer), ending.text.strip()]
+        ended = any(end in tail for end in ends if end)
+    return "" if ended else str(template.tokenizer.eos_token or "")
+
+
+def _built_target(chat: Chat, index: int, prompt: str, template: Template) -> str:
     """Write the target ourselves, where the template does not render the turn as it was spoken."""
-    probe = render([*before, {"role": "assistant", "content": PROBE}])
-    head, found, closing = probe.partition(PROBE)
-    if not found or MARKS.sub("", head) != MARKS.sub("", prompt):
+    where, message = f"{template.origin} {chat.name(index)}", chat.messages[index]
+    content = message["content"] or ""
+    head, closing = _around(chat, index, prompt, template)
+    if MARKS.sub("", head) != MARKS.sub("", prompt):
         raise ConfigError(
-            f"{where}: got a chat template whose generation prompt is not what it puts before an "
+            f"{where}: got a chat template whose generation prompt is not what it puts before this "
             "assistant message, expected one that the message follows; use a row without this turn"
         )
     lead = head[len(prompt) :] if head.startswith(prompt) else ""
-    end = closing if closing.strip() else closing + render.eos
     if CLOSE in content:
-        return ("" if lead.strip() else lead) + _reasoned(content, prompt, where) + end
+        return ("" if lead.strip() else lead) + _reasoned(content, prompt, where) + closing
     if prompt.rstrip().endswith(OPEN):
-        return f"{prompt[len(prompt.rstrip()) :]}{CLOSE}\n\n{content}{end}"
+        return f"{prompt[len(prompt.rstrip()) :]}{CLOSE}\n\n{content}{closing}"
+    if prompt.rstrip().endswith(CLOSE) and not head.startswith(prompt):
+        return content + closing
     raise ConfigError(
         f"{where}.content: got text that the chat template changes, expected text that it shows "
         "as it is"
     )
+
+
+def _around(chat: Chat, index: int, prompt: str, template: Template) -> tuple[str, str]:
+    """Return what the template writes before and after an assistant's text, calls and EOS among it.
+
+    Raises:
+      ConfigError: the calls are not there.
+    """
+    before, message = chat.messages[:index], chat.messages[index]
+    content = message["content"] or ""
+    answer = content.rpartition(CLOSE)[2].strip()
+    silent = "tool_calls" in message and not answer
+    texts = [PROBE] if not silent else ["", None] if content else [message["content"]]
+    lost: list[Piece] = []
+    for text in texts:
+        whole = template([*before, {**message, "content": text}])
+        found = find_pieces(template, [*before, {**message, "content": text}], whole)
+        own = [(piece, place) for piece, place in found if piece.message == index]
+        lost = [piece for piece, place in own if place is None]
+        if not lost:
+            places = [place for _, place in own if place]
+            ending = _missing_end(template, whole[max(place.end for place in places) :])
+            if not silent:
+                spoken = next(p for piece, p in own if piece.field == "content" and p)
+                return whole[: spoken.start], whole[spoken.end :] + ending
+            base = MARKS.sub("", prompt)
+            rest = LEADING_MARKS.sub("", whole[len(base) :])
+            return (base if whole.startswith(base) else whole), rest + ending
+    _refuse(chat, template, lost)
+    raise AssertionError("unreachable: there is a text, or a problem")
 
 
 def _reasoned(content: str, prompt: str, where: str) -> str:
@@ -185,65 +247,77 @@ def _reasoned(content: str, prompt: str, where: str) -> str:
 
 
 def _prompt_tokens(
-    tokenizer: PreTrainedTokenizerFast,
-    chat: Chat,
-    turn: _Turn,
-    done: int,
-    render: _Renderer,
-    origin: str,
+    template: Template, chat: Chat, turn: _Turn, done: int
 ) -> tuple[list[int], list[float]]:
     """Tokenise a prompt, and weigh the messages in it that are trained and not yet seen."""
-    encoded = backend(tokenizer).encode(turn.prompt, add_special_tokens=False)
+    encoded = backend(template.tokenizer).encode(turn.prompt, add_special_tokens=False)
     weights = np.zeros(len(encoded.ids))
     for index in range(done, turn.end):
         weight = chat.weights[index]
         if weight and chat.messages[index]["role"] != "assistant":
-            start, end = _span(chat, index, turn, render, f"{origin} messages[{index}]")
+            start, end = _span(chat, index, turn, template)
             offsets = np.array(encoded.offsets)
             weights[(offsets[:, 0] < end) & (offsets[:, 1] > start)] = weight
-    bos = bos_before(tokenizer, encoded.ids)
+    bos = bos_before(template.tokenizer, encoded.ids)
     return bos + encoded.ids, [0.0] * len(bos) + weights.tolist()
 
 
-def _span(chat: Chat, index: int, turn: _Turn, render: _Renderer, where: str) -> tuple[int, int]:
+def _span(chat: Chat, index: int, turn: _Turn, template: Template) -> tuple[int, int]:
     """Find a message's text in a prompt: between what stays when another text takes its place."""
     messages = chat.messages[: turn.end]
     messages[index] = {**messages[index], "content": PROBE}
     generate = turn.end < len(chat.messages)
-    probe = render(messages, generate=generate, thinking=turn.thinking)
+    probe = template(messages, generate=generate, thinking=turn.thinking)
     head, _, tail = probe.partition(PROBE)
     start, end = len(head), len(turn.prompt) - len(tail)
     if turn.prompt[start:end].strip() != chat.messages[index]["content"].strip():
         raise ConfigError(
-            f"{where}.loss_weight: got a weight for a message whose text the chat template changes "
-            "or moves, expected one that it shows as it is; set loss_weight to 0"
+            f"{template.origin} {chat.name(index)}.loss_weight: got a weight for a message whose "
+            "text the chat template changes or moves, expected one that it shows as it is; set "
+            "loss_weight to 0"
         )
     return start, end
 
 
-def _check_shown(chat: Chat, turn: _Turn, origin: str) -> None:
-    """Refuse a row of which the template leaves a message out."""
-    for index, message in enumerate(chat.messages[: turn.end]):
-        shown = message["content"].strip() in turn.prompt
-        if message["role"] in ("system", "user") and not shown:
-            raise ConfigError(
-                f"{origin} messages[{index}]: got a {message['role']} message that the chat "
-                "template leaves out or changes, expected one that it shows; put its text into a "
-                "user message"
-            )
+def _check_shown(chat: Chat, template: Template, found: Found) -> None:
+    """Refuse a row of which a prompt leaves out anything but what is trained, or was thought."""
+    lost = [piece for piece, place in found if place is None and not _may_be_left_out(chat, piece)]
+    _refuse(chat, template, lost)
 
 
-def _renderer(tokenizer: PreTrainedTokenizerFast, chat: Chat, origin: str) -> _Renderer:
-    template = tokenizer.chat_template
-    if not template:
-        raise ConfigError(
-            f"{origin}: got a conversation and a tokenizer without chat template, expected "
-            "`chat_template` in tokenizer_config.json or a chat_template.jinja beside it; use the "
-            "instruct model's, or rows of the format prompt_completion or text"
+def _refuse(chat: Chat, template: Template, lost: list[Piece]) -> None:
+    problems = dict.fromkeys(_problem(chat, template, piece) for piece in lost)
+    raise_all(list(problems)[:MOST_PROBLEMS])
+
+
+def _may_be_left_out(chat: Chat, piece: Piece) -> bool:
+    if piece.message < 0 or chat.messages[piece.message]["role"] != "assistant":
+        return False
+    return piece.field == "reasoning" or chat.weights[piece.message] != 0
+
+
+def _problem(chat: Chat, template: Template, piece: Piece) -> str:
+    """Say of a piece that it would be lost, and why if that can be told."""
+    where = f"{template.origin} {chat.field(piece.message, piece.field)}"
+    if piece.message < 0:
+        return (
+            f"{template.origin} tools: got tool definitions, expected none, for the chat template "
+            "does not show them; write them into the system message"
         )
-    if chat.tools and "tools" not in str(template):
-        raise ConfigError(
-            f"{origin} tools: got tool definitions, expected none, for the chat template does not "
-            "show them; write them into the system message"
+    if piece.field.startswith("tool_calls"):
+        does = "leaves out or changes" if "tool_calls" in template.source else "has no branch for"
+        return (
+            f"{where}: got a call that the chat template {does}, expected one that it shows as it "
+            "is; use a template that does, or write the call into the content"
         )
-    return _Renderer(tokenizer, chat.tools, origin)
+    if piece.field == "name":
+        return (
+            f"{where}: got a name that the chat template does not show, expected none; write it "
+            "into the content"
+        )
+    role = chat.messages[piece.message]["role"]
+    said = f"{'an' if role == 'assistant' else 'a'} {role} message"
+    return (
+        f"{where}: got {said} that the chat template leaves out or changes, expected one that it "
+        "shows; put its text into a message of another role"
+    )

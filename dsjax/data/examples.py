@@ -18,12 +18,23 @@ from transformers import PreTrainedTokenizerFast
 from dsjax.config import DataSection
 from dsjax.data.chat import chat_examples
 from dsjax.data.files import Rows, read_rows
-from dsjax.data.formats import IGNORED_LABEL, Chat, Content, Text, Tokens, detect_format, parse_row
+from dsjax.data.formats import (
+    IGNORED_LABEL,
+    Chat,
+    Content,
+    Text,
+    Tokens,
+    detect_format,
+    parse_row,
+    unread_keys,
+)
 from dsjax.data.store import Example, ExampleStore
+from dsjax.data.template import turn_ending, without_end
 from dsjax.data.tokenizer import encode_text
 from dsjax.errors import ConfigError, raise_all
 
 SHOWN_PROBLEMS = 8
+MOST_KEYS = 12
 TRAINED_MARKS = ("⟦", "⟧")
 
 
@@ -43,6 +54,9 @@ class DataReport:
     truncated: int = 0
     dropped: int = 0
     untrained: int = 0
+    ended_inside: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
+    ending: str = ""
 
     def lines(self) -> list[str]:
         """Return the report as lines of text."""
@@ -61,6 +75,14 @@ class DataReport:
             f"{self.untrained:,} without a trained token; "
             f"{self.split:,} conversations split over several sequences"
         )
+        if self.ended_inside:
+            lines.append(f"{self.name}: {self.ended_inside:,} texts hold EOS before their end")
+        if self.unread:
+            keys = [f"{key} ({count:,} rows)" for key, count in self.unread.most_common(MOST_KEYS)]
+            more = ", ..." if len(self.unread) > MOST_KEYS else ""
+            lines.append(f"{self.name}: keys that are not read: {', '.join(keys)}{more}")
+        if self.ending:
+            lines.append(f"{self.name}: {self.ending}")
         return lines
 
 
@@ -174,16 +196,28 @@ class _Sink:
             # Of each row by itself: a file may hold rows of several formats.
             form = detect_format(fields, origin) if form == "auto" else form
             forms[form] += 1
-            made = _encode(parse_row(fields, form, origin), self._tokenizer, origin)
+            content = parse_row(fields, form, origin)
+            made = _encode(content, self._tokenizer, origin)
             _check_vocabulary(made, self._vocab_size, origin)
         except ConfigError as error:
             self.problems.append(str(error))
             return
+        self._tell(content, fields, form)
         self._examples.report.split += len(made) > 1
         for example in made:
             kept = self._fit(example, origin)
             if kept is not None:
                 self._keep(kept)
+
+    def _tell(self, content: Content, fields: dict[str, Any], form: str) -> None:
+        """Note what of a row is not as the user may think."""
+        report, tokenizer = self._examples.report, self._tokenizer
+        report.unread.update(unread_keys(fields, form))
+        if isinstance(content, Text) and len(content.pieces) == 1 and tokenizer is not None:
+            eos = str(tokenizer.eos_token)
+            report.ended_inside += eos in without_end(content.pieces[0][0], [eos])
+        if isinstance(content, Chat) and tokenizer is not None:
+            report.ending = _other_ending(tokenizer)
 
     def _fit(self, example: Example, origin: str) -> Example | None:
         length, limit = len(example.input_ids), self._section.max_length
@@ -237,14 +271,38 @@ def _text_example(content: Text, tokenizer: PreTrainedTokenizerFast, origin: str
         )
     ids: list[int] = []
     weights: list[float] = []
-    for index, (text, weight) in enumerate(content.pieces):
+    *before, (last, trained) = content.pieces
+    last = without_end(last, [str(tokenizer.eos_token)])
+    if before and str(tokenizer.eos_token) in last:
+        raise ConfigError(
+            f"{origin} completion: got text with {tokenizer.eos_token} in it, expected that at "
+            "most at the end, for generation ends there; take it out, or make rows of the parts"
+        )
+    for index, (text, weight) in enumerate([*before, (last, trained)]):
         piece = encode_text(tokenizer, text, add_bos=index == 0)
         ids += piece
         weights += [weight] * len(piece)
     ids.append(eos)
-    weights.append(content.pieces[-1][1])
+    weights.append(trained)
     tokens = np.array(ids, np.int32)
     return Example(tokens, tokens, np.array(weights, np.float32))
+
+
+def _other_ending(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Say how turns end where that is not with EOS."""
+    ending = turn_ending(tokenizer)
+    if ending is None or not ending.text.strip() or ending.token == tokenizer.eos_token_id:
+        return ""
+    if ending.token is None:
+        return (
+            f"the chat template ends turns with {ending.text!r}, which is no token: generation "
+            "does not stop there by itself, give it that as a stop text"
+        )
+    name = tokenizer.convert_ids_to_tokens(ending.token)
+    return (
+        f"the chat template ends turns with {name} (token {ending.token}), not with EOS "
+        f"{tokenizer.eos_token}: generation and the export's generation_config.json stop there too"
+    )
 
 
 def _check_vocabulary(made: list[Example], vocab_size: int | None, origin: str) -> None:

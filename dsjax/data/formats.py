@@ -2,38 +2,55 @@
 """One row's fields -> what it means: a conversation, plain text, or tokens.
 
 In: the fields of a row and its origin. Out: `Chat`, `Text` or `Tokens`, with a loss weight for each
-message or piece. Six formats, told apart by their keys; other keys of a row are not read.
-Every complaint starts with `FILE:LINE field`. Not here: templates and tokenizers (`chat`,
-`examples`).
+message or piece. Six formats, told apart by their keys. Keys that would make a row mean something
+else are refused; of other keys, `unread_keys` says which are not read.
+Every complaint starts with `FILE:LINE field`. Not here: one message by itself (`messages`),
+templates and tokenizers (`chat`, `examples`).
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
+from dsjax.data.messages import is_given, read_message, read_tools, string, wrong
 from dsjax.errors import ConfigError
 
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
 IGNORED_LABEL = -100
+PREFERENCE = "preferences cannot be trained on yet; make rows of the answers to imitate"
+MEDIA = "only text can be trained on; take these rows out"
+WEIGHTED = "one weight for a whole row is not read; give messages a loss_weight each"
+MASKED = "masks are not read; give `labels` with -100 where nothing is trained"
+OTHER_MEANING = {
+    **dict.fromkeys(("chosen", "rejected", "rejected_response", "kto_tag"), PREFERENCE),
+    **dict.fromkeys(("rejected_messages", "rejected_answer", "ranking"), PREFERENCE),
+    "label": "classes and judgements cannot be trained on yet; rename the key if it is neither",
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), MEDIA),
+    **dict.fromkeys(("weight", "loss_weight"), WEIGHTED),
+    **dict.fromkeys(("mask", "loss_mask", "completion_mask", "assistant_masks"), MASKED),
+}
+"""Keys of a row that make it mean something else than its other keys say -> what to do."""
 
 
 class Chat(NamedTuple):
-    """A conversation: messages as a chat template takes them, and the loss weight of each."""
+    """A conversation: messages as a chat template takes them, and the loss weight of each.
+
+    `names` are what messages of error call the messages: the row's own keys.
+    """
 
     messages: list[dict[str, Any]]
     weights: list[float]
     tools: list[Any] | None = None
+    names: tuple[str, ...] = ()
+
+    def name(self, index: int) -> str:
+        """Return where a message stands in the row."""
+        return self.names[index] if self.names else f"messages[{index}]"
+
+    def field(self, index: int, key: str) -> str:
+        """Return where a message's key stands in the row; the tools' where `index` is -1."""
+        return f"tools{key}" if index < 0 else f"{self.name(index)}.{key}"
 
 
 class Text(NamedTuple):
@@ -58,6 +75,7 @@ def detect_format(fields: dict[str, Any], origin: str) -> str:
     for name, (keys, _) in FORMATS.items():
         if given.issuperset(keys):
             return name
+    _check_meaning(fields, origin)
     known = "; ".join(f"{name}: {' + '.join(keys)}" for name, (keys, _) in FORMATS.items())
     raise ConfigError(
         f"{origin}: got the keys {', '.join(sorted(fields)) or 'none'}, expected those of a known "
@@ -69,8 +87,10 @@ def parse_row(fields: dict[str, Any], name: str, origin: str) -> Content:
     """Read a row of a named format.
 
     Raises:
-      ConfigError: a key is missing, or a value has the wrong type; names origin and field.
+      ConfigError: a key is missing, a value has the wrong type, or a key would make the row mean
+        something else; names origin and field.
     """
+    _check_meaning(fields, origin)
     keys, parse = FORMATS[name]
     missing = [key for key in keys if fields.get(key) is None]
     if missing:
@@ -81,64 +101,92 @@ def parse_row(fields: dict[str, Any], name: str, origin: str) -> Content:
     return parse(fields, origin)
 
 
+def unread_keys(fields: dict[str, Any], name: str) -> list[str]:
+    """List the keys of a row that say something and that its format does not read."""
+    read = (*FORMATS[name][0], *OPTIONAL[name])
+    return [key for key, value in fields.items() if key not in read and is_given(value)]
+
+
+def _check_meaning(fields: dict[str, Any], origin: str) -> None:
+    for key, fix in OTHER_MEANING.items():
+        if is_given(fields.get(key)):
+            raise ConfigError(f"{origin} {key}: got {key}, expected a row without it; {fix}")
+
+
 def _messages(fields: dict[str, Any], origin: str) -> Chat:
-    return _chat(fields["messages"], fields, f"{origin} messages")
+    chat = _chat(fields["messages"], fields, origin, "messages")
+    return _with_system(chat, fields, origin)
 
 
 def _sharegpt(fields: dict[str, Any], origin: str) -> Chat:
-    chat = _chat(fields["conversations"], fields, f"{origin} conversations")
+    chat = _chat(fields["conversations"], fields, origin, "conversations")
     return _with_system(chat, fields, origin)
 
 
 def _alpaca(fields: dict[str, Any], origin: str) -> Chat:
-    """Instruction and input become one user message, joined by a line break."""
+    """Instruction and input become one user message, joined by a line break if both are given."""
     turns = []
-    for index, pair in enumerate(fields.get("history") or []):
+    history = fields["history"] if is_given(fields.get("history")) else []
+    if not isinstance(history, list):
+        raise wrong(f"{origin} history", history, "a list of pairs [question, answer]")
+    for index, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise _wrong(f"{origin} history[{index}]", pair, "a pair [question, answer]")
+            raise wrong(f"{origin} history[{index}]", pair, "a pair [question, answer]")
         turns += [
-            {"role": role, "content": _string(text, f"{origin} history[{index}][{side}]")}
+            {"role": role, "content": string(text, f"{origin} history[{index}][{side}]")}
             for side, (role, text) in enumerate(zip(("user", "assistant"), pair, strict=True))
         ]
-    question = _string(fields["instruction"], f"{origin} instruction")
-    extra = _string(fields.get("input") or "", f"{origin} input")
-    turns.append({"role": "user", "content": f"{question}\n{extra}" if extra else question})
-    answer = _string(fields["output"], f"{origin} output")
+    question = string(fields["instruction"], f"{origin} instruction")
+    extra = _optional(fields, "input", origin)
+    asked = "\n".join(text for text in (question, extra) if text)
+    turns.append({"role": "user", "content": asked})
+    answer = string(fields["output"], f"{origin} output")
     turns.append({"role": "assistant", "content": answer})
-    return _with_system(_chat(turns, fields, origin), fields, origin)
+    names = [f"history[{index}][{side}]" for index in range(len(history)) for side in (0, 1)]
+    chat = _chat(turns, fields, origin, "messages")
+    chat = chat._replace(names=(*names, "instruction", "output"))
+    return _with_system(chat, fields, origin)
 
 
 def _prompt_completion(fields: dict[str, Any], origin: str) -> Content:
     """Strings are plain text, the completion trained; lists are messages."""
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        before = _chat(prompt, fields, f"{origin} prompt", trained="")
-        after = _chat(completion, fields, f"{origin} completion")
-        return Chat(before.messages + after.messages, before.weights + after.weights, before.tools)
-    text = _string(prompt, f"{origin} prompt")
-    return Text([(text, 0.0), (_string(completion, f"{origin} completion"), 1.0)])
+        before = _chat(prompt, fields, origin, "prompt", trained="")
+        after = _chat(completion, fields, origin, "completion")
+        chat = Chat(
+            before.messages + after.messages,
+            before.weights + after.weights,
+            before.tools,
+            before.names + after.names,
+        )
+        return _with_system(chat, fields, origin)
+    _check_plain(fields, origin)
+    text = string(prompt, f"{origin} prompt")
+    return Text([(text, 0.0), (string(completion, f"{origin} completion"), 1.0)])
 
 
 def _text(fields: dict[str, Any], origin: str) -> Text:
-    return Text([(_string(fields["text"], f"{origin} text"), 1.0)])
+    _check_plain(fields, origin)
+    return Text([(string(fields["text"], f"{origin} text"), 1.0)])
 
 
 def _tokens(fields: dict[str, Any], origin: str) -> Tokens:
     ids = _integers(fields["input_ids"], f"{origin} input_ids")
     if not len(ids):
-        raise _wrong(f"{origin} input_ids", "[]", "at least one token")
+        raise wrong(f"{origin} input_ids", "[]", "at least one token")
     if fields.get("attention_mask") is not None:
         mask = _integers(fields["attention_mask"], f"{origin} attention_mask")
         if len(mask) != len(ids):
             what = f"{origin} attention_mask"
-            raise _wrong(what, f"{len(mask)} values", f"{len(ids)} as in input_ids")
+            raise wrong(what, f"{len(mask)} values", f"{len(ids)} as in input_ids")
         if not mask.all():
-            raise _wrong(f"{origin} attention_mask", "zeros", "rows without padding; cut it off")
+            raise wrong(f"{origin} attention_mask", "zeros", "rows without padding; cut it off")
     if fields.get("labels") is None:
         return Tokens(ids, ids)
     labels = _integers(fields["labels"], f"{origin} labels")
     if len(labels) != len(ids):
-        raise _wrong(f"{origin} labels", f"{len(labels)} values", f"{len(ids)} as in input_ids")
+        raise wrong(f"{origin} labels", f"{len(labels)} values", f"{len(ids)} as in input_ids")
     return Tokens(ids, labels)
 
 
@@ -150,90 +198,61 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any], str], Conten
     "alpaca": (("instruction", "output"), _alpaca),
     "text": (("text",), _text),
 }
+OPTIONAL = {
+    "messages": ("system", "tools"),
+    "sharegpt": ("system", "tools"),
+    "tokens": ("labels", "attention_mask"),
+    "prompt_completion": ("system", "tools"),
+    "alpaca": ("input", "history", "system", "tools"),
+    "text": (),
+}
+"""The keys that a row of each format may have besides."""
 
 
-def _chat(turns: Any, fields: dict[str, Any], where: str, trained: str = "assistant") -> Chat:
-    """Normalise messages; `trained` is the role whose usual loss weight is 1."""
+def _chat(
+    turns: Any, fields: dict[str, Any], origin: str, key: str, trained: str = "assistant"
+) -> Chat:
+    """Normalise the messages under a key; `trained` is the role whose usual loss weight is 1."""
     if not isinstance(turns, list) or not turns:
-        raise _wrong(where, turns, "a list of messages")
+        raise wrong(f"{origin} {key}", turns, "a list of messages")
     messages, weights = [], []
     for index, turn in enumerate(turns):
-        message = _message(turn, f"{where}[{index}]")
-        given = message.pop("loss_weight", None)
+        message, weight = read_message(turn, f"{origin} {key}[{index}]")
         usual = 1.0 if message["role"] == trained else 0.0
         messages.append(message)
-        weights.append(usual if given is None else _weight(given, f"{where}[{index}]"))
-    return Chat(messages, weights, fields.get("tools") or None)
+        weights.append(usual if weight is None else weight)
+    tools = read_tools(fields.get("tools"), f"{origin} tools")
+    names = tuple(f"{key}[{index}]" for index in range(len(turns)))
+    return Chat(messages, weights, tools, names)
 
 
-def _message(turn: Any, where: str) -> dict[str, Any]:
-    """Return a message with `role` and `content` as a string, and its other keys as they are."""
-    if not isinstance(turn, dict):
-        raise _wrong(where, turn, "an object with role and content")
-    # Arrow gives every key of any row to all rows, as None.
-    message = {key: value for key, value in turn.items() if value is not None}
-    role = message.pop("role", None) or message.pop("from", None)
-    if role not in ROLES:
-        raise _wrong(f"{where}.role", role, f"one of {', '.join(ROLES)}")
-    key = "value" if "value" in message else "content"
-    content = message.pop(key, None)
-    if content is None and not message.get("tool_calls"):
-        raise _wrong(f"{where}.content", content, "a string or a list of text parts")
-    text = "" if content is None else _content(content, f"{where}.{key}")
-    reasoning = message.pop("reasoning_content", None)
-    if reasoning:
-        text = f"<think>\n{_string(reasoning, f'{where}.reasoning_content')}\n</think>\n\n{text}"
-    return {"role": ROLES[role], "content": text, **message}
-
-
-def _content(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise _wrong(where, content, "a string or a list of text parts")
-    return "".join(_part(part, f"{where}[{index}]") for index, part in enumerate(content))
-
-
-def _part(part: Any, where: str) -> str:
-    if not isinstance(part, dict) or part.get("type", "text") != "text":
-        kind = part.get("type") if isinstance(part, dict) else part
-        raise _wrong(where, kind, "a part of type text; no other kind can be trained on")
-    text = part.get("value") if part.get("text") is None else part["text"]
-    return _string(text, f"{where}.text")
+def _check_plain(fields: dict[str, Any], origin: str) -> None:
+    """Refuse what only a conversation can show, beside plain text."""
+    for key in ("system", "tools"):
+        if is_given(fields.get(key)):
+            raise wrong(f"{origin} {key}", fields[key], "none beside plain text; write it into it")
 
 
 def _with_system(chat: Chat, fields: dict[str, Any], origin: str) -> Chat:
-    system = _string(fields.get("system") or "", f"{origin} system")
-    if not system:
+    system, opening = _optional(fields, "system", origin), chat.messages[0]
+    if not system or opening == {"role": "system", "content": system}:
         return chat
-    if chat.messages[0]["role"] == "system":
-        raise _wrong(f"{origin} system", system, "one system text, not also a system message")
+    if opening["role"] == "system":
+        raise wrong(f"{origin} system", system, "one system text, not also a system message")
     first = {"role": "system", "content": system}
-    return Chat([first, *chat.messages], [0.0, *chat.weights], chat.tools)
+    names = ("system", *chat.names)
+    return Chat([first, *chat.messages], [0.0, *chat.weights], chat.tools, names)
 
 
-def _weight(value: Any, where: str) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
-        raise _wrong(f"{where}.loss_weight", value, "a number of at least 0")
-    return float(value)
-
-
-def _string(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise _wrong(where, value, "a string")
-    return value
+def _optional(fields: dict[str, Any], key: str, origin: str) -> str:
+    """Return a text that need not be there."""
+    return string(fields[key], f"{origin} {key}") if is_given(fields.get(key)) else ""
 
 
 def _integers(values: Any, where: str) -> Int32[np.ndarray, " T"]:
     if not isinstance(values, list):
-        raise _wrong(where, values, "a list of token ids")
+        raise wrong(where, values, "a list of token ids")
     for index, value in enumerate(values):
         if type(value) is not int or not -(2**31) <= value < 2**31:
-            raise _wrong(f"{where}[{index}]", value, "an integer token id")
+            raise wrong(f"{where}[{index}]", value, "an integer token id")
     return np.array(values, np.int32)
-
-
-def _wrong(where: str, value: Any, expected: str) -> ConfigError:
-    shown = value if isinstance(value, str) else repr(value)
-    return ConfigError(f"{where}: got {shown[:60]}, expected {expected}")

@@ -38,6 +38,29 @@ def _deepseek(prompt: str, history: str = "", cut: str = "m.content.split('</thi
     )
 
 
+def _deepseek_tools(prompt: str) -> str:
+    """V3 and R1 with calls and results: a branch for null content, arguments as text, and the
+    answer to a result without the assistant's mark."""
+    call = "c.function.name + ':' + c.function.arguments"
+    return (
+        SYSTEM_FIRST + "{% set ns = namespace(tool=false) %}{% for m in messages %}"
+        "{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}{% set ns.tool = false %}"
+        "{% elif m.role == 'tool' %}{{ '<out>' + m.content + '</out>' }}{% set ns.tool = true %}"
+        "{% elif m.role == 'assistant' and 'tool_calls' in m %}{% set ns.tool = false %}"
+        "{% if m.content is none %}{{ '<｜Assistant｜>' }}"
+        "{% else %}{{ '<｜Assistant｜>' + m.content }}{% endif %}"
+        "{{ '<calls>' }}{% for c in m.tool_calls %}{{ " + call + " }}{% endfor %}"
+        "{{ '</calls>' + eos_token }}"
+        "{% elif m.role == 'assistant' %}"
+        "{% if ns.tool %}{{ m.content + eos_token }}{% set ns.tool = false %}"
+        "{% else %}{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}"
+        "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt and not ns.tool %}{{ '<｜Assistant｜>' }}"
+        + prompt
+        + "{% endif %}"
+    )
+
+
 TEMPLATES = {
     "v3": _deepseek(""),
     "r1": _deepseek("{{ '<think>\n' }}"),
@@ -52,6 +75,15 @@ TEMPLATES = {
     "{% if m.role == 'user' %}{{ '### Instruction:\n' + m.content + '\n' }}"
     "{% else %}{{ '### Response:\n' + m.content + '\n<|EOT|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Response:' }}{% endif %}",
+    "v3_tools": _deepseek_tools(""),
+    "r1_tools": _deepseek_tools("{{ '<think>\n' }}"),
+    "qwen": "{% for m in messages %}{{ 'user' if m.role == 'tool' else m.role }}{{ '\n' }}"
+    "{% if m.role == 'tool' %}{{ '<out>' + m.content + '</out>' }}"
+    "{% else %}{{ m.content }}{% endif %}"
+    "{% for c in m.tool_calls or [] %}"
+    '{{ \'<call>{"name": "\' + c.function.name + \'", "arguments": \' }}'
+    "{{ c.function.arguments|tojson }}{{ '}</call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}",
     "chatml": "{% for m in messages %}"
     "{{ m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}",

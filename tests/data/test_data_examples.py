@@ -5,6 +5,8 @@ import json
 from collections import Counter
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -218,3 +220,78 @@ def test_examples_are_read_back_as_written(load_rows):
     examples = load_rows([{"input_ids": row} for row in rows])
     order = rng.permutation(50).tolist()
     assert [examples[i].input_ids.tolist() for i in order] == [rows[i] for i in order]
+
+
+def test_eos_stands_once_after_plain_text_and_texts_that_hold_it_are_counted(
+    with_template, load_rows
+):
+    tokenizer = with_template(None)
+    eos = tokenizer.eos_token
+    rows = [
+        {"prompt": f"a{eos}", "completion": f"b {eos}"},
+        {"prompt": "a", "completion": f"b{eos}\n"},
+        {"text": f"a b{eos}"},
+        {"text": eos},
+        {"text": f"a{eos}b"},
+    ]
+    examples = load_rows(rows, tokenizer)
+    assert [decode_sample(examples[index], tokenizer) for index in range(5)] == [
+        f"a{eos}⟦b {eos}⟧",
+        f"a⟦b{eos}⟧",
+        f"a⟦ b{eos}⟧",
+        f"{eos}",
+        f"a⟦{eos}b{eos}⟧",
+    ]
+    assert "data.train: 1 texts hold EOS before their end" in examples.report.lines()
+
+
+def test_a_completion_that_goes_on_after_eos_is_refused(with_template, load_rows):
+    tokenizer = with_template(None)
+    with pytest.raises(ConfigError, match=r"rows.jsonl:1 completion: got text with <"):
+        load_rows([{"prompt": "a", "completion": f"b{tokenizer.eos_token}c"}], tokenizer)
+
+
+def test_keys_that_are_not_read_are_reported(tokenizers, load_rows):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": turns, "id": 1, "source": "x"}, {"messages": turns, "id": 2, "note": None}]
+    assert load_rows(rows, tokenizers["v3"]).report.lines()[-1] == (
+        "data.train: keys that are not read: id (2 rows), source (1 rows)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("closing", "said"),
+    [
+        ("<|EOT|>\\n", "the chat template ends turns with <|EOT|> (token 259), not with EOS"),
+        ("[/A]", "the chat template ends turns with '[/A]', which is no token"),
+        ("{{ eos_token }}", None),
+        ("", None),
+    ],
+)
+def test_turns_that_do_not_end_with_eos_are_told(with_template, load_rows, closing, said):
+    tokenizer = with_template(
+        "{% for m in messages %}[{{ m.content }}" + closing.replace("\\n", "\n") + "{% endfor %}"
+        "{% if add_generation_prompt %}[{% endif %}"
+    )
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    line = load_rows([{"messages": turns}], tokenizer).report.lines()[-1]
+    assert line.startswith(f"data.train: {said}") == (said is not None)
+
+
+def test_rows_from_parquet_train_as_the_same_rows_from_json_lines(tmp_path, tokenizers):
+    """Their arguments differ in keys, which Arrow fills up with nulls."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "go"},
+                {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": a}]},
+            ]
+        }
+        for a in ({"city": "Ulm"}, {"zone": {"name": "CET"}}, {"zone": {"at": 1.5}})
+    ]
+    table, lines = tmp_path / "rows.parquet", tmp_path / "rows.jsonl"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = DataSection(train=[str(table), str(lines)])
+    first, second = (load_examples([file], section, tokenizers["qwen"]) for file in section.train)
+    assert first.fingerprint == second.fingerprint
