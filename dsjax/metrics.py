@@ -201,6 +201,7 @@ class Meter:
             self._mfu_per_rate = flops_per_token / peak_flops
         self._since_log, self._run = _Sums(), _Sums()
         self._ahead: tuple[float, float] | None = None  # loss and weight since the last log
+        self._untrained = 0  # steps of the run whose batch had no trained token
         self._timed_tokens = self._tokens_here = self._steps_here = 0
         self._started = self._clock = time.monotonic()
 
@@ -228,6 +229,8 @@ class Meter:
         step = float(loss_sum), float(weight_sum), float(correct), int(tokens)
         self._since_log.add(*step)
         self._run.add(*step)
+        # A step that float16 skipped tells of no token at all.
+        self._untrained += step[3] > 0 and step[1] == 0
         self._timed_tokens += step[3]
         self._tokens_here += step[3]
         self._steps_here += 1
@@ -238,7 +241,8 @@ class Meter:
     def values(self) -> dict[str, float | int | None]:
         """Return means since the last call and `tokens` of the whole run; start the next interval.
 
-        A mean over no trained token is NaN. `mtp_loss` is there where steps told of it.
+        A mean over no trained token is None. `mtp_loss` is there where steps told of it, and
+        `untrained_steps`, of the whole run, where a batch had no trained token.
         """
         now = time.monotonic()
         rate = self._timed_tokens / max(now - self._clock, 1e-9)
@@ -253,9 +257,10 @@ class Meter:
             "tokens_per_second": rate,
             "mfu": None if self._mfu_per_rate is None else self._mfu_per_rate * rate,
             **ahead,
+            **self._told_untrained(),
         }
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float | None]:
         """Return the closing line: the loss of the whole run, the speed of this process's part."""
         seconds = max(time.monotonic() - self._started, 1e-9)
         return {
@@ -263,7 +268,11 @@ class Meter:
             "train_runtime": seconds,
             "train_steps_per_second": self._steps_here / seconds,
             "train_tokens_per_second": self._tokens_here / seconds,
+            **self._told_untrained(),
         }
+
+    def _told_untrained(self) -> dict[str, int]:
+        return {"untrained_steps": self._untrained} if self._untrained else {}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -274,27 +283,28 @@ class Meter:
         finally:
             self._clock += time.monotonic() - stopped
 
-    def state(self) -> dict[str, dict]:
+    def state(self) -> dict[str, Any]:
         """Return the sums for the checkpoint; exact through JSON, not through float32 arrays."""
         state = {"since_log": asdict(self._since_log), "run": asdict(self._run)}
         if self._ahead is not None:
             state["ahead"] = {"loss": self._ahead[0], "weight": self._ahead[1]}
-        return state
+        return state | self._told_untrained()
 
     def run_sums(self) -> dict[str, float]:
         """Return the sums over the whole run."""
         return self.state()["run"]
 
-    def restore(self, state: Mapping[str, Mapping]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` returned."""
         self._since_log = _Sums(**state["since_log"])
         self._run = _Sums(**state["run"])
         ahead = state.get("ahead")
         self._ahead = None if ahead is None else (ahead["loss"], ahead["weight"])
+        self._untrained = state.get("untrained_steps", 0)
 
 
-def _mean(total: float, weight: float) -> float:
-    return total / weight if weight else math.nan
+def _mean(total: float, weight: float) -> float | None:
+    return total / weight if weight else None
 
 
 def plot_loss(output_dir: Path) -> Path | None:

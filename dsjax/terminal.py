@@ -32,9 +32,14 @@ _SHOWN = {
     "expert_imbalance": "imbalance {:.2f}",
     "loss_scale": "loss scale {:g}",
     "skipped_steps": "skipped {:,}",
+    "untrained_steps": "untrained {:,}",
     "eval_loss": "eval loss {:.4f}",
     "eval_perplexity": "perplexity {:.4g}",
 }
+_UNTRAINED = (
+    "{:,} of the steps so far had a batch without one trained token: nothing is added to the loss, "
+    "and the optimizer steps with a gradient of 0; later lines count them as `untrained`"
+)
 _IN_THE_BAR = ("loss", "tokens_per_second", "mfu")
 
 
@@ -44,6 +49,7 @@ class Progress:
     def __init__(self, total_steps: int, start_step: int = 0, primary: bool = True) -> None:
         self._total, self._start, self._primary = total_steps, start_step, primary
         self._began = time.monotonic()
+        self._untrained_told = False
         self._bar = None
         console = _console()
         if primary and console.is_terminal and not console.is_dumb_terminal:
@@ -66,6 +72,10 @@ class Progress:
 
     def log(self, step: int, values: Mapping[str, object]) -> None:
         """Show a training line: in the bar, or as a line where there is none."""
+        untrained = values.get("untrained_steps")
+        if untrained and not self._untrained_told:
+            self._untrained_told = True
+            self._line(step, _UNTRAINED.format(untrained))
         if self._bar is not None:
             shown = {key: values.get(key) for key in _IN_THE_BAR}
             self._bar.update(self._task, completed=step, shown=_shown(shown))

@@ -195,10 +195,38 @@ def test_meter_gives_token_means_since_the_last_values():
     assert meter.summary()["train_loss"] == 13 / 5
 
 
-def test_meter_over_no_trained_token_is_nan():
+def test_steps_without_a_trained_token_have_no_loss_and_are_counted():
     meter = Meter()
-    meter.add(0.0, 0.0, 0.0, 0)
-    assert math.isnan(meter.values()["loss"])
+    meter.add(2.0, 1.0, 1.0, 8)
+    assert "untrained_steps" not in meter.values() | meter.summary() | meter.state()
+    meter.add(0.0, 0.0, 0.0, 8)
+    values = meter.values()
+    assert values["loss"] is None and values["accuracy"] is None
+    assert (values["tokens"], values["untrained_steps"]) == (16, 1)
+    meter.add(0.0, 0.0, 0.0, 0)  # a step that float16 skipped: it tells of nothing
+    meter.add(4.0, 1.0, 1.0, 8)
+    meter.add(0.0, 0.0, 0.0, 8)
+    after = Meter()
+    after.restore(json.loads(json.dumps(meter.state())))
+    for each in (meter, after):
+        values = each.values()
+        assert (values["loss"], values["untrained_steps"]) == (4.0, 2)
+        assert each.summary()["train_loss"] == 3.0 and each.summary()["untrained_steps"] == 2
+
+
+def test_a_run_that_trains_nothing_has_no_loss():
+    meter = Meter()
+    meter.add(0.0, 0.0, 0.0, 8)
+    assert meter.summary()["train_loss"] is None
+
+
+def test_a_window_without_loss_is_null_and_not_warned_of(tmp_path, capsys):
+    with MetricsLog(tmp_path, SILENT, 0) as log:
+        log.log(1, train_values(loss=None, accuracy=None))
+        log.log(2, train_values(loss=2.0))
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [None, 2.0]
+    assert capsys.readouterr().err == ""
+    assert plot_loss(tmp_path) is not None
 
 
 def test_the_loss_ahead_is_a_mean_of_its_own_and_survives_a_restore():
@@ -213,7 +241,7 @@ def test_the_loss_ahead_is_a_mean_of_its_own_and_survives_a_restore():
         values = each.values()
         assert (values["loss"], values["mtp_loss"]) == (1.0, 1.0)
         each.add(2.0, 2.0, 1.0, 2, (0.0, 0.0))
-        assert math.isnan(each.values()["mtp_loss"])
+        assert each.values()["mtp_loss"] is None
 
 
 def test_meter_restored_in_the_middle_gives_the_unbroken_numbers():

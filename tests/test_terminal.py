@@ -45,6 +45,22 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     ]
 
 
+def test_steps_that_train_nothing_are_explained_once_and_counted(capsys):
+    with Progress(4) as progress:
+        for step, untrained in enumerate([0, 1, 1, 2], 1):
+            told = {"untrained_steps": untrained} if untrained else {}
+            progress.log(step, {"loss": 1.25 if step != 2 else None} | told)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5
+    assert lines[1].startswith("step 2/4 | 1 of the steps so far had a batch without one trained ")
+    assert [line.partition(" | ETA")[0] for line in lines[:1] + lines[2:]] == [
+        "step 1/4 | loss 1.2500",
+        "step 2/4 | untrained 1",
+        "step 3/4 | loss 1.2500 | untrained 1",
+        "step 4/4 | loss 1.2500 | untrained 2",
+    ]
+
+
 def test_no_escape_codes_where_there_is_no_terminal(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     banner({"model": "x" * 300, "target": "[q_proj]"})
