@@ -7,7 +7,7 @@ that plans order and packing for the whole run and gives this process its `Batch
 Not here: devices and shardings (`dsjax.sharding`), losses (`dsjax.objectives`).
 
 The parts, in the order in which a row passes them: `files` (source -> rows with their origin; it
-reads JSON by `json_file` and CSV by `csv_file`),
+reads JSON by `json_reader` and CSV by `csv_reader`),
 `formats` and `messages` (row -> messages, text or tokens), `readings` (the forms that a template
 may want), `template` (the template at work), `shown` (what it shows), `chat` (-> tokens),
 `examples` (tokens on disk, length policy, report), `packing` (global plan), `loader` (batches).

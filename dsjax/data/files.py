@@ -6,8 +6,8 @@ In: a path or the id of a hub dataset. Out: `(origin, fields)` pairs, one at a t
 about the row repeats. Local files are parsed here, not by `datasets`: its readers infer one type
 per column, so they fail on rows of mixed shape and cannot say which line is wrong.
 Plain text (.txt) is one row per non-empty line. Whatever a reader meets in a damaged file is a
-refusal that begins with the file's name. Not here: the syntax of JSON (`json_file`) and CSV
-(`csv_file`), what the fields mean (`formats`).
+refusal that begins with the file's name. Not here: the syntax of JSON (`json_reader`) and CSV
+(`csv_reader`), what the fields mean (`formats`).
 """
 
 import json
@@ -18,8 +18,8 @@ from typing import Any
 
 import pyarrow.parquet
 
-from dsjax.data.csv_file import csv_rows
-from dsjax.data.json_file import json_file, json_lines, parse_json
+from dsjax.data.csv_reader import csv_rows
+from dsjax.data.json_reader import json_file, json_lines, parse_json
 from dsjax.errors import ConfigError, nearest
 from dsjax.storage import is_url
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsjax.data import json_file
+from dsjax.data import json_reader
 from dsjax.data.files import read_rows
 from dsjax.errors import ConfigError
 
@@ -92,7 +92,7 @@ def test_json_read_in_pieces_is_the_same(tmp_path_factory, rows, indent, ascii_o
     text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
     path = write(tmp_path_factory.getbasetemp(), "pieces.json", text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_file, "CHUNK", chunk)
+        patch.setattr(json_reader, "CHUNK", chunk)
         assert [fields for _, fields in rows_of(path)] == rows
 
 

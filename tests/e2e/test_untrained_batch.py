@@ -15,17 +15,21 @@ TOKENS = list(range(5, 20))
 IDLE = [-100] * 15
 
 
+def write_batches(path: Path, batches: list[list[int]]) -> None:
+    """Write eight rows for each of the labels, a batch of the eight devices."""
+    rows = [{"input_ids": TOKENS, "labels": labels} for labels in batches for _ in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    """A run whose batches are rows 1 to 4 in order, of which the second and third train nothing."""
+    """A run of four batches in order, of which the second and third train nothing."""
     config = small_run.write_inputs(tmp_path_factory.mktemp("untrained"), "lora", eval_rows=0)
-    rows = [TOKENS, IDLE, IDLE, TOKENS]
-    lines = [json.dumps({"input_ids": TOKENS, "labels": labels}) + "\n" for labels in rows]
-    (config.parent / "train.jsonl").write_text("".join(lines))
+    write_batches(config.parent / "train.jsonl", [TOKENS, IDLE, IDLE, TOKENS])
     tree = yaml.safe_load(config.read_text())
     tree["data"] |= {"packing": False, "shuffle": False, "eval": None}
-    tree["training"] = {"batch_size": 1, "num_train_epochs": 1}
-    tree["logging"] = {"logging_steps": 1, "report_to": ["tensorboard"]}
+    tree["training"] = {"batch_size": 8, "num_train_epochs": 1}
+    tree["logging"] = {"logging_steps": 1}
     config.write_text(yaml.safe_dump(tree))
     return config
 
@@ -33,7 +37,7 @@ def config(tmp_path_factory) -> Path:
 def test_batches_without_a_trained_token_have_no_loss(config, capsys):
     assert train.main(["--config", str(config)]) == 0
     said = capsys.readouterr().err
-    assert "2 without a trained token" in said and " is nan" not in said
+    assert "16 without a trained token" in said and " is nan" not in said
     assert said.count("had a batch without one trained token") == 1
     lines = read_metrics(Path(yaml.safe_load(config.read_text())["output_dir"]) / "metrics.jsonl")
     steps, summary = lines[:4], lines[4]
@@ -44,14 +48,10 @@ def test_batches_without_a_trained_token_have_no_loss(config, capsys):
     assert summary["train_loss"] == pytest.approx((steps[0]["loss"] + steps[3]["loss"]) / 2)
 
 
-def test_the_only_step_may_train_nothing(config, capsys, tmp_path):
-    overrides = [f"output_dir={tmp_path / 'run'}", "training.batch_size=2", "training.max_steps=3"]
-    rows = [TOKENS] + [IDLE] * 5
-    path = tmp_path / "rows.jsonl"
-    path.write_text(
-        "".join(json.dumps({"input_ids": TOKENS, "labels": labels}) + "\n" for labels in rows)
-    )
-    overrides += [f"data.train={path}", "logging.logging_steps=3"]
+def test_a_window_is_the_mean_of_what_trains(config, capsys, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    write_batches(rows, [TOKENS, IDLE, IDLE])
+    overrides = [f"output_dir={tmp_path / 'run'}", f"data.train={rows}", "logging.logging_steps=3"]
     assert train.main(["--config", str(config), *overrides]) == 0
     assert " is nan" not in capsys.readouterr().err
     line, summary = read_metrics(tmp_path / "run" / "metrics.jsonl")
