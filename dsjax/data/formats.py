@@ -76,6 +76,9 @@ def detect_format(fields: dict[str, Any], origin: str) -> str:
         if given.issuperset(keys):
             return name
     _check_meaning(fields, origin)
+    for name, (keys, _) in FORMATS.items():
+        if fields.keys() >= set(keys):
+            _check_nulls(fields, name, origin)
     known = "; ".join(f"{name}: {' + '.join(keys)}" for name, (keys, _) in FORMATS.items())
     raise ConfigError(
         f"{origin}: got the keys {', '.join(sorted(fields)) or 'none'}, expected those of a known "
@@ -91,6 +94,7 @@ def parse_row(fields: dict[str, Any], name: str, origin: str) -> Content:
         something else; names origin and field.
     """
     _check_meaning(fields, origin)
+    _check_nulls(fields, name, origin)
     keys, parse = FORMATS[name]
     missing = [key for key in keys if fields.get(key) is None]
     if missing:
@@ -111,6 +115,16 @@ def _check_meaning(fields: dict[str, Any], origin: str) -> None:
     for key, fix in OTHER_MEANING.items():
         if is_given(fields.get(key)):
             raise ConfigError(f"{origin} {key}: got {key}, expected a row without it; {fix}")
+
+
+def _check_nulls(fields: dict[str, Any], name: str, origin: str) -> None:
+    """Refuse a row that has a key of its format, and null there."""
+    for key in FORMATS[name][0]:
+        if key in fields and fields[key] is None:
+            raise ConfigError(
+                f"{origin} {key}: got null, expected a value, which the format {name} needs; write "
+                "one, or take the row out"
+            )
 
 
 def _messages(fields: dict[str, Any], origin: str) -> Chat:

@@ -6,6 +6,11 @@ import pytest
 from dsjax.data.formats import Chat, Text, Tokens, detect_format, parse_row
 from dsjax.errors import ConfigError
 
+KEYS = {
+    "alpaca": {"instruction", "output"},
+    "prompt_completion": {"prompt", "completion"},
+    "messages": {"messages"},
+}
 USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
@@ -243,3 +248,24 @@ def test_unknown_keys_list_the_formats():
         "f:1: got the keys answer, question, expected those of a known format (messages: messages; "
         "sharegpt: conversations; tokens: input_ids; prompt_completion: prompt + completion; "
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"instruction": "Add", "input": "", "output": None}, "f:1 output: got null, expected a"),
+        ({"prompt": None, "completion": "x", "id": 1}, "f:1 prompt: got null, expected a value"),
+        (
+            {"messages": None, "note": "x"},
+            "f:1 messages: got null, expected a value, which the for",
+        ),
+    ],
+)
+def test_nulls_where_a_format_needs_a_value_are_named(fields, message):
+    with pytest.raises(ConfigError) as caught:
+        detect_format(fields, "f:1")
+    assert str(caught.value).startswith(message)
+    name = next(name for name, keys in KEYS.items() if fields.keys() >= keys)
+    with pytest.raises(ConfigError) as caught:
+        parse_row(fields, name, "f:1")
+    assert str(caught.value).startswith(message)

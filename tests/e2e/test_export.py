@@ -280,3 +280,22 @@ def test_no_run_and_no_checkpoint_are_refused(trained: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="got no complete checkpoint, expected one"):
         export_here(tmp_path, tmp_path / "out", "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
+
+
+def test_the_token_that_ends_turns_stops_generation_after_the_export(tmp_path: Path):
+    """The template ends turns with another token than the one at which the checkpoint stops."""
+    limits = {"max_steps": 1, "eval_steps": None}
+    config = small_run.write_inputs(tmp_path, "lora", training=limits, data={"eval": None})
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("+ eos_token -", "+ '</think>' -"))
+    source = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    ending = tiny.SPECIAL_TOKENS.index("</think>")
+    train_here(config, "export.format=merged")
+    out = tmp_path / "run" / "export"
+    stops = [source["eos_token_id"], ending]
+    written = json.loads((out / "generation_config.json").read_text())
+    assert written == source | {"eos_token_id": stops}
+    export_here(tmp_path / "run", tmp_path / "peft", "peft")
+    for folder in (out, tmp_path / "peft"):
+        card = (folder / "README.md").read_text()
+        assert f"Turns end with `</think>` (token {ending})" in card and str(stops) in card
