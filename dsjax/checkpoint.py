@@ -25,7 +25,7 @@ from jaxtyping import PyTree
 
 from dsjax.checksums import checksums, digest, named_leaves
 from dsjax.config import CheckpointSection
-from dsjax.errors import ConfigError
+from dsjax.errors import ConfigError, files_of, system_fault
 
 MOST_LINES = 8
 OURS = (MemoryError, jax.errors.JaxRuntimeError)
@@ -34,8 +34,12 @@ OURS = (MemoryError, jax.errors.JaxRuntimeError)
 EARLIER_META = {"position", "data", "meter"}
 """What lay in place of the record before there was one."""
 
-STRAGGLERS = ("Event loop is closed", "Encountered error while reading array index")
-"""How reads that a failed one leaves behind report themselves."""
+STRAGGLERS = (
+    "Event loop is closed",
+    "Encountered error while reading array index",
+    "sys.meta_path is None",  # at the very end, by what was never awaited
+)
+"""How reads and writes that a failed one leaves behind report themselves."""
 
 
 class Checkpointer:
@@ -52,6 +56,9 @@ class Checkpointer:
     def __init__(self, directory: Path, section: CheckpointSection, *, read_only: bool = False):
         self.directory = Path(directory).absolute()
         self._save_steps = section.save_steps
+        self._report = sys.unraisablehook
+        if not read_only:  # a write may fail at any time, in a thread
+            sys.unraisablehook = _without_stragglers(self._report)
         if not read_only:
             self._announce_half_written()
         self._manager = ocp.CheckpointManager(
@@ -90,7 +97,8 @@ class Checkpointer:
             Whether a save was started.
 
         Raises:
-            ConfigError: that step is there already, so another process trains in the same place.
+            ConfigError: that step is there already, so another process trains in the same place; or
+                the disk does not take it, or did not take the one before.
         """
         if not (force or self.due(step)):
             return False
@@ -103,7 +111,8 @@ class Checkpointer:
             meta=ocp.args.JsonSave({"record": record, "digest": digest(record)}),
         )
         # Which steps are saved is decided above; Orbax would refuse any before its latest.
-        return self._manager.save(step, args=items, force=True)
+        with self._written():
+            return self._manager.save(step, args=items, force=True)
 
     def _refuse_existing(self, step: int) -> None:
         # Orbax remembers what it found at first and wrote itself, and would replace all else.
@@ -183,11 +192,24 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Wait until a running save is complete, and raise if it failed."""
-        self._manager.wait_until_finished()
+        with self._written():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait as `wait` does, then end the background threads."""
-        self._manager.close()
+        with self._written():
+            self._manager.close()
+        sys.unraisablehook = self._report
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        """Tell what the disk refuses by one message; a thread of Orbax may have met it earlier."""
+        try:
+            with files_of(self.directory):
+                yield
+        except Exception:
+            self._report = sys.unraisablehook  # what is left behind stays muted
+            raise
 
     def _read(self, step: int, read: Callable[[], Any]) -> Any:
         self.wait()  # The step may still be on its way to disk.
@@ -199,6 +221,9 @@ class Checkpointer:
             told = error.__cause__ if type(error) is Exception else error
             if isinstance(told, OURS):
                 raise
+            refused = system_fault(error, self.directory / str(step))
+            if refused is not None:  # that is no damage, and deleting it would not help
+                raise refused from error
             reason = f"{type(told).__name__}: {str(told).strip()}".split("\n")[0][:200]
             raise self._damaged(step, reason) from error
 
@@ -225,21 +250,24 @@ class Checkpointer:
 
 @contextmanager
 def _silent_stragglers() -> Iterator[None]:
-    """Keep reads that a failed one leaves behind from printing tracebacks.
+    """Keep reads and writes that a failed one leaves behind from printing tracebacks.
 
-    When one read fails, Orbax closes its event loop under the others; each of them, once done or
+    When one fails, Orbax closes its event loop under the others; each of them, once done or
     given up, reports it to `sys.unraisablehook`, also long after. So after a failure, with which
     the run ends, these reports stay muted.
     """
     report = sys.unraisablehook
+    sys.unraisablehook = _without_stragglers(report)
+    yield
+    sys.unraisablehook = report
 
+
+def _without_stragglers(report: Callable[[Any], object]) -> Callable[[Any], object]:
     def report_others(unraisable: Any) -> None:
         if not str(unraisable.exc_value).startswith(STRAGGLERS):
             report(unraisable)
 
-    sys.unraisablehook = report_others
-    yield
-    sys.unraisablehook = report
+    return report_others
 
 
 def _misfits(wanted: dict[str, Any], stored: dict[str, str], partial: bool) -> list[str]:

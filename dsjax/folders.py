@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dsjax import signals
-from dsjax.errors import ConfigError
+from dsjax.errors import ConfigError, files_of
 from dsjax.storage import is_url, written_to_url
 
 
@@ -55,7 +55,7 @@ def written_beside(path: Path, primary: bool = True) -> Iterator[Path]:
     partial.mkdir()
     remove = functools.partial(shutil.rmtree, partial, ignore_errors=True)
     try:
-        with signals.undone(remove):
+        with signals.undone(remove), files_of(path):
             yield partial
     except Exception:
         remove()

@@ -21,7 +21,7 @@ from dsjax.assembly import CHECKPOINTS
 from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig, load_config
 from dsjax.coordinator import numbered
-from dsjax.errors import ConfigError
+from dsjax.errors import ConfigError, files_of
 from dsjax.export_folder import check_replaceable, export_marker, is_exported
 from dsjax.folders import check_possible
 from dsjax.hosts import Hosts
@@ -187,8 +187,9 @@ def _lock(folder: int, run: Path) -> None:
 def write_whole(file: Path, text: str) -> None:
     """Write a file so that it is there complete or not at all."""
     beside = file.with_name(f".{file.name}.partial")
-    beside.write_text(text, "utf-8")
-    os.replace(beside, file)
+    with files_of(file):
+        beside.write_text(text, "utf-8")
+        os.replace(beside, file)
 
 
 def is_complete(

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-from dsjax.errors import ConfigError
+from dsjax.errors import ConfigError, files_of
 from dsjax.storage import File, read_at, size_of
 
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
@@ -240,8 +240,9 @@ class SafetensorsWriter:
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> "SafetensorsWriter":
-        self._file = self._path.open("wb")
-        self._file.write(len(self.header).to_bytes(8, "little") + self.header)
+        with files_of(self._path):
+            self._file = self._path.open("wb")
+            self._file.write(len(self.header).to_bytes(8, "little") + self.header)
         return self
 
     def append(self, name: str, chunk: Shaped[np.ndarray, "..."] | bytes) -> None:
@@ -256,7 +257,8 @@ class SafetensorsWriter:
         data = chunk if isinstance(chunk, bytes) else _chunk_bytes(chunk, info)
         if self._written + len(data) > info.nbytes:
             raise ValueError(f"{self._path}: {name} got more than its {info.nbytes} bytes")
-        self._file.write(data)
+        with files_of(self._path):
+            self._file.write(data)
         self._written += len(data)
 
     def _skip_finished(self, name: str) -> None:
@@ -275,7 +277,7 @@ class SafetensorsWriter:
         trace: TracebackType | None,
     ) -> None:
         assert self._file is not None
-        with self._file:
+        with files_of(self._path), self._file:
             if kind is not None:
                 return
             self._skip_finished("")

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import fsspec
 import numpy as np
 
-from dsjax.errors import ConfigError
+from dsjax.errors import ConfigError, files_of
 
 READS_AHEAD = 8
 """Reads of remote files that are under way at a time: one alone mostly waits for its answer."""
@@ -238,7 +238,8 @@ def copied(folder: Folder, names: Sequence[str]) -> Path:
     weakref.finalize(folder, shutil.rmtree, directory, ignore_errors=True)
     reads = [lambda file=folder.files[name]: _whole(file) for name in names]
     for name, content in zip(names, in_order(reads, READS_AHEAD), strict=True):
-        (directory / name).write_bytes(content)
+        with files_of(directory / name):
+            (directory / name).write_bytes(content)
     return directory
 
 

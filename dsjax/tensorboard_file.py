@@ -18,6 +18,8 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
+from dsjax.errors import files_of
+
 _PROTOS: Any = event_pb2  # generated code: its names exist at run time only
 
 
@@ -30,27 +32,32 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        # The name holds the second; the rest tells apart restarts within one.
-        self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}.{resume_step:09d}")
-        start = _PROTOS.SessionLog(status=_PROTOS.SessionLog.START)
-        self._write(resume_step + 1, session_log=start)
-        self._file.flush()
+        self._folder = folder
+        with files_of(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            # The name holds the second; the rest tells apart restarts within one.
+            self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}.{resume_step:09d}")
+            start = _PROTOS.SessionLog(status=_PROTOS.SessionLog.START)
+            self._write(resume_step + 1, session_log=start)
+            self._file.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to each of the curves."""
-        for tag, value in values.items():
-            self._write(step, summary=summary.scalar(tag, value))
-        self._file.flush()  # once: it waits for the disk, milliseconds where that is busy
+        with files_of(self._folder):
+            for tag, value in values.items():
+                self._write(step, summary=summary.scalar(tag, value))
+            self._file.flush()  # once: it waits for the disk, milliseconds where that is busy
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         """Add a text."""
-        self._write(step, summary=summary.text(tag, markdown))
-        self._file.flush()
+        with files_of(self._folder):
+            self._write(step, summary=summary.text(tag, markdown))
+            self._file.flush()
 
     def _write(self, step: int, **content: Any) -> None:
         self._file.write_event(_PROTOS.Event(wall_time=time.time(), step=step, **content))
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with files_of(self._folder):
+            self._file.close()

@@ -17,6 +17,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
+from dsjax.errors import files_of
+
+_PLACE = "the folder for temporary files (TMPDIR)"
+
 
 class Example(NamedTuple):
     """One tokenised row; `labels[t]` and `loss_weights[t]` belong to token t itself, unshifted."""
@@ -47,15 +51,17 @@ class ExampleStore:
 
     def append(self, example: Example) -> None:
         """Write one example at the end."""
-        for field in example:
-            content = field.tobytes()
-            self._digest = zlib.crc32(content, self._digest)
-            self._file.write(content)
+        with files_of(_PLACE):
+            for field in example:
+                content = field.tobytes()
+                self._digest = zlib.crc32(content, self._digest)
+                self._file.write(content)
         self._sizes.append(len(example.input_ids))
 
     def seal(self) -> None:
         """Finish writing; from here on the examples can be read."""
-        self._file.flush()
+        with files_of(_PLACE):
+            self._file.flush()
         self.lengths = np.array(self._sizes, np.int64)
         self._starts = np.cumsum(self.lengths) - self.lengths
 
