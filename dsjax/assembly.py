@@ -9,6 +9,7 @@ state, training.
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,9 @@ def assemble_model(
     objective = objective or ObjectiveSection()
     source = open_checkpoint(section.path, section.revision, weights)
     model = build(source.config, section.dtype)
-    spec = adapters.resolve(adapter)
+    spec, left_out = adapters.fitted(adapter, adapters.resolve(adapter), model)
+    if left_out and jax.process_index() == 0:
+        print(left_out, file=sys.stderr)
     check_objective(objective, model, spec.peft_type if spec else None)
     if objective.mtp_loss_weight:
         predict_ahead(model)

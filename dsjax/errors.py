@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from dsjax import signals
 
@@ -141,7 +141,7 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
     sys.exit(code)
 
 
-def _give_up(stream: TextIO) -> None:
+def _give_up(stream: Any) -> None:
     """Forget what cannot be written: Python would try again at its end, and exit with 120."""
     try:
         stream.flush()

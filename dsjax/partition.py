@@ -7,7 +7,6 @@ put both back into. Not done here: gradients, sharding, values.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,7 @@ from flax import nnx
 from dsjax.errors import ConfigError, nearest, raise_all
 from dsjax.models import Model, base_shapes, entries_of
 from dsjax.models.layers import AdapterBuffer, AdapterParam
+from dsjax.patterns import fullmatch
 
 Params = dict[str, jax.Array]
 
@@ -195,29 +195,28 @@ def _leaf(variable: nnx.Variable, kind: str, dtype: jnp.dtype) -> Leaf:
 def _layer_masks(model: Model, freeze: Sequence[str]) -> dict[str, np.ndarray]:
     """For every base parameter, which of its layers (and experts) train: [], [L] or [L, E]."""
     entries = [entry for entry in entries_of(model) if not entry.copy]
-    patterns, problems = [], []
-    for pattern in freeze:
-        try:
-            compiled = re.compile(rf"(?:^|\.)(?:{pattern})(?:\.|$)")
-        except re.error as error:
-            problems.append(
-                f"training.freeze: got {pattern!r}, expected a regular expression ({error}); "
-                "write .* where a shell would take *"
-            )
-            continue
-        patterns.append(compiled)
-        if not any(compiled.search(entry.hf) for entry in entries):
-            names = [entry.hf for entry in entries]
-            problems.append(
-                f"training.freeze: got {pattern!r}, which matches no tensor; "
-                f"{nearest(pattern, names)}"
-            )
+    names = [entry.hf for entry in entries]
+    # Whole dotted components: before the first and after the last stands a dot, or nothing.
+    wanted = {f"(?:.*\\.)?(?:{pattern})(?:\\..*)?": pattern for pattern in freeze}
+    covered, slow = fullmatch(list(wanted), names) if freeze else ({}, {})
+    problems = [
+        f"training.freeze: got {wanted[whole]!r}, expected a regular expression ({problem}); "
+        "write .* where a shell would take *"
+        for whole, problem in slow.items()
+    ]
+    problems += [
+        f"training.freeze: got {wanted[whole]!r}, which matches no tensor; "
+        f"{nearest(wanted[whole], names)}"
+        for whole, found in covered.items()
+        if not found
+    ]
     raise_all(problems)
+    frozen = frozenset().union(*covered.values())
     shapes = base_shapes(model)
     lead = {entry.path: len(entry.index) for entry in entries}
     masks = {path: np.ones(shape[: lead[path]], bool) for path, shape in shapes.items()}
-    for entry in entries if patterns else ():
-        masks[entry.path][entry.index] = not any(p.search(entry.hf) for p in patterns)
+    for entry in entries if frozen else ():
+        masks[entry.path][entry.index] = entry.hf not in frozen
     return masks
 
 

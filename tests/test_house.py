@@ -25,6 +25,7 @@ LAYERS = (
         "tensorboard_file",
         "command_line",
         "devices",
+        "patterns",
         "profiling",
         "storage",
         "coordinator",

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from dsjax.adapters import lora, peft_files, peft_lora, prefix
+from dsjax.adapters import idle, lora, peft_files, peft_lora, prefix
 from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
 from dsjax.config import AdapterSection
@@ -58,6 +58,27 @@ def resolve(section: AdapterSection) -> Spec | None:
     if section.peft_type == "PREFIX_TUNING":
         return PrefixSpec(section.num_virtual_tokens)
     return None
+
+
+def fitted(section: AdapterSection, spec: Spec | None, model: Model) -> tuple[Spec | None, str]:
+    """An adapter from disk without what is not in this model, as PEFT loads it.
+
+    Returns:
+        The adapter, and what to tell the user; empty if there is nothing to tell.
+    """
+    if section.path is None or spec is None:
+        return spec, ""
+    told = []
+    if isinstance(spec, LoraSpec):
+        spec, left_out = idle.without_idle(model, spec)
+        told += [f"not in this model: {_some(left_out)}"] if left_out else []
+    unknown = peft_files.unknown_fields(section.path)
+    told += [f"no fields of PEFT, and not used: {_some(unknown)}"] if unknown else []
+    return spec, f"adapter.path {section.path}: {'; '.join(told)}" if told else ""
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
 
 
 def unused_keys(section: AdapterSection, spec: Spec | None) -> list[str]:
@@ -113,6 +134,7 @@ def _says_the_same(key: str, section: AdapterSection, spec: LoraSpec, model: Mod
     if key == "target_modules":
         return lora.targets(model, wished) == adapted
     names = [name for modules in adapted.values() for name, hit in modules.items() if hit]
+    raise_all(lora.pattern_problems(wished, names))
     if key == "rank_pattern":
         return all(wished.rank_of(name) == spec.rank_of(name) for name in names)
     return all(math.isclose(wished.alpha_of(name), spec.alpha_of(name)) for name in names)

@@ -12,9 +12,9 @@ import functools
 import math
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from dsjax.models.layers import (
 )
 from dsjax.models.moe import ExpertLinear, Router
 from dsjax.partition import Leaf
+from dsjax.patterns import fullmatch, is_linear
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,30 @@ def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> An
 
 
 def ends_in(pattern: str, module: str) -> bool:
-    """PEFT's rule for rank_pattern and alpha_pattern: a regular expression for the name's end."""
+    """PEFT's rule for rank_pattern and alpha_pattern: a regular expression for the name's end.
+
+    Trap: it may take `re` forever; `pattern_problems` has to have passed.
+    """
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def pattern_problems(spec: LoraSpec, names: Iterable[str]) -> list[str]:
+    """Keys of rank_pattern and alpha_pattern that cannot be matched against modules.
+
+    Args:
+        spec: the adapter.
+        names: modules; the parameters that they may be called by are looked at too.
+    """
+    keys = {key for name in names for key in (name, parameter_of(name)[0])}
+    wanted = {f"(.*\\.)?({key})": key for key in (*spec.rank_pattern, *spec.alpha_pattern)}
+    others = [whole for whole, key in wanted.items() if not is_linear(key)]
+    problems = fullmatch(others, sorted(keys)).problems
+    return [
+        f"adapter.{field}: got {wanted[whole]!r}, expected a regular expression ({problem})"
+        for whole, problem in problems.items()
+        for field in ("rank_pattern", "alpha_pattern")
+        if wanted[whole] in getattr(spec, field)
+    ]
 
 
 class Lora(nnx.Module):
@@ -197,10 +220,8 @@ def targets(model: Model, spec: LoraSpec) -> dict[str, dict[str, bool]]:
     linears = linear_modules(model)
     names = [name for modules in linears.values() for name in modules]
     _check(spec, names, model)
-    hits = {
-        path: {name: _is_target(spec, name) for name in modules}
-        for path, modules in linears.items()
-    }
+    chosen = _chosen(spec, names)
+    hits = {path: {name: name in chosen for name in modules} for path, modules in linears.items()}
     return {path: modules for path, modules in hits.items() if any(modules.values())}
 
 
@@ -226,21 +247,30 @@ def module_at(model: nnx.Module, path: str) -> Any:
     return model
 
 
-def _is_target(spec: LoraSpec, module: str) -> bool:
+def _chosen(spec: LoraSpec, names: Sequence[str]) -> set[str]:
     """PEFT's rule: all linear maps but the head, one regular expression, or a list of name ends.
 
     Routed experts are no linear maps in transformers 5.
     """
+    chosen = {name for name in names if spec.parameter_target(name)}
     wanted = spec.target_modules
-    if spec.parameter_target(module):
-        return True
+    if _is_regex(wanted):
+        return chosen | fullmatch([wanted], names).covered[wanted]
     if isinstance(wanted, str):
-        if wanted.lower() == "all-linear":
-            return module != "lm_head" and not is_routed(module) and in_layers(spec, module)
-        return re.fullmatch(wanted, module) is not None
-    if module in wanted:  # named whole: PEFT adapts it in any layer
-        return True
-    return any(module.endswith(f".{name}") for name in wanted) and in_layers(spec, module)
+        return chosen | {
+            name
+            for name in names
+            if name != "lm_head" and not is_routed(name) and in_layers(spec, name)
+        }
+    ends = set(wanted)
+    chosen |= ends.intersection(names)  # named whole: PEFT adapts it in any layer
+    return chosen | {n for n in names if not ends.isdisjoint(ends_of(n)) and in_layers(spec, n)}
+
+
+def ends_of(name: str) -> list[str]:
+    """A module's name and its ends after each dot, from the longest."""
+    parts = name.split(".")
+    return [".".join(parts[at:]) for at in range(len(parts))]
 
 
 def in_layers(spec: LoraSpec, module: str) -> bool:
@@ -265,7 +295,8 @@ def _check(spec: LoraSpec, names: list[str], model: Model) -> None:
             "adapter.target_modules, expected one of both; name the layers in the expression"
         )
     raise_all(problems)
-    adapted = [name for name in names if _is_target(spec, name)]
+    chosen = _chosen(spec, names)
+    adapted = [name for name in names if name in chosen]
     if not adapted:
         problems.append(
             f"adapter.target_modules: got {spec.target_modules!r}, which matches nothing"
@@ -285,7 +316,7 @@ def _check(spec: LoraSpec, names: list[str], model: Model) -> None:
     raise_all(problems)
 
 
-def _is_regex(wanted: str | list[str]) -> bool:
+def _is_regex(wanted: str | list[str]) -> TypeGuard[str]:
     return isinstance(wanted, str) and wanted.lower() != "all-linear"
 
 
@@ -318,35 +349,28 @@ def _target_problems(spec: LoraSpec, names: list[str], model: Model) -> list[str
         for wanted in spec.target_parameters or []
         if not any(f".{parameter_of(name)[0]}".endswith(f".{wanted}") for name in names)
     ]
-    for key, patterns in (
-        ("rank_pattern", spec.rank_pattern),
-        ("alpha_pattern", spec.alpha_pattern),
-    ):
-        problems += [
-            f"adapter.{key}: got {pattern!r}, expected a regular expression"
-            for pattern in patterns
-            if not _compiles(pattern)
-        ]
-    if _is_regex(spec.target_modules):
-        wanted = str(spec.target_modules)
-        if not _compiles(wanted):
+    problems += pattern_problems(spec, names)
+    wanted = spec.target_modules
+    if _is_regex(wanted):
+        matches = fullmatch([wanted], names)
+        if wanted in matches.problems:
             problems.append(
                 f"adapter.target_modules: got {wanted!r}, expected a regular expression, a list of "
-                "module names, or all-linear"
+                f"module names, or all-linear ({matches.problems[wanted]})"
             )
-        elif not any(re.fullmatch(wanted, name) for name in names):
+        elif not matches.covered[wanted]:
             problems.append(
                 f"adapter.target_modules: got {wanted!r}, which matches no linear module; write a "
                 f"list to name modules by their ends; {nearest(wanted, names)}"
             )
         return problems
-    wanted_names = [] if isinstance(spec.target_modules, str) else spec.target_modules
-    for wanted in wanted_names:
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
-            problems.append(
-                f"adapter.target_modules: got {wanted!r}, which matches no linear module; "
-                + _hint(wanted, names, model)
-            )
+    known = {end for name in names for end in ends_of(name)}
+    problems += [
+        f"adapter.target_modules: got {name!r}, which matches no linear module; "
+        + _hint(name, names, model)
+        for name in ([] if isinstance(wanted, str) else wanted)
+        if name not in known
+    ]
     return problems
 
 
@@ -361,14 +385,6 @@ def _hint(wanted: str, names: list[str], model: Model) -> str:
     if any(isinstance(module, Linear) for module in found):
         return "no gradient reaches the indexer"
     return nearest(wanted, short_names(names))
-
-
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
 
 
 def short_names(names: list[str]) -> list[str]:

@@ -23,6 +23,7 @@ from dsjax.config import AdapterSection
 from dsjax.errors import ConfigError, raise_all
 from dsjax.json_file import read_object
 from dsjax.models import Model
+from dsjax.models.config_fields import names_problems, shown
 from dsjax.partition import Leaf
 from dsjax.safetensors_file import TensorInfo, read_header, read_tensor
 from dsjax.storage import READS_AHEAD, Folder, in_order, is_url, open_folder
@@ -50,8 +51,18 @@ _REFUSED = (
 )
 """Fields that change what an adapter computes and that we do not implement, unless empty."""
 
-_INITIALISED_AS_LORA = (None, True, False, "gaussian")
+_INITIALISED_AS_LORA = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """init_lora_weights whose saved tensors are a plain LoRA; the others change the base too."""
+
+_WITHOUT_EFFECT = (
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+    *("revision", "inference_mode", "bias", "init_lora_weights", "target_parameters"),
+    *("megatron_config", "megatron_core", "runtime_config", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
+    *("num_layers", "token_dim", "num_attention_heads", "num_transformer_submodules"),
+    *("encoder_hidden_size", "prefix_projection", "init_weights"),
+)
+"""Fields of PEFT's configs that are looked at elsewhere, or change nothing of a saved adapter."""
 
 
 def read_spec(path: str) -> LoraSpec | PrefixSpec:
@@ -65,12 +76,12 @@ def read_spec(path: str) -> LoraSpec | PrefixSpec:
     kind = config.get("peft_type")
     field = f"adapter.path {path}/{CONFIG}"
     if kind not in ("LORA", "PREFIX_TUNING"):
-        raise ConfigError(f"{field} peft_type: got {kind!r}, expected LORA or PREFIX_TUNING")
+        raise ConfigError(f"{field} peft_type: got {shown(kind)}, expected LORA or PREFIX_TUNING")
     problems = []
     if config.get("task_type") not in (None, "CAUSAL_LM"):
-        problems.append(f"{field} task_type: got {config['task_type']!r}, expected CAUSAL_LM")
+        problems.append(f"{field} task_type: got {shown(config['task_type'])}, expected CAUSAL_LM")
     problems += [
-        f"{field} {name}: got {config[name]!r}, expected it empty; it is not implemented"
+        f"{field} {name}: got {shown(config[name])}, expected it empty; it is not implemented"
         for name in _REFUSED
         if config.get(name)
     ]
@@ -78,16 +89,19 @@ def read_spec(path: str) -> LoraSpec | PrefixSpec:
         raise_all(problems + _value_problems(field, config, "num_virtual_tokens"))
         return PrefixSpec(config["num_virtual_tokens"])
     if config.get("bias") not in (None, "none"):
-        problems.append(f"{field} bias: got {config['bias']!r}, expected none")
+        problems.append(f"{field} bias: got {shown(config['bias'])}, expected none")
     start = config.get("init_lora_weights")
+    if isinstance(start, str):  # PEFT takes some of them in any case
+        start = start.lower()
     if start not in _INITIALISED_AS_LORA:
         problems.append(
-            f"{field} init_lora_weights: got {start!r}, expected true; such an adapter goes with a "
-            "changed base model, save it as a plain LoRA with PEFT's path_initial_model_for_weight_"
-            "conversion"
+            f"{field} init_lora_weights: got {shown(start)}, expected true; such an adapter goes "
+            "with a changed base model, save it as a plain LoRA with PEFT's path_initial_model_for_"
+            "weight_conversion"
         )
     if not config.get("target_modules") and not config.get("target_parameters"):
         problems.append(f"{field} target_modules: got nothing, expected a list or an expression")
+    raise_all(problems + names_problems(config, "target_parameters", field))
     problems += [
         f"{field} target_parameters: got {name!r}, expected names that end in .weight, or in "
         f"experts.{GATE_UP} and experts.{DOWN}; other parameters have no adapter here"
@@ -96,6 +110,14 @@ def read_spec(path: str) -> LoraSpec | PrefixSpec:
     ]
     raise_all(problems + _value_problems(field, config, "r"))
     return _lora_spec(config)
+
+
+def unknown_fields(path: str) -> list[str]:
+    """Fields of adapter_config.json that PEFT 0.21 has not, and so does not use either."""
+    known = {*_REFUSED, *_WITHOUT_EFFECT, *AdapterSection.model_fields}
+    return [
+        name for name, value in _read_config(_open(path)).items() if value and name not in known
+    ]
 
 
 def _lora_spec(config: Mapping[str, Any]) -> LoraSpec:

@@ -127,9 +127,9 @@ def head_problems(config: Config) -> list[str]:
     ]
 
 
-def names_problems(config: Config, field: str) -> list[str]:
+def names_problems(config: Config, field: str, file: str = "config.json") -> list[str]:
     """A list of names that is something else; it may be null or absent."""
     value = config.get(field)
     if value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
         return []
-    return [f"config.json {field}: got {shown(value)}, expected a list of names or null"]
+    return [f"{file} {field}: got {shown(value)}, expected a list of names or null"]
