@@ -75,7 +75,8 @@ class ModelSection(_Section):
     """Number type of the computation. float16 scales its loss dynamically."""
     param_dtype: Literal["float32", "bfloat16"] | None = None
     """Number type in which trained base weights are held and updated (full training); null:
-    float32. Frozen weights are held in `dtype`, adapters in float32."""
+    float32. bfloat16 rounds updates at random, so that none is lost on average. Frozen weights are
+    held in `dtype`, adapters in float32."""
     quantization: None = None
     """How frozen weights are stored; null: as numbers of `param_dtype`."""
     attention: Literal["auto"] = "auto"

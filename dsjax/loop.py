@@ -187,6 +187,8 @@ class Loop:
             )
         if self.config.model.dtype == "float16":
             values |= {"loss_scale": float(told.loss_scale), "skipped_steps": int(told.skipped)}
+        if told.updates_lost is not None:
+            values["updates_lost"] = float(told.updates_lost)
         return values
 
     @property

@@ -13,8 +13,10 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
 
 from dsjax.config import MeshSection
 from dsjax.errors import ConfigError, raise_all
@@ -137,6 +139,13 @@ def portions(asked: int | Literal["auto"], batch_size: int, mesh: Mesh) -> int:
     return max(batch_size // batch_shards(mesh), 1) if asked == "auto" else asked
 
 
+def microbatches(x: Shaped[Array, "B T"], count: int, mesh: Mesh) -> Shaped[Array, "count b T"]:
+    """Deal the rows of a batch into `count` portions; each device deals out rows of its own."""
+    shards = batch_shards(mesh)
+    x = x.reshape(shards, count, -1, *x.shape[1:]).swapaxes(0, 1)
+    return x.reshape(count, -1, *x.shape[3:])
+
+
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     """Refuse a batch that accumulation and devices do not divide."""
     parts = accumulation * batch_shards(mesh)
@@ -183,16 +192,18 @@ def make_layout(mesh: Mesh) -> Layout:
     return Layout(rows_sharding(mesh), partial(_gather, mesh))
 
 
-def _gather(mesh: Mesh, x: jax.Array, axes: Axes) -> jax.Array:
+def _gather(mesh: Mesh, x: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.Array:
     """Undo the division by WEIGHT_AXES; gradients are summed into the divided form again."""
     ruled, placed = _ruled(x.shape, axes, mesh), _placed(x.shape, axes, mesh)
     if _size([axis for extra in placed for axis in extra], mesh) == 1 or ruled == placed:
         return x
-    return _gathered(x, _sharding(ruled, mesh), _sharding(placed, mesh))
+    return _gathered(x, _sharding(ruled, mesh), _sharding(placed, mesh), dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(x: jax.Array, whole: NamedSharding, divided: NamedSharding) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(
+    x: jax.Array, whole: NamedSharding, divided: NamedSharding, dtype: jnp.dtype
+) -> jax.Array:
     dim = next(i for i, axes in enumerate(divided.spec) if axes != whole.spec[i])
     kept, held = (_names(sharding.spec[dim]) for sharding in (whole, divided))
 
@@ -202,9 +213,12 @@ def _gathered(x: jax.Array, whole: NamedSharding, divided: NamedSharding) -> jax
         part = jax.lax.optimization_barrier(part)
         return jax.lax.all_gather(part, held[len(kept) :], axis=dim, tiled=True)
 
-    return jax.shard_map(
+    gathered = jax.shard_map(
         gather, mesh=whole.mesh, in_specs=divided.spec, out_specs=whole.spec, check_vma=False
-    )(x)
+    )(x.astype(dtype))
+    # Wide again, though no digit is: devices then sum its gradient in x's dtype. XLA drops both
+    # this cast and the one that follows where the array is used.
+    return gathered.astype(x.dtype)
 
 
 def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -212,11 +226,13 @@ def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def _gathered_forward(x: jax.Array, whole: NamedSharding, divided: NamedSharding):
-    return _gathered(x, whole, divided), None
+def _gathered_forward(x: jax.Array, whole: NamedSharding, divided: NamedSharding, dtype: jnp.dtype):
+    return _gathered(x, whole, divided, dtype), None
 
 
-def _gathered_backward(whole: NamedSharding, divided: NamedSharding, _: None, grad: jax.Array):
+def _gathered_backward(
+    whole: NamedSharding, divided: NamedSharding, dtype: jnp.dtype, _: None, grad: jax.Array
+):
     # First summed, then divided: asked for the latter alone, XLA for TPU weaves both into a loop
     # around the product, which takes long to compile. It makes one reduce-scatter of both for few
     # chips only: over 4 x 4 of them it sums whole gradients, as it does for a `psum_scatter`.

@@ -8,6 +8,7 @@ Not done here: loading, logging, saving.
 """
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import RunConfig
 from dsjax.data import Batch
+from dsjax.loss_scale import LossScale, first_loss_scale, next_loss_scale
+from dsjax.models.layers import Dropout
 from dsjax.objectives import OBJECTIVES
 from dsjax.objectives.sft import Forward, Sums, shifted
 from dsjax.optimizer import (
@@ -30,27 +33,17 @@ from dsjax.optimizer import (
     make_schedule,
 )
 from dsjax.partition import Params, Partition
+from dsjax.rounding import round_to, share_lost
 from dsjax.sharding import (
     batch_shards,
     leaf_shardings,
     make_layout,
+    microbatches,
     portions,
     replicated,
     rows_sharding,
     shardings_like,
 )
-
-FIRST_LOSS_SCALE = 2.0**15
-GROW_AFTER = 2000
-"""float16: steps without overflow after which the loss scale doubles, as torch's GradScaler."""
-
-
-class LossScale(NamedTuple):
-    """Dynamic scale of the loss under float16; 1 and never changed under other dtypes."""
-
-    scale: Float[Array, ""]
-    good_steps: Int[Array, ""]
-    skipped: Int[Array, ""]
 
 
 class TrainState(NamedTuple):
@@ -64,13 +57,18 @@ class TrainState(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """What a step tells: sums over its batch, the gradient's norm before clipping, its rate."""
+    """What a step tells: sums over its batch, the gradient's norm before clipping, its rate.
+
+    `updates_lost` is the share of the updates that changed nothing of what is held; None where
+    all is held in float32.
+    """
 
     sums: Sums
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     loss_scale: Float[Array, ""]
     skipped: Int[Array, ""]
+    updates_lost: Float[Array, ""] | None
 
 
 @dataclass(frozen=True)
@@ -136,14 +134,12 @@ def init_state(trainable: Params, config: StepConfig, seed: int) -> TrainState:
     """The state before the first step; moments are float32 and sharded like their parameter."""
 
     def init(trainable: Params) -> tuple[Any, jax.Array, jax.Array, LossScale]:
-        scale = FIRST_LOSS_SCALE if config.float16 else 1.0
-        zero = jnp.int32(0)
         key = jax.random.key_data(jax.random.key(seed))
         return (
             config.optimizer.init(_learnt(trainable, config.partition)),
             jnp.int32(0),
             key,
-            LossScale(jnp.float32(scale), zero, zero),
+            first_loss_scale(config.float16),
         )
 
     by_path = leaf_shardings(config.partition.leaves, config.mesh)
@@ -182,12 +178,17 @@ def make_train_step(
         grads, sums = _accumulate(config, state, frozen, batch, seed)
         grads = jax.tree.map(lambda g: g / state.loss_scale.scale, grads)
         norm = optax.tree.norm(grads)
-        updated, learning_rate = _update(config, state, grads, norm, sums)
+        updated, learning_rate, lost = _update(config, state, grads, norm, sums)
         new_state = _keep_or_skip(config, state, updated, norm)
         if config.float16:  # the sums of a skipped step are not finite; the skip is counted
             sums = jax.tree.map(lambda s: jnp.where(jnp.isfinite(norm), s, 0).astype(s.dtype), sums)
         report = StepReport(
-            sums, norm, learning_rate, state.loss_scale.scale, new_state.loss_scale.skipped
+            sums,
+            norm,
+            learning_rate,
+            state.loss_scale.scale,
+            new_state.loss_scale.skipped,
+            lost,
         )
         return new_state, report
 
@@ -207,7 +208,7 @@ def _accumulate(
     The balance loss, a mean over rows, and the loss of the token after the next, a mean over its
     own tokens, are in the gradients and not in the sum of the loss.
     """
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    key = _step_key(state)
     filled = jnp.sum(jnp.any(batch.segment_ids > 0, axis=1))
     balance_seed = config.aux_loss_alpha * state.loss_scale.scale / jnp.maximum(filled, 1)
     ahead_seed = 0.0
@@ -218,12 +219,15 @@ def _accumulate(
     wide = _learnt(state.trainable, config.partition)
     held = frozen | {path: state.trainable[path] for path in config.partition.balanced}
 
-    def micro(index: jax.Array, rows: Batch) -> tuple[Params, Sums]:
-        dropout_key = jax.random.fold_in(key, index) if config.dropout else None
+    def micro(rows: Batch, token_BT: jax.Array | None) -> tuple[Params, Sums]:
+        layout = make_layout(config.mesh)
+        dropout = None
+        if token_BT is not None:
+            dropout = Dropout(key, jax.lax.with_sharding_constraint(token_BT, layout.rows))
         forward = Forward(
             config.remat,
-            dropout_key,
-            make_layout(config.mesh),
+            dropout,
+            layout,
             batch_shards(config.mesh),
             config.mtp_loss_weight > 0,
         )
@@ -242,25 +246,25 @@ def _accumulate(
         (_, sums), grads = jax.value_and_grad(scaled_loss, has_aux=True)(wide)
         return _masked(grads, config.partition), sums
 
+    shape = batch.input_ids.shape
+    tokens = jnp.arange(math.prod(shape)).reshape(shape) if config.dropout else None
     if config.accumulation == 1:
-        return micro(jnp.int32(0), batch)
-    pieces = jax.tree.map(lambda x: _microbatches(x, config), batch)
-    numbers = jnp.arange(config.accumulation)
+        return micro(batch, tokens)
+    pieces = jax.tree.map(
+        lambda x: microbatches(x, config.accumulation, config.mesh), (batch, tokens)
+    )
 
     def add(total, piece):
         return jax.tree.map(jnp.add, total, micro(*piece)), None
 
-    shapes = jax.eval_shape(micro, numbers[0], jax.tree.map(lambda x: x[0], pieces))
+    shapes = jax.eval_shape(micro, *jax.tree.map(lambda x: x[0], pieces))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, (numbers, pieces))
+    total, _ = jax.lax.scan(add, zeros, pieces)
     return total
 
 
-def _microbatches(x: jax.Array, config: StepConfig) -> jax.Array:
-    """[B, T] -> [accumulation, B / accumulation, T]; each device deals out rows of its own."""
-    shards, count = batch_shards(config.mesh), config.accumulation
-    x = x.reshape(shards, count, -1, *x.shape[1:]).swapaxes(0, 1)
-    return x.reshape(count, -1, *x.shape[3:])
+def _step_key(state: TrainState) -> jax.Array:
+    return jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
 
 def _masked(grads: Params, partition: Partition) -> Params:
@@ -280,22 +284,22 @@ def _where_trained(
 
 def _update(
     config: StepConfig, state: TrainState, grads: Params, norm: jax.Array, sums: Sums
-) -> tuple[tuple[Params, Any], jax.Array]:
-    """New trainable arrays and optimizer state, and the learning rate that was used."""
+) -> tuple[tuple[Params, Any], jax.Array, jax.Array | None]:
+    """New trainable arrays and optimizer state, the learning rate, the share of lost updates."""
     wide = _learnt(state.trainable, config.partition)
     clipped = clip_by_global_norm(grads, norm, config.max_grad_norm)
     updates: Any
     updates, opt_state = config.optimizer.update(clipped, state.opt_state, wide)
-    # Frozen layers are copied: adding a zero to them would turn -0 into +0.
-    old = state.trainable
-    learnt = {
-        path: _where_trained(
-            path, (wide[path] + updates[path]).astype(old[path].dtype), old[path], config.partition
-        )
-        for path in config.partition.learnt
-    }
+    old, key, learnt = state.trainable, _step_key(state), {}
+    for path in config.partition.learnt:
+        own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        new = round_to(wide[path] + updates[path], old[path].dtype, own_key)
+        # Frozen layers are copied: adding a zero to them would turn -0 into +0.
+        learnt[path] = _where_trained(path, new, old[path], config.partition)
     learning_rate = config.schedule(state.step - state.loss_scale.skipped)
-    return (learnt | _moved_biases(config, old, sums), opt_state), learning_rate
+    wanted = {p: _where_trained(p, updates[p], 0, config.partition) for p in learnt}
+    lost = share_lost(old, learnt, wanted)
+    return (learnt | _moved_biases(config, old, sums), opt_state), learning_rate, lost
 
 
 def _moved_biases(config: StepConfig, trainable: Params, sums: Sums) -> Params:
@@ -327,14 +331,7 @@ def _keep_or_skip(
     finite = jnp.isfinite(norm)
     old = (state.trainable, state.opt_state)
     trainable, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, old)
-    scale, good, skipped = state.loss_scale
-    good = jnp.where(finite, good + 1, 0)
-    grown = jnp.where(good >= GROW_AFTER, scale * 2, scale)
-    loss_scale = LossScale(
-        jnp.where(finite, grown, jnp.maximum(scale / 2, 1.0)),
-        jnp.where(good >= GROW_AFTER, 0, good),
-        skipped + jnp.where(finite, 0, 1),
-    )
+    loss_scale = next_loss_scale(state.loss_scale, finite)
     return TrainState(trainable, opt_state, step, state.rng, loss_scale)
 
 

@@ -33,7 +33,7 @@ LAYERS = (
         "tensor_names",
         "checksums",
     },
-    {"config_yaml", "json_file", "rendezvous"},
+    {"config_yaml", "json_file", "rendezvous", "loss_scale", "rounding"},
     {"config", "hosts"},
     {"safetensors_file", "hf_hub", "folders", "models", "data", "optimizer", "metrics"},
     {"sampling", "text_stream", "source"},

@@ -22,6 +22,7 @@ from dsjax.adapters.prefix import PrefixSpec
 from dsjax.config import MeshSection
 from dsjax.errors import ConfigError
 from dsjax.partition import Leaf, decide
+from dsjax.program import collectives_of
 
 MESHES = {
     "data 8": {"data": 8},
@@ -67,6 +68,57 @@ def _one_device(recipe: str) -> in_memory.Outcome:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_mesh_gives_the_result_of_one_device(recipe: str, mesh: str) -> None:
     in_memory.assert_same(_two_steps(recipe, MESHES[mesh]), _one_device(recipe))
+
+
+DROPPING: dict[str, dict[str, Any]] = {
+    "dense": {"adapter": LoraSpec(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.5)}
+    | {"shape": {"model_type": "qwen2"}},
+    "head": {"adapter": LoraSpec(r=4, lora_alpha=8, target_modules=["lm_head"], lora_dropout=0.3)},
+    "v3": {
+        "shape": in_memory.V3,
+        "adapter": LoraSpec(
+            r=4,
+            lora_alpha=8,
+            target_modules=["q_b_proj", "kv_b_proj", "o_proj", "shared_experts.down_proj"],
+            lora_dropout=0.5,
+        ),
+    },
+}
+
+
+@functools.cache
+def _dropped(recipe: str) -> in_memory.Outcome:
+    return in_memory.two_steps(in_memory.start(**DROPPING[recipe]))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "mesh", "pieces"),
+    [
+        ("dense", None, 4),
+        ("dense", {"data": 2, "fsdp": 2, "tensor": 2}, 2),
+        ("head", {"fsdp": 4}, 2),
+        ("v3", {"expert": 2, "data": 2}, 2),
+        ("v3", {"fsdp": 2, "expert": 2, "tensor": 2}, 1),
+    ],
+)
+def test_dropout_is_the_same_on_every_mesh_and_in_any_number_of_portions(
+    monkeypatch: pytest.MonkeyPatch, recipe: str, mesh: dict[str, int] | None, pieces: int
+) -> None:
+    monkeypatch.setattr("dsjax.objectives.sft.TOKENS_PER_CHUNK", 32)
+    training = {"batch_size": 8, "gradient_accumulation_steps": pieces}
+    run = in_memory.start(**DROPPING[recipe], mesh=mesh, training=training)
+    in_memory.assert_same(in_memory.two_steps(run), _dropped(recipe))
+
+
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_dropout_sends_nothing(mesh: dict[str, int]) -> None:
+    sent = {}
+    for p in (0.0, 0.5):
+        adapter = LoraSpec(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=p)
+        run = in_memory.start(adapter=adapter, mesh=mesh)
+        text = run.lower(in_memory.batch()).compile().as_text() or ""
+        sent[p] = {c.kind: c.bytes for c in collectives_of(text).by_kind}
+    assert sent[0.0] and sent[0.0] == sent[0.5]
 
 
 def _lora_leaves(**shape: Any) -> Mapping[str, Leaf]:

@@ -10,14 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsjax.adapters import lora
 from dsjax.adapters.lora import LoraSpec
+from dsjax.loss_scale import FIRST_LOSS_SCALE, GROW_AFTER, LossScale
+from dsjax.models.layers import Dropout
 from dsjax.optimizer import make_schedule
 from dsjax.partition import Leaf
 from dsjax.step import (
-    FIRST_LOSS_SCALE,
-    GROW_AFTER,
-    LossScale,
     abstract_state,
     make_eval_step,
 )
@@ -203,14 +201,14 @@ class Masks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.drawn: list[bytes] = []
-        draw = jax.random.bernoulli
+        draw = Dropout.keep
 
-        def spy(key: jax.Array, p: float, shape: tuple[int, ...]) -> jax.Array:
-            mask = draw(key, p, shape)
+        def spy(dropout: Dropout, p: float, size: int) -> jax.Array:
+            mask = draw(dropout, p, size)
             jax.debug.callback(lambda mask: self.drawn.append(np.asarray(mask).tobytes()), mask)
             return mask
 
-        monkeypatch.setattr(lora.jax.random, "bernoulli", spy)
+        monkeypatch.setattr(Dropout, "keep", spy)
 
     def of(self, run: Callable[[], Any]) -> list[bytes]:
         """The masks that a call draws, sorted: layers run in order, callbacks need not."""
@@ -265,3 +263,56 @@ def test_the_program_does_not_grow_with_depth(adapter: LoraSpec | None) -> None:
         run = in_memory.start({"num_hidden_layers": layers}, adapter)
         sizes.append(len(run.lower(in_memory.batch()).as_text().splitlines()))
     assert sizes[0] == sizes[1]
+
+
+def _falls(param_dtype: str, steps: int) -> tuple[list[float], Any]:
+    """The loss of one batch, step by step, at the rate that one would take for a real model."""
+    run = in_memory.start(
+        model={"dtype": "bfloat16", "param_dtype": param_dtype},
+        optimizer={"learning_rate": 1e-5, "adam_epsilon": 1e-8},
+    )
+    batch = in_memory.batch()
+    reports = [run.step(batch) for _ in range(steps)]
+    losses = [float(report.sums.loss) / float(report.sums.weight) for report in reports]
+    return losses, reports[-1].updates_lost
+
+
+@pytest.mark.parametrize("steps", [150, pytest.param(500, marks=pytest.mark.slow)])
+def test_parameters_in_bfloat16_learn_as_those_in_float32_do(steps: int) -> None:
+    wide, nothing = _falls("float32", steps)
+    narrow, lost = _falls("bfloat16", steps)
+
+    fall = wide[0] - wide[-1]
+    assert fall > 0.01
+    assert abs((narrow[0] - narrow[-1]) - fall) < 0.1 * fall
+    assert nothing is None
+    assert 0.5 < float(lost) < 1.0  # of one step; the others make up for them
+
+
+def test_rounding_of_parameters_differs_by_step_and_comes_back() -> None:
+    run = in_memory.start(model={"param_dtype": "bfloat16"}, optimizer={"learning_rate": 1e-4})
+    batch = in_memory.batch()
+    run.compile(batch)
+    again, later = run.fresh(), run.fresh()
+    later.state = later.state._replace(step=later.state.step + 1)
+    for each in (run, again, later):
+        each.step(batch)
+    assert _bytes(run.trainable()) == _bytes(again.trainable())
+    assert _bytes(run.trainable()) != _bytes(later.trainable())
+
+
+def test_the_share_of_lost_updates_counts_what_trains() -> None:
+    run = in_memory.start(
+        model={"param_dtype": "bfloat16"},
+        optimizer={"learning_rate": 1e-3, "weight_decay": 0.5},
+        training={"freeze": ["model.layers.0", "lm_head"]},
+    )
+    before = run.trainable()
+    told = run.step(in_memory.batch()).updates_lost
+    updated = {p: np.asarray(m) != 0 for p, m in run.state.opt_state[0].mu.items()}
+    same = sum(
+        int((a[updated[p]] == before[p][updated[p]]).sum()) for p, a in run.trainable().items()
+    )
+    assert float(told) == pytest.approx(
+        same / sum(int(u.sum()) for u in updated.values()), abs=0.02
+    )

@@ -28,9 +28,10 @@ from dsjax.models import Model, entries_of
 from dsjax.models.layers import (
     AdapterBuffer,
     AdapterParam,
+    Dropout,
     Linear,
     abstract,
-    precision,
+    product,
     stacked_axes,
 )
 from dsjax.models.moe import ExpertLinear, Router
@@ -168,15 +169,14 @@ class Lora(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "*B I"], y: Float[Array, "*B O"], dropout_key: jax.Array | None
+        self, x: Float[Array, "*B I"], y: Float[Array, "*B O"], dropout: Dropout | None
     ) -> Float[Array, "*B O"]:
         """Add the update to y. Products run in x's dtype and are summed in float32."""
-        if self.dropout and dropout_key is not None:
-            key = jax.random.fold_in(dropout_key, self.seed)
-            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+        if self.dropout and dropout is not None:
+            keep = dropout.fold_in(self.seed).keep(1 - self.dropout, x.shape[-1])
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        low = _product(x, self.lora_A[...]).astype(x.dtype)
-        update = _product(low, self.lora_B[...]) * self.scaling[...]
+        low = product(x, self.lora_A[...], jnp.float32).astype(x.dtype)
+        update = product(low, self.lora_B[...], jnp.float32) * self.scaling[...]
         return (y.astype(jnp.float32) + update).astype(y.dtype)
 
     def delta(self) -> Float[Array, "O I"]:
@@ -184,16 +184,6 @@ class Lora(nnx.Module):
         exact = jax.lax.Precision.HIGHEST
         product = jnp.einsum("or,ri->oi", self.lora_B[...], self.lora_A[...], precision=exact)
         return product * self.scaling[...]
-
-
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return jnp.einsum(
-        "...i,oi->...o",
-        x,
-        weight.astype(x.dtype),
-        precision=precision(x.dtype),
-        preferred_element_type=jnp.float32,
-    )
 
 
 def attach(model: Model, spec: LoraSpec) -> None:

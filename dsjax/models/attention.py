@@ -104,8 +104,12 @@ def attend(
         if kernel is not None:
             return _by_kernel(kernel, q_BTNH, k_BSKH, v_BSKV, query.segment, scale, layout.rows)
 
+    # Wide outside of the blocks, so that these add up the gradients of keys and values in float32.
+    wide_k, wide_v = (x.astype(jnp.float32) for x in (k_BSKH, v_BSKV))
+
     def block(piece):
         q, tokens, asking = piece
+        k_BSKH, v_BSKV = (x.astype(q.dtype) for x in (wide_k, wide_v))
         mask = visible(tokens, key, window)
         if selection is not None:
             mask = selection.narrow(asking, mask)

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax.models.attention import KERNEL_NAME, PREFIX_SEGMENT, Tokens
-from dsjax.models.layers import MLP, Embedding, Layout, Linear, RMSNorm
+from dsjax.models.layers import MLP, Dropout, Embedding, Layout, Linear, RMSNorm
 from dsjax.models.moe import ROUTING, MoE, Work
 from dsjax.models.rope import positions_like, rope_tables
 
@@ -77,14 +77,23 @@ class Shared(NamedTuple):
     key: Tokens
     length: jax.Array | None
     layout: Layout | None
+    dropout: Dropout | None = None
 
 
 class PerLayer(NamedTuple):
-    """What differs from block to block, each with a leading layer axis, or None."""
+    """What differs from block to block, each with a leading layer axis, or None.
+
+    Attributes:
+        window: positions that a token looks back over.
+        number: of the layer, for its dropout.
+        cache: of its attention.
+        dropout: the layer's own; `run_stack` makes it.
+    """
 
     window: jax.Array | None
-    dropout_key: jax.Array | None
+    number: jax.Array | None
     cache: tuple[jax.Array, ...] | None
+    dropout: Dropout | None = None
 
 
 class Block(nnx.Module):
@@ -104,9 +113,9 @@ class Block(nnx.Module):
         normed_BTD, work = self.post_attention_layernorm(x_BTD), None
         if isinstance(self.mlp, MoE):
             real_BT = shared.query.segment > 0
-            mlp_BTD, work = self.mlp(normed_BTD, real_BT, shared.layout, own.dropout_key)
+            mlp_BTD, work = self.mlp(normed_BTD, real_BT, shared.layout, own.dropout)
         else:
-            mlp_BTD = self.mlp(normed_BTD, own.dropout_key)
+            mlp_BTD = self.mlp(normed_BTD, own.dropout)
         return x_BTD + checkpoint_name(mlp_BTD, "mlp_out"), cache, work
 
 
@@ -152,16 +161,16 @@ class CausalLM(nnx.Module):
         for end in (self.model.embed_tokens, self.lm_head):
             if end is not None and layout is not None:
                 weight: Any = end.weight
-                whole = layout.gather(weight[...].astype(self.dtype), weight.get_metadata()["axes"])
+                whole = layout.gather(weight[...], weight.get_metadata()["axes"], self.dtype)
                 end.weight = weight.replace(whole)
 
     def head(
-        self, hidden: Float[Array, "*B D"], dropout_key: jax.Array | None = None
+        self, hidden: Float[Array, "*B D"], dropout: Dropout | None = None
     ) -> Float[Array, "*B V"]:
         """Float32 logits from the final hidden states."""
         if self.lm_head is None:
             return self.model.embed_tokens.attend(hidden).astype(jnp.float32)
-        return self.lm_head(hidden, dropout_key).astype(jnp.float32)
+        return self.lm_head(hidden, dropout).astype(jnp.float32)
 
     def hidden(
         self,
@@ -170,7 +179,7 @@ class CausalLM(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         *,
         remat: str = "none",
-        dropout_key: jax.Array | None = None,
+        dropout: Dropout | None = None,
         layout: Layout | None = None,
         cache: Cache | None = None,
     ) -> Hidden:
@@ -181,7 +190,7 @@ class CausalLM(nnx.Module):
             position_ids: position of each token in its segment; 0..T-1 if absent.
             segment_ids: segment of each token, 0 for padding; one segment if absent.
             remat: `training.gradient_checkpointing`.
-            dropout_key: turns adapter dropout on.
+            dropout: of adapters; None where nothing is dropped.
             layout: of the mesh, None on one device.
             cache: of the tokens before; these tokens are appended to it.
         """
@@ -191,9 +200,9 @@ class CausalLM(nnx.Module):
         key = _key_tokens(query, cache)
         length = None if cache is None else cache.length
         tables = rope_tables(self.config.rope, query.position)
-        shared = Shared(*tables, query, self._with_prefix(key), length, layout)
+        shared = Shared(*tables, query, self._with_prefix(key), length, layout, dropout)
         x_BTD = _constrain(self.model.embed_tokens(input_ids, self.dtype), layout)
-        x_BTD, caches, work = self._run_stacks(x_BTD, shared, remat, dropout_key, cache)
+        x_BTD, caches, work = self._run_stacks(x_BTD, shared, remat, cache)
         if cache is not None:
             cache = Cache(caches, key, cache.length + input_ids.shape[1])
         return Hidden(self.model.norm(x_BTD), cache, work)
@@ -230,20 +239,19 @@ class CausalLM(nnx.Module):
         x_BTD: jax.Array,
         shared: Shared,
         remat: str,
-        dropout_key: jax.Array | None,
         cache: Cache | None,
     ) -> tuple[jax.Array, tuple[Any, ...], Work | None]:
         """Run all stacks; returns the activations, the new caches and the experts' work."""
         blocks = self.model.blocks()
         total, first = sum(block.layers for block in blocks), 0
         windows = self._windows()
-        keys = None if dropout_key is None else jax.random.split(dropout_key, total)
+        numbers = None if shared.dropout is None else jnp.arange(total)
         caches, work = [], None
         for number, block in enumerate(blocks):
             here = slice(first, first + block.layers)
             own = PerLayer(
                 window=None if windows is None else windows[here],
-                dropout_key=None if keys is None else keys[here],
+                number=None if numbers is None else numbers[here],
                 cache=None if cache is None else cache.stacks[number],
             )
             x_BTD, new, done = run_stack(block, x_BTD, shared, own, remat)
@@ -300,6 +308,8 @@ def run_stack(
     def body(x_BTD, xs):
         state, own = xs
         state = _gathered(state, x_BTD.dtype, shared.layout)
+        if shared.dropout is not None and own.number is not None:
+            own = own._replace(dropout=shared.dropout.fold_in(own.number))
         x_BTD, cache, work = nnx.merge(graphdef, state)(x_BTD, shared, own)
         return _constrain(x_BTD, shared.layout), (cache, work)
 
@@ -332,7 +342,7 @@ def _key_tokens(query: Tokens, cache: Cache | None) -> Tokens:
 
 
 def _gathered(state: Any, dtype: jnp.dtype, layout: Layout | None) -> Any:
-    """A layer's matrices as they are computed with: in `dtype`, on every device that needs them.
+    """A layer's matrices as they are computed with: rounded to `dtype`, where they are needed.
 
     Said here, XLA gathers each once, cast first; left to itself it would weave the gathering into
     every product, which takes many times as long to compile.
@@ -343,9 +353,8 @@ def _gathered(state: Any, dtype: jnp.dtype, layout: Layout | None) -> Any:
         axes = metadata["axes"][1:]
         if len(axes) < 2 or layout is None:
             return variable
-        if isinstance(variable, nnx.Param) and not metadata.get("exact", False):
-            value = value.astype(dtype)
-        return variable.replace(layout.gather(value, axes))
+        narrow = isinstance(variable, nnx.Param) and not metadata.get("exact", False)
+        return variable.replace(layout.gather(value, axes, dtype if narrow else value.dtype))
 
     return jax.tree.map(whole, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

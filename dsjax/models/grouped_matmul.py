@@ -37,7 +37,7 @@ def grouped_matmul(
 
     Args:
         x_ZI: rows, sorted by group.
-        weight_EOI: a matrix for each group, used in x's dtype.
+        weight_EOI: a matrix for each group, used in x's dtype; its gradient has its own.
         sizes_E: rows of each group.
         dtype: of the result, x's if None; sums are float32 in any case.
     """
@@ -109,6 +109,7 @@ def _by_rows(
 
     def cuda(x_ZK, weight, sizes_E):
         tiles = tiles_of(sizes_E, x_ZK.shape[0], grouped_kernel.TILE_ROWS)
+        weight = weight.astype(x_ZK.dtype)
         return grouped_kernel.multiply(x_ZK, weight, *tiles[:3], transposed=transposed, dtype=dtype)
 
     def loop(x_ZK, weight, sizes_E):

@@ -8,6 +8,7 @@ declare shape, dtype and logical axes, and are filled elsewhere. Not done here: 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 Axes = tuple[str | None, ...]
 """Logical axis of every dimension of a parameter."""
@@ -26,12 +27,44 @@ class Layout(NamedTuple):
 
     Attributes:
         rows: sharding of activations that lead with the rows of a batch.
-        gather: (a parameter of one layer, its axes) -> the same, brought together where it is
-            divided for memory alone.
+        gather: (a parameter of one layer, its axes, the dtype it is computed with in) -> the same
+            numbers in the parameter's own dtype, rounded to that one and brought together where
+            the parameter is divided for memory alone.
     """
 
     rows: NamedSharding
-    gather: Callable[[jax.Array, Axes], jax.Array]
+    gather: Callable[[jax.Array, Axes, jnp.dtype], jax.Array]
+
+
+class Dropout(NamedTuple):
+    """What adapters drop of their inputs: for each token what its number says, wherever it lies.
+
+    So masks do not depend on the mesh, nor on the portions that a batch is computed in.
+
+    Attributes:
+        key: of the step, of a layer or of a module.
+        token: number of each token in the whole batch.
+    """
+
+    key: jax.Array
+    token: Int[Array, "B T"]
+
+    def fold_in(self, number: Int[Array, ""] | int) -> "Dropout":
+        """Make the dropout of a layer or a module that has this number."""
+        return self._replace(key=jax.random.fold_in(self.key, number))
+
+    def keep(self, p: float | Float[Array, ""], size: int) -> Bool[Array, "B T I"]:
+        """Choose the inputs that stay, each with probability p.
+
+        Args:
+            p: a probability.
+            size: I, inputs of a token.
+        """
+
+        def of_token(token: jax.Array) -> jax.Array:
+            return jax.random.bernoulli(jax.random.fold_in(self.key, token), p, (size,))
+
+        return jax.vmap(jax.vmap(of_token))(self.token)
 
 
 class AdapterParam(nnx.Variable):
@@ -71,6 +104,60 @@ def stacked_axes(axes: tuple[str | None, ...], layers: int | None) -> tuple[str 
 def precision(dtype: jnp.dtype) -> lax.Precision | None:
     """Full precision for float32, which TPUs and GPUs otherwise multiply in fewer bits."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def product(
+    x: Float[Array, "*B I"], weight: Float[Array, "O I"], dtype: Any = None
+) -> Float[Array, "*B O"]:
+    """Multiply x W^T in x's dtype. The gradient of a wider W is summed and given in W's own dtype.
+
+    So it is in float32 that devices, chunks and microbatches add their parts of it.
+
+    Args:
+        x: rows.
+        weight: W, of x's dtype or a wider one.
+        dtype: of the result, x's if None.
+    """
+    dtype = jnp.dtype(dtype or x.dtype)
+    return (_product if weight.dtype == x.dtype else _wide_product)(x, weight, dtype)
+
+
+def _product(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    weight = weight.astype(x.dtype)
+    preferred = None if dtype == x.dtype else dtype
+    return jnp.einsum(
+        "...i,oi->...o",
+        x,
+        weight,
+        precision=precision(x.dtype),
+        preferred_element_type=preferred,
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _wide_product(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return _product(x, weight, dtype)
+
+
+def _wide_product_forward(x: jax.Array, weight: jax.Array, dtype: jnp.dtype):
+    return _product(x, weight, dtype), (x, weight)
+
+
+def _wide_product_backward(dtype: jnp.dtype, residuals: tuple[jax.Array, ...], y: jax.Array):
+    x, weight = residuals
+    _, pull = jax.vjp(lambda x: _product(x, weight, dtype), x)
+    rows = tuple(range(x.ndim - 1))
+    d_weight = lax.dot_general(y, x, ((rows, rows), ((), ())), preferred_element_type=weight.dtype)
+    return *pull(y), d_weight
+
+
+_wide_product.defvjp(_wide_product_forward, _wide_product_backward)
+
+
+def spread(x: Float[Array, "*S"], shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Broadcast, then cast: in the other order the gradient would be summed in `dtype`."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.broadcast_to(x.astype(wide), shape).astype(dtype)
 
 
 def in_blocks(x: Shaped[Array, "B T *rest"], size: int) -> Shaped[Array, "blocks B size *rest"]:
@@ -116,15 +203,14 @@ class Linear(nnx.Module):
         self.adapter: Any = nnx.data(None)
 
     def __call__(
-        self, x: Float[Array, "*B I"], dropout_key: jax.Array | None = None
+        self, x: Float[Array, "*B I"], dropout: Dropout | None = None
     ) -> Float[Array, "*B O"]:
-        """Map the last axis; weights are cast to x's dtype. A key turns adapter dropout on."""
-        weight = self.weight[...].astype(x.dtype)
-        y = jnp.einsum("...i,oi->...o", x, weight, precision=precision(x.dtype))
+        """Map the last axis; weights are used in x's dtype."""
+        y = product(x, self.weight[...])
         if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
+            y = y + spread(self.bias[...], y.shape, y.dtype)
         if self.adapter is not None:
-            y = self.adapter(x, y, dropout_key)
+            y = self.adapter(x, y, dropout)
         return y
 
     def whole_weight(self, dtype: jnp.dtype) -> Float[Array, "O I"]:
@@ -144,11 +230,11 @@ class MLP(nnx.Module):
         self.down_proj = Linear(wide, narrow, ("embed", "mlp"), bias=bias, layers=layers)
 
     def __call__(
-        self, x_BTD: Float[Array, "*B D"], dropout_key: jax.Array | None = None
+        self, x_BTD: Float[Array, "*B D"], dropout: Dropout | None = None
     ) -> Float[Array, "*B D"]:
         """Widen, gate, narrow."""
-        gate_BTF = jax.nn.silu(self.gate_proj(x_BTD, dropout_key))
-        return self.down_proj(gate_BTF * self.up_proj(x_BTD, dropout_key), dropout_key)
+        gate_BTF = jax.nn.silu(self.gate_proj(x_BTD, dropout))
+        return self.down_proj(gate_BTF * self.up_proj(x_BTD, dropout), dropout)
 
 
 class Embedding(nnx.Module):
@@ -159,12 +245,29 @@ class Embedding(nnx.Module):
 
     def __call__(self, input_ids: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         """Look the tokens up, in the compute dtype."""
-        return self.weight[...].astype(dtype)[input_ids]
+        return _rows_of(self.weight[...], input_ids, dtype)
 
     def attend(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Score every token of the vocabulary against x (tied output head)."""
-        weight = self.weight[...].astype(x.dtype)
-        return jnp.einsum("...d,vd->...v", x, weight, precision=precision(x.dtype))
+        return product(x, self.weight[...])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rows_of(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows of a table, which are cast; their gradients are added up in the table's own dtype."""
+    return table.astype(dtype)[ids]
+
+
+def _rows_of_forward(table: jax.Array, ids: jax.Array, dtype: jnp.dtype):
+    return _rows_of(table, ids, dtype), (ids, table)
+
+
+def _rows_of_backward(dtype: jnp.dtype, residuals: tuple[jax.Array, ...], rows: jax.Array):
+    ids, table = residuals
+    return jnp.zeros_like(table).at[ids].add(rows.astype(table.dtype)), None
+
+
+_rows_of.defvjp(_rows_of_forward, _rows_of_backward)
 
 
 class LayerNorm(nnx.Module):
@@ -196,4 +299,4 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
         normed = (wide * lax.rsqrt(variance + self.eps)).astype(x.dtype)
-        return self.weight[...].astype(x.dtype) * normed
+        return spread(self.weight[...], x.shape, x.dtype) * normed

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.models.grouped_matmul import grouped_matmul
-from dsjax.models.layers import MLP, Layout, in_blocks, out_of_blocks, parameter, precision
+from dsjax.models.layers import MLP, Dropout, Layout, in_blocks, out_of_blocks, parameter, precision
 
 ROUTING = "routing"
 """What a remat policy calls the choice of experts."""
@@ -361,11 +361,11 @@ class MoE(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         real_BT: Bool[Array, "B T"],
         layout: Layout | None,
-        dropout_key: jax.Array | None,
+        dropout: Dropout | None,
     ) -> tuple[Float[Array, "B T D"], Work]:
         """Run the experts; returns their output and how the routed ones shared the work."""
         routing, work = self.gate(x_BTD, real_BT)
         out_BTD = self.experts(x_BTD, routing, layout)
         if self.shared_experts is not None:
-            out_BTD = out_BTD + self.shared_experts(x_BTD, dropout_key)
+            out_BTD = out_BTD + self.shared_experts(x_BTD, dropout)
         return out_BTD, work

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from dsjax.data import Batch
 from dsjax.models import Model
-from dsjax.models.layers import Layout, in_blocks
+from dsjax.models.layers import Dropout, Layout, in_blocks
 
 TOKENS_PER_CHUNK = 2048
 """Tokens per device whose logits exist at the same time."""
@@ -27,14 +27,14 @@ class Forward(NamedTuple):
 
     Attributes:
         remat: `training.gradient_checkpointing`.
-        dropout_key: turns adapter dropout on.
+        dropout: of adapters; None where nothing is dropped.
         layout: of the mesh, None on one device.
         row_shards: number of parts that the rows are dealt into.
         ahead: whether the token after the next is predicted too.
     """
 
     remat: str = "none"
-    dropout_key: jax.Array | None = None
+    dropout: Dropout | None = None
     layout: Layout | None = None
     row_shards: int = 1
     ahead: bool = False
@@ -85,7 +85,7 @@ def sft(model: Model, batch: Batch, forward: Forward) -> Sums:
         jnp.asarray(batch.position_ids),
         jnp.asarray(batch.segment_ids),
         remat=forward.remat,
-        dropout_key=forward.dropout_key,
+        dropout=forward.dropout,
         layout=forward.layout,
     )
     loss, correct = _head_sums(model, hidden.states, batch.targets, batch.loss_weights, forward)
@@ -150,23 +150,22 @@ def _head_sums(
     """Weighted sums of the losses and of the hits of the head on final states."""
     rows = max(1, states_BTD.shape[0] // forward.row_shards)
     length = max(1, min(states_BTD.shape[1], TOKENS_PER_CHUNK // rows))
+    dropout = forward.dropout
+    tokens = None if dropout is None else dropout.token
     # Tokens that fill the last chunk up have weight 0.
-    chunks = jax.tree.map(lambda x: in_blocks(x, length), (states_BTD, targets, weights))
+    chunks = jax.tree.map(lambda x: in_blocks(x, length), (states_BTD, targets, weights, tokens))
 
     @jax.checkpoint
-    def chunk_sums(number, chunk) -> tuple[jax.Array, jax.Array]:
-        hidden_BtD, targets_Bt, weights_Bt = chunk
-        key = forward.dropout_key
-        if key is not None:  # else every chunk would lose the same inputs of an adapted head
-            key = jax.random.fold_in(key, number)
-        return _cross_entropy(model.head(hidden_BtD, key), targets_Bt, weights_Bt)
+    def chunk_sums(chunk) -> tuple[jax.Array, jax.Array]:
+        hidden_BtD, targets_Bt, weights_Bt, token_Bt = chunk
+        own = None if dropout is None else dropout._replace(token=token_Bt)
+        return _cross_entropy(model.head(hidden_BtD, own), targets_Bt, weights_Bt)
 
-    def add(total, numbered):
-        return jax.tree.map(jnp.add, total, chunk_sums(*numbered)), None
+    def add(total, chunk):
+        return jax.tree.map(jnp.add, total, chunk_sums(chunk)), None
 
     zero = jnp.zeros((), jnp.float32)
-    numbers = jnp.arange(chunks[1].shape[0])
-    sums, _ = jax.lax.scan(add, (zero, zero), (numbers, chunks))
+    sums, _ = jax.lax.scan(add, (zero, zero), chunks)
     return sums
 
 

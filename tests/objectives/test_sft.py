@@ -16,6 +16,7 @@ from dsjax.adapters.lora import LoraSpec
 from dsjax.data import Batch
 from dsjax.models import Model
 from dsjax.models.decoder import Hidden
+from dsjax.models.layers import Dropout
 from dsjax.objectives.sft import Forward, Sums, sft
 from dsjax.step import make_train_step
 
@@ -34,7 +35,7 @@ class Head(Model):
     def hidden(self, *batch: Any, **forward: Any) -> Hidden:
         return Hidden(self.states[...], None, None)
 
-    def head(self, hidden: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    def head(self, hidden: jax.Array, dropout: Any = None) -> jax.Array:
         return hidden @ self.weight[...].T
 
 
@@ -97,23 +98,23 @@ def test_a_train_step_has_no_array_of_all_logits(
     assert rows * length > 64
 
 
-def test_dropout_of_an_adapted_head_differs_from_chunk_to_chunk(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("chunk", [8, 16, 1000])
+def test_dropout_of_an_adapted_head_goes_by_tokens_not_by_chunks(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(SFT, "TOKENS_PER_CHUNK", 16)
     adapter = LoraSpec(r=2, lora_alpha=2, target_modules=["lm_head"], lora_dropout=0.5)
     run = in_memory.start({"num_hidden_layers": 1}, adapter)
-    drawn: list[bytes] = []
-    draw = jax.random.bernoulli
-
-    def spy(key: jax.Array, p: float, shape: tuple[int, ...]) -> jax.Array:
-        mask = draw(key, p, shape)
-        jax.debug.callback(lambda mask: drawn.append(np.asarray(mask).tobytes()), mask)
-        return mask
-
-    monkeypatch.setattr(jax.random, "bernoulli", spy)
     batch = jax.tree.map(jnp.asarray, in_memory.batch(4, 12))
-    sft(in_memory.full_model(run), batch, Forward(dropout_key=jax.random.key(0)))
-    jax.effects_barrier()
+    dropout = Dropout(jax.random.key(0), jnp.arange(48).reshape(4, 12))
+    model = in_memory.full_model(run)
+    states = model.hidden(*batch[:1], batch.position_ids, batch.segment_ids).states
+    keep = dropout.fold_in(model.lm_head.adapter.seed).keep(0.5, states.shape[-1])
+    low = jnp.where(keep, states * 2, 0) @ model.lm_head.adapter.lora_A[...].T
+    logits = model.head(states) + low @ model.lm_head.adapter.lora_B[...].T
+    expected, _ = SFT._cross_entropy(logits, batch.targets, batch.loss_weights)
 
-    assert len(set(drawn)) == len(drawn) == 3
+    monkeypatch.setattr(SFT, "TOKENS_PER_CHUNK", chunk)
+    found = sft(model, batch, Forward(dropout=dropout)).loss
+
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    assert len(np.unique(np.asarray(keep).reshape(48, -1), axis=0)) == 48

@@ -18,7 +18,7 @@ from dsjax.models.attention import Selection, attend
 from dsjax.models.decoder import LATENTS, Block, CausalLM, PerLayer, Shared, append_to_cache
 from dsjax.models.deepseek.config import LATENT_EPS, DeepseekConfig
 from dsjax.models.deepseek.mtp import MTP
-from dsjax.models.layers import MLP, LayerNorm, Linear, RMSNorm, precision
+from dsjax.models.layers import MLP, Dropout, LayerNorm, Linear, RMSNorm, precision, spread
 from dsjax.models.llama.model import Attention
 from dsjax.models.moe import MoE
 from dsjax.models.rope import rotate, split_pairs
@@ -69,10 +69,10 @@ class LatentAttention(nnx.Module):
         self, x_BTD: jax.Array, shared: Shared, own: PerLayer
     ) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
         """Attend; returns the output and, with a cache, what is kept of all tokens so far."""
-        m, key = self.mla, own.dropout_key
-        q_BTNH, q_latent_BTQ = self._queries(x_BTD, key)
+        m, dropout = self.mla, own.dropout
+        q_BTNH, q_latent_BTQ = self._queries(x_BTD, dropout)
         q_nope_BTNP, q_rope_BTNR = jnp.split(q_BTNH, [m.qk_nope_head_dim], axis=-1)
-        both_BTX = checkpoint_name(self.kv_a_proj_with_mqa(x_BTD, key), LATENTS)
+        both_BTX = checkpoint_name(self.kv_a_proj_with_mqa(x_BTD, dropout), LATENTS)
         latent_BTC, k_rope_BTR = jnp.split(both_BTX, [m.kv_lora_rank], axis=-1)
         new = (
             self.kv_a_layernorm(latent_BTC),
@@ -86,26 +86,26 @@ class LatentAttention(nnx.Module):
             selection = self.indexer.select(x_BTD, q_latent_BTQ, seen[2], shared)
         q_rope_BTNR = self._rotate(q_rope_BTNR, shared)
         if own.cache is None:
-            qkv = self._expanded(q_nope_BTNP, q_rope_BTNR, seen[0], seen[1], key)
+            qkv = self._expanded(q_nope_BTNP, q_rope_BTNR, seen[0], seen[1], dropout)
         else:
             qkv = self._as_latents(q_nope_BTNP, q_rope_BTNR, seen[0], seen[1])
         layout = shared.layout if own.cache is None else None
         out_BTNV = attend(*qkv, shared.query, shared.key, None, m.softmax_scale, selection, layout)
         if own.cache is not None:
             out_BTNV = self._from_latents(out_BTNV)
-        out_BTD = self.o_proj(out_BTNV.reshape(*x_BTD.shape[:2], -1), key)
+        out_BTD = self.o_proj(out_BTNV.reshape(*x_BTD.shape[:2], -1), dropout)
         return out_BTD, None if own.cache is None else seen
 
     def _queries(
-        self, x_BTD: jax.Array, key: jax.Array | None
+        self, x_BTD: jax.Array, dropout: Dropout | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """Queries by head, and the latent that they come from, where there is one."""
         if self.mla.q_lora_rank is None:
-            q_BTX, latent_BTQ = self.q_proj(x_BTD, key), None
+            q_BTX, latent_BTQ = self.q_proj(x_BTD, dropout), None
         else:
-            narrow_BTQ = checkpoint_name(self.q_a_proj(x_BTD, key), LATENTS)
+            narrow_BTQ = checkpoint_name(self.q_a_proj(x_BTD, dropout), LATENTS)
             latent_BTQ = self.q_a_layernorm(narrow_BTQ)
-            q_BTX = self.q_b_proj(latent_BTQ, key)
+            q_BTX = self.q_b_proj(latent_BTQ, dropout)
         return q_BTX.reshape(*x_BTD.shape[:2], self.heads, -1), latent_BTQ
 
     def _rotate(self, x_BTNR: jax.Array, shared: Shared) -> jax.Array:
@@ -120,16 +120,15 @@ class LatentAttention(nnx.Module):
         q_rope_BTNR: jax.Array,
         latent_BSC: jax.Array,
         k_rope_BSR: jax.Array,
-        key: jax.Array | None,
+        dropout: Dropout | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries, keys and values by head."""
         m = self.mla
-        both_BSX = self.kv_b_proj(latent_BSC, key)
+        both_BSX = self.kv_b_proj(latent_BSC, dropout)
         both_BSNX = both_BSX.reshape(*latent_BSC.shape[:2], self.heads, -1)
         k_nope_BSNP, v_BSNV = jnp.split(both_BSNX, [m.qk_nope_head_dim], axis=-1)
-        k_rope_BSNR = jnp.broadcast_to(
-            k_rope_BSR[:, :, None], (*k_nope_BSNP.shape[:3], m.qk_rope_head_dim)
-        )
+        by_head = (*k_nope_BSNP.shape[:3], m.qk_rope_head_dim)
+        k_rope_BSNR = spread(k_rope_BSR[:, :, None], by_head, k_rope_BSR.dtype)
         q_BTNH = jnp.concatenate([q_nope_BTNP, q_rope_BTNR], axis=-1)
         return q_BTNH, jnp.concatenate([k_nope_BSNP, k_rope_BSNR], axis=-1), v_BSNV
 

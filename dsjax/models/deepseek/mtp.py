@@ -51,6 +51,6 @@ class MTP(nnx.Module):
             States [B, T, D] after `shared_head.norm`, and how the experts shared the work.
         """
         both_BTX = jnp.concatenate([self.enorm(next_BTD), self.hnorm(states_BTD)], axis=-1)
-        own = PerLayer(window=None, dropout_key=None, cache=None)
+        own = PerLayer(window=None, number=None, cache=None)
         x_BTD, _, work = run_stack(self.block, self.eh_proj(both_BTX), shared, own, remat)
         return self.norm(x_BTD), work

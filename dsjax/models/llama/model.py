@@ -45,9 +45,9 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, shared: Shared, own: PerLayer
     ) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
         """Attend; returns the output and, with a cache, the layer's keys and values so far."""
-        q_BTNH = self._heads(self.q_proj(x_BTD, own.dropout_key), self.q_norm)
-        k_BSKH = self._heads(self.k_proj(x_BTD, own.dropout_key), self.k_norm)
-        v_BSKH = self._heads(self.v_proj(x_BTD, own.dropout_key), None)
+        q_BTNH = self._heads(self.q_proj(x_BTD, own.dropout), self.q_norm)
+        k_BSKH = self._heads(self.k_proj(x_BTD, own.dropout), self.k_norm)
+        v_BSKH = self._heads(self.v_proj(x_BTD, own.dropout), None)
         q_BTNH = rotate(q_BTNH, shared.cos_BTH, shared.sin_BTH)
         k_BSKH = rotate(k_BSKH, shared.cos_BTH, shared.sin_BTH)
         seen = append_to_cache(own.cache, (k_BSKH, v_BSKH), shared.length)
@@ -63,7 +63,7 @@ class Attention(nnx.Module):
             self.head_dim**-0.5,
             layout=shared.layout if own_rows else None,
         )
-        out_BTD = self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1), own.dropout_key)
+        out_BTD = self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1), own.dropout)
         return out_BTD, None if own.cache is None else seen
 
     def _heads(self, x: jax.Array, norm: RMSNorm | None) -> jax.Array:
