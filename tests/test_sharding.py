@@ -2,6 +2,7 @@
 """Every mesh computes what one device computes, and holds each array in its parts."""
 
 import functools
+import importlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -104,7 +105,7 @@ def _dropped(recipe: str) -> in_memory.Outcome:
 def test_dropout_is_the_same_on_every_mesh_and_in_any_number_of_portions(
     monkeypatch: pytest.MonkeyPatch, recipe: str, mesh: dict[str, int] | None, pieces: int
 ) -> None:
-    monkeypatch.setattr("dsjax.objectives.sft.TOKENS_PER_CHUNK", 32)
+    monkeypatch.setattr(importlib.import_module("dsjax.objectives.sft"), "TOKENS_PER_CHUNK", 32)
     training = {"batch_size": 8, "gradient_accumulation_steps": pieces}
     run = in_memory.start(**DROPPING[recipe], mesh=mesh, training=training)
     in_memory.assert_same(in_memory.two_steps(run), _dropped(recipe))

@@ -129,14 +129,17 @@ def _assert_every_gradient_is_summed_in_float32(dtype: str, rows: int, seed: int
     np.add.at(table, ids.reshape(-1), wide["like_x"])
     _close(found["embedding.weight"], table)
     _close(found["head.weight"], wide["scores"].T @ wide["x"])
-    _close(found["norm.weight"], np.asarray(scaled, np.float64).reshape(-1, HIDDEN).sum(0), 1e-3)
+    each = np.asarray(scaled, np.float64).reshape(-1, HIDDEN)
+    # Each product may be rounded or not, as the compiler fuses; their sum may not be.
+    wrong = np.abs(np.asarray(found["norm.weight"], np.float64) - each.sum(0))
+    assert (wrong <= 2**-8 * np.abs(each).sum(0)).all()
     group = np.repeat(np.eye(3), groups, axis=0)
     _close(found["experts"], np.einsum("ze,zo,zi->eoi", group, wide["y"], wide["x"]))
 
 
 _SUMS = given(
     dtype=st.sampled_from(["bfloat16", "float16"]),
-    rows=st.sampled_from([1, 64, 600]),
+    rows=st.sampled_from([8, 600]),
     seed=st.integers(0, 2**31),
 )
 
