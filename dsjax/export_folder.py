@@ -47,7 +47,7 @@ def read_marker(out: Path) -> dict[str, Any] | None:
     file = out / MARKER
     try:
         marker = json.loads(file.read_text("utf-8")) if file.is_file() else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return marker if isinstance(marker, dict) else None
 

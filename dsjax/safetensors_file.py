@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from dsjax.errors import ConfigError, files_of
+from dsjax.json_file import parse
 from dsjax.storage import File, read_at, size_of
 
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
@@ -49,6 +50,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _LFS_POINTER = b"version https://git-lfs"
 _FETCH_AGAIN = "download the file again"
 _MOST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+_MOST_AXES = 32
 _FIRST_READ = 1 << 17  # holds most headers
 
 
@@ -137,7 +139,7 @@ def parse_header(raw: bytes, file: str) -> list[TensorInfo]:
         ValueError, TypeError or KeyError: it is no safetensors header, or its tensors do not cover
             the bytes after it without gap or overlap.
     """
-    entries = json.loads(raw)
+    entries = parse(raw)
     if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
         raise ValueError("it is not an object of objects")
     infos = [
@@ -162,8 +164,9 @@ def _entry_info(name: str, file: str, entry: dict[str, Any], base: int) -> Tenso
         raise ValueError(f"{name} has dtype {entry['dtype']}, readable are {', '.join(DTYPES)}")
     start, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
-    if not all(isinstance(number, int) and number >= 0 for number in (start, end, *shape)):
-        raise ValueError(f"{name} has shape {list(shape)} and offsets {[start, end]}")
+    numbers = (start, end, *shape)
+    if len(shape) > _MOST_AXES or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+        raise ValueError(f"{name} has shape {list(shape)[:8]} and offsets {[start, end]}"[:200])
     return TensorInfo(name, file, DTYPES[entry["dtype"]], shape, base + start, base + end)
 
 

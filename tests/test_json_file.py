@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dsjax.errors import ConfigError
 from dsjax.json_file import MOST_LEVELS, parse_object, read_object
+from dsjax.safetensors_file import read_header
 
 SPOILT = {
     "deep_lists": (b'{"a": ' + b"[" * 100_000, "nested deeper than 100 levels"),
@@ -90,3 +91,25 @@ def test_a_file_with_damaged_bytes_is_read_or_refused(tree, at, piece, length):
 @_spoilt_objects
 def test_many_files_with_damaged_bytes_are_read_or_refused(tree, at, piece, length):
     _is_read_or_refused(tree, at, piece, length)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *(b"[" * 50_000, b'{"a": {"dtype": ' + b"[" * 50_000, b'{"a": 5}', b'{"a": {}}', b"\xff"),
+        b'{"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5_000 + b'], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [9223372036854775808], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": [' + b"1," * 999 + b'1], "data_offsets": [0, 4]}}',
+        b'{"a": {"dtype": "F32", "shape": 5, "data_offsets": [0, 4]}}',
+        b'{"\\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+    ],
+)
+def test_a_spoilt_safetensors_header_is_refused_by_its_file(tmp_path: Path, header: bytes):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ConfigError) as refused:
+        read_header(file)
+    assert f"model.path: got a corrupt header in {file}" in str(refused.value)
+    assert len(str(refused.value)) < 1_000
