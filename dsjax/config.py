@@ -119,7 +119,8 @@ class DataSection(_Section):
     """What to train and evaluate on."""
 
     train: Sources
-    """Files (JSON, JSONL, CSV, Parquet, text) or hub datasets to train on; one or a list."""
+    """Files (JSON, JSONL, CSV, Parquet, text) or hub datasets to train on; one or a list. In paths
+    *, ? and ** stand for what they match, in the order of the names."""
     eval: Sources | None = None
     """Files or hub datasets to evaluate on; null: no evaluation."""
     format: Literal[
@@ -134,6 +135,14 @@ class DataSection(_Section):
     """Fill a row with several examples; attention never crosses from one to another."""
     shuffle: bool = True
     """New order in every epoch; false: the order of the files."""
+    column_mapping: dict[str, str] = {}
+    """Names of columns, ours: theirs. {instruction: question, output: answer} reads the instruction
+    from the column question. Files and hub datasets, also those of `eval`."""
+    val_size: Positive | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Rows of `train`, as a number or a share, that are drawn by training.seed, not trained on, and
+    evaluated on; instead of `eval`."""
+    subset: str | None = None
+    """Subset (configuration) of hub datasets; null: their default."""
     split: str | None = None
     """Split of hub datasets; null: train for `train`, and for `eval` validation, else test."""
 
@@ -321,10 +330,14 @@ def _contradictions(config: RunConfig) -> list[str]:
             f"training.batch_size: got {training.batch_size}, expected a multiple of "
             f"training.gradient_accumulation_steps ({portions})"
         )
-    if training.eval_steps and config.data.eval is None:
+    if config.data.val_size is not None and config.data.eval is not None:
+        problems.append(
+            f"data.val_size: got {config.data.val_size} beside data.eval, expected one of the two"
+        )
+    if training.eval_steps and config.data.eval is None and config.data.val_size is None:
         problems.append(
             f"training.eval_steps: got {training.eval_steps} without data.eval, "
-            "expected null; or name files in data.eval"
+            "expected null; or name files in data.eval, or set data.val_size"
         )
     traced = config.logging.profile_steps
     if traced and traced[0] >= traced[1]:

@@ -47,7 +47,7 @@ from dsjax.config import (
     differing_keys,
     load_config,
 )
-from dsjax.data import Examples, Loader, find_tokenizer, load_examples
+from dsjax.data import Examples, Loader, find_tokenizer, load_evaluation
 from dsjax.errors import ConfigError, raise_all, renamed, run_command
 from dsjax.evaluation import evaluate_loss
 from dsjax.partition import Params
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
 
 def evaluate_run(config: RunConfig) -> dict[str, Any]:
     """Evaluate a run's newest checkpoint, or the model that the run would start from."""
-    if config.data.eval is None:
+    if config.data.eval is None and config.data.val_size is None:
         raise ConfigError(
             "data.eval: got null, expected files or hub datasets to evaluate on; add data.eval=FILE"
         )
@@ -147,11 +147,11 @@ def newest_step(config: RunConfig) -> int | None:
 
 def read_examples(config: RunConfig, parts: Assembly) -> Examples:
     """Tokenise the rows, once the batch is known to fit the devices; tell what became of them."""
-    assert config.data.eval is not None
     check_batch(config.training.batch_size, 1, parts.mesh)
     tokenizer = find_tokenizer(parts.source.directory, config.data.format)
     vocabulary = parts.model.config.vocab_size
-    examples = load_examples(config.data.eval, config.data, tokenizer, vocabulary, "data.eval")
+    examples = load_evaluation(config.data, config.training.seed, tokenizer, vocabulary)
+    assert examples is not None
     for line in examples.report.lines():
         print(line, file=sys.stderr)
     return examples
@@ -180,7 +180,7 @@ def measure(
         "dropped": report.dropped,
         "model": config.model.path,
         "adapter": config.adapter.path,
-        "data": list(config.data.eval or ()),
+        "data": list(config.data.eval or config.data.train),
     }
 
 

@@ -6,6 +6,7 @@ export, and a refusal of every folder that is not this run's own. Not done here:
 holds (export.py).
 """
 
+import glob
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,7 +96,7 @@ def _needed(config: RunConfig) -> list[tuple[str, Path]]:
     """The files and folders that a run reads or writes, with their keys; hub ids left out."""
     run, data = Path(config.output_dir), config.data
     read = [("model.path", config.model.path), ("adapter.path", config.adapter.path)]
-    read += [("data.train", name) for name in data.train]
-    read += [("data.eval", name) for name in data.eval or []]
+    for key, sources in (("data.train", data.train), ("data.eval", data.eval or [])):
+        read += [(key, name) for s in sources for name in (s, *glob.glob(s, recursive=True))]
     there = [(key, Path(name)) for key, name in read if name is not None and Path(name).exists()]
     return [*there, *(("output_dir", run / name) for name in (".", CHECKPOINTS, "tensorboard"))]

@@ -33,7 +33,8 @@ from dsjax import config as configuration
 from dsjax.assembly import CHECKPOINTS, Assembly, assemble, load_frozen, load_trainable
 from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig, TrainingSection, load_config, split_arguments
-from dsjax.data import Loader, decode_sample, find_tokenizer, load_examples
+from dsjax.data import Loader, decode_sample, find_tokenizer, load_training
+from dsjax.data import unused_keys as unused_data_keys
 from dsjax.devices import GPU_MEMORY_SHARE, peak_flops
 from dsjax.errors import run_command
 from dsjax.export import card_facts, check_dtype, export_trained
@@ -261,11 +262,10 @@ def read_data(config: RunConfig, parts: Assembly) -> Data:
     tokenizer = find_tokenizer(parts.source.directory, section.format)
     vocabulary = parts.model.config.vocab_size
     rows = process_rows(parts.mesh, training.batch_size)
-    examples = load_examples(section.train, section, tokenizer, vocabulary, "data.train")
+    examples, held_out = load_training(section, training.seed, tokenizer, vocabulary)
     loader = Loader(examples, section, training.batch_size, training.seed, rows)
     lines, evaluation, other = examples.report.lines(), None, ""
-    if section.eval:
-        held_out = load_examples(section.eval, section, tokenizer, vocabulary, "data.eval")
+    if held_out is not None:
         ordered = section.model_copy(update={"shuffle": False})
         evaluation = Loader(held_out, ordered, training.batch_size, training.seed, rows)
         lines, other = lines + held_out.report.lines(), held_out.fingerprint
@@ -311,7 +311,7 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
             file=sys.stderr,
         )
     unused = adapters.unused_keys(config.adapter, parts.spec)
-    unused += optimizer.unused_keys(config.optimizer)
+    unused += optimizer.unused_keys(config.optimizer) + unused_data_keys(config.data)
     if config.objective.aux_loss_alpha and not has_experts(parts.partition.leaves):
         unused.append("objective.aux_loss_alpha")
     if parts.spec is not None and config.model.param_dtype is not None:

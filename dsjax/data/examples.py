@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
+from jaxtyping import Bool
 from transformers import PreTrainedTokenizerFast
 
 from dsjax.config import DataSection
 from dsjax.data.chat import chat_examples
-from dsjax.data.files import Rows, read_rows
+from dsjax.data.columns import Columns
 from dsjax.data.formats import (
     IGNORED_LABEL,
     Chat,
@@ -28,6 +29,7 @@ from dsjax.data.formats import (
     parse_row,
     unread_keys,
 )
+from dsjax.data.sources import Source, open_sources
 from dsjax.data.store import Example, ExampleStore
 from dsjax.data.template import turn_ending, without_end
 from dsjax.data.tokenizer import encode_text
@@ -106,30 +108,31 @@ def load_examples(
     tokenizer: PreTrainedTokenizerFast | None,
     vocab_size: int | None = None,
     name: str = "data.train",
+    kept: Bool[np.ndarray, " N"] | None = None,
 ) -> Examples:
     """Read, tokenise and check all rows of several sources, in order.
 
     Args:
       sources: files and hub datasets: `section.train` or `section.eval`.
-      section: format, max_length, overlong and split.
+      section: format, max_length, overlong, split, subset and column_mapping.
       tokenizer: from `load_tokenizer`; None is enough for rows of tokens.
       vocab_size: rows of the model's embedding; every token must lie below it.
       name: config path of `sources`, for messages.
+      kept: which of all rows to load; None: all.
 
     Raises:
       ConfigError: a source or row is wrong (several rows in one message), or nothing is left.
     """
     examples = Examples(name)
-    sink = _Sink(section, tokenizer, vocab_size, examples)
-    opened = [
-        read_rows(source, f"{name}[{index}]", _splits(section, name))
-        for index, source in enumerate(sources)
-    ]
-    for index, (source, rows) in enumerate(zip(sources, opened, strict=True)):
-        sink.read(source, rows, f"{name}[{index}]")
+    sink = _Sink(section, tokenizer, vocab_size, examples, kept)
+    columns = Columns(section.column_mapping)
+    for source in open_sources(sources, section, name, columns):
+        sink.read(source)
         if len(sink.problems) >= SHOWN_PROBLEMS:
             break
-    raise_all(sink.problems + sink.refusals())
+    # Rows to evaluate on may have our names already.
+    unmet = columns.problems() if name == "data.train" else []
+    raise_all(unmet + sink.problems + sink.refusals())
     examples.seal()
     _check_left(examples.report, section)
     return examples
@@ -157,28 +160,39 @@ class _Sink:
         tokenizer: PreTrainedTokenizerFast | None,
         vocab_size: int | None,
         examples: Examples,
+        kept: Bool[np.ndarray, " N"] | None,
     ) -> None:
         self._section, self._examples = section, examples
+        self._kept, self._number = kept, 0  # of rows, over all sources
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self.problems: list[str] = []
         self._refused: list[str] = []
         self._refused_count = 0
 
-    def read(self, source: str, rows: Rows, where: str) -> None:
+    def read(self, source: Source) -> None:
         """Take in one source; what is wrong with its rows is collected in `problems`."""
         report, forms = self._examples.report, Counter[str]()
-        before = report.rows
+        before = self._number
         try:
-            for origin, fields in rows:
+            for origin, fields in source.rows:
+                self._number += 1
+                if not self._is_kept(self._number - 1):
+                    continue
                 report.rows += 1
                 self._add(fields, forms, origin)
                 if len(self.problems) == SHOWN_PROBLEMS:
                     break
         except ConfigError as error:
             self.problems.append(str(error))
-        if report.rows == before and not self.problems:
-            self.problems.append(f"{where}: got {source} without a row, expected at least one")
-        report.sources.append((source, forms))
+        if self._number == before and not self.problems:
+            self.problems.append(
+                f"{source.field}: got {source.name} without a row, expected at least one"
+            )
+        if forms:
+            report.sources.append((source.name, forms))
+
+    def _is_kept(self, number: int) -> bool:
+        return self._kept is None or (number < len(self._kept) and bool(self._kept[number]))
 
     def refusals(self) -> list[str]:
         """Return the refusal of over-long rows, if any."""
@@ -318,12 +332,6 @@ def _check_vocabulary(made: list[Example], vocab_size: int | None, origin: str) 
                     f"{(vocab_size or 0) - 1 if vocab_size else '2147483646'}; the tokenizer or "
                     "the file belongs to another model"
                 )
-
-
-def _splits(section: DataSection, name: str) -> tuple[str, ...]:
-    if section.split is not None:
-        return (section.split,)
-    return ("validation", "test") if name == "data.eval" else ("train",)
 
 
 def _check_left(report: DataReport, section: DataSection) -> None:

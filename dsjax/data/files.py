@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow.parquet
 
+from dsjax.data.columns import Columns
 from dsjax.data.csv_reader import csv_rows
 from dsjax.data.json_reader import json_file, json_lines, parse_json
 from dsjax.errors import ConfigError, nearest
@@ -32,13 +33,21 @@ DEEPEST = 100
 INNER = (str, dict, list, tuple)
 
 
-def read_rows(source: str, field: str, splits: tuple[str, ...]) -> Rows:
+def read_rows(
+    source: str,
+    field: str,
+    splits: tuple[str, ...],
+    subset: str | None = None,
+    columns: Columns | None = None,
+) -> Rows:
     """Yield the rows of one file or hub dataset.
 
     Args:
       source: path, or hub id.
       field: config path of the source, for messages (`data.train[0]`).
       splits: splits of a hub dataset to try, in order.
+      subset: subset (configuration) of a hub dataset; None: its default.
+      columns: renames the rows' columns.
 
     Raises:
       ConfigError: nothing there, a folder, an unknown kind of file, or a row that does not parse.
@@ -48,6 +57,7 @@ def read_rows(source: str, field: str, splits: tuple[str, ...]) -> Rows:
             f"{field}: got the URL {source}, expected a file or a hub dataset; copy it to a file "
             "system that every host sees"
         )
+    columns = columns or Columns({})
     path = Path(source).expanduser()
     try:
         if path.is_dir():
@@ -56,14 +66,20 @@ def read_rows(source: str, field: str, splits: tuple[str, ...]) -> Rows:
                 f"files, such as {next(_data_files(path), path / 'train.jsonl')}"
             )
         if path.is_file():
-            return _file_rows(path, _suffix(path, field))
-        if path.suffix in READERS or not HUB_ID.fullmatch(source):
+            return _file_rows(path, _suffix(path, field), columns)
+        if not is_hub_id(source):
             raise ConfigError(f"{field}: got {source}, expected a file that exists{_beside(path)}")
     except OSError as error:  # a folder on the way that may not be read, a name that is too long
         raise ConfigError(
             f"{field}: got {source}, expected a file that can be read ({error.strerror})"
         ) from error
-    return _hub_rows(source, field, splits)
+    return _hub_rows(source, field, splits, subset, columns)
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source that is no file names a dataset on the hub."""
+    path = Path(source).expanduser()
+    return path.suffix not in READERS and bool(HUB_ID.fullmatch(source)) and not path.exists()
 
 
 def _data_files(folder: Path) -> Iterator[Path]:
@@ -86,7 +102,7 @@ def _suffix(path: Path, field: str) -> str:
     return path.suffix
 
 
-def _file_rows(path: Path, suffix: str) -> Rows:
+def _file_rows(path: Path, suffix: str, columns: Columns) -> Rows:
     """Turn line numbers into origins and refuse what is no row."""
     try:
         for line, fields in READERS[suffix](path):
@@ -96,6 +112,7 @@ def _file_rows(path: Path, suffix: str) -> Rows:
                     f"{origin}: got a {type(fields).__name__}, expected an object with the "
                     "fields of one row"
                 )
+            fields = columns.rename(fields, origin)
             if suffix == ".csv":
                 fields = {key: _cell(key, text, origin) for key, text in fields.items()}
             check_values(fields, origin)
@@ -228,29 +245,31 @@ def _text_lines(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, {"text": line.rstrip("\r\n")}
 
 
-def _hub_rows(name: str, field: str, splits: tuple[str, ...]) -> Rows:
+def _hub_rows(
+    name: str, field: str, splits: tuple[str, ...], subset: str | None, columns: Columns
+) -> Rows:
     import datasets  # 1.5 s to import, and needed for hub datasets alone
 
     failures = []
     for split in splits:
         try:
-            rows = datasets.load_dataset(name, split=split)
+            rows = datasets.load_dataset(name, subset, split=split)
         except Exception as error:  # the hub client raises a dozen unrelated classes
             failures.append(f"split {split}: {_first_line(error)}")
             continue
-        return _loaded_rows(rows, f"{name}[{split}]")
+        return _loaded_rows(rows, f"{name}[{f'{subset}, ' if subset else ''}{split}]", columns)
     raise ConfigError(
         f"{field}: got {name}, expected a file that exists, and there is none of that name, or a "
-        f"hub dataset, which did not load ({'; '.join(failures)}); check the path, data.split and "
-        "the network"
+        f"hub dataset, which did not load ({'; '.join(failures)}); check the path, "
+        "data.subset, data.split and the network"
     )
 
 
-def _loaded_rows(rows: Any, name: str) -> Rows:
+def _loaded_rows(rows: Any, name: str, columns: Columns) -> Rows:
     number = 0
     try:
         for number, row in enumerate(rows, 1):
-            fields = dict(row)
+            fields = columns.rename(dict(row), f"{name}:{number}")
             check_values(fields, f"{name}:{number}")
             yield f"{name}:{number}", without_filled_nulls(fields)
     except ConfigError:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsjax.data import json_reader
+from dsjax.data.columns import Columns
 from dsjax.data.files import read_rows
 from dsjax.errors import ConfigError
 
@@ -198,7 +199,9 @@ def test_wrong_sources_are_named(tmp_path, source, message):
 
 
 def test_hub_datasets_try_splits_in_order(monkeypatch):
-    def load_dataset(name: str, split: str):
+    def load_dataset(name: str, subset: str | None, split: str):
+        if subset is not None:
+            return [{"text": subset, "question": name}]
         if split != "test":
             raise ValueError(f"Unknown split {split}")
         return [{"text": name}]
@@ -240,3 +243,12 @@ def test_nulls_that_the_user_wrote_stay(tmp_path):
     table = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([text]), table)
     assert [fields for _, fields in read_rows(str(table), "data.train[0]", ())] == [text]
+
+
+def test_a_subset_of_a_hub_dataset_is_asked_for_and_named(monkeypatch):
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, subset, split: [{"body": f"{name} {subset} {split}"}]
+    )
+    columns = Columns({"text": "body"})
+    rows = read_rows("owner/rows", FIELD, ("train",), "en", columns)
+    assert list(rows) == [("owner/rows[en, train]:1", {"text": "owner/rows en train"})]

@@ -37,6 +37,38 @@ def test_a_source_that_cannot_be_read(desk: Desk, source: str, parts: list[str])
     assert_says(desk.refusal(f"data.train={source.format(folder=desk.folder)}"), *parts)
 
 
+def test_a_pattern_that_matches_nothing(desk: Desk):
+    message = desk.refusal(f"data.train={desk.folder}/*.json")
+    assert_says(message, "data.train[0]: got", "*.json, which matches no file")
+
+
+def test_a_mapping_of_columns_that_are_not_there(desk: Desk):
+    message = desk.refusal("data.column_mapping={labels: lable, text: input_id}")
+    assert_says(message, "data.column_mapping: got input_id for text, which no row has")
+    assert_says(message, "did you mean input_ids?", "data.column_mapping: got lable for labels")
+    message = desk.refusal("data.column_mapping={question: instruction}")
+    assert_says(
+        message, "got question: instruction, expected one of", "write instruction: question"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("data.val_size=8", ["data.val_size: got 8, which is 8 of the 8 rows of data.train"]),
+        ("data.val_size=1.5", ["data.val_size: got 1.5, expected"]),
+        ("data.val_size=0", ["data.val_size: got 0, expected"]),
+    ],
+)
+def test_a_share_that_leaves_nothing(desk: Desk, override: str, parts: list[str]):
+    assert_says(desk.refusal(override), *parts)
+
+
+def test_rows_to_evaluate_on_named_twice(desk: Desk):
+    message = desk.refusal("data.val_size=2", f"data.eval={desk.rows}")
+    assert_says(message, "data.val_size: got 2 beside data.eval, expected one of the two")
+
+
 def test_the_second_of_two_sources(desk: Desk):
     message = desk.refusal(f"data.train=[{desk.rows}, {desk.folder}/more.jsonl]")
     assert_says(message, "data.train[1]: got", "more.jsonl", "a file that exists")
@@ -144,6 +176,16 @@ def test_a_file_of_another_kind_than_its_name(
             {"text": "a"},
             "messages",
             ["got the keys text", "expected also messages for the format messages"],
+        ),
+        (
+            {"instruction": "Add", "input": "", "output": None},
+            "auto",
+            ["rows.jsonl:1 output: got null, expected a value", "the format alpaca"],
+        ),
+        (
+            {"prompt": None, "completion": "a"},
+            "prompt_completion",
+            ["rows.jsonl:1 prompt: got null"],
         ),
         ({"instruction": "a"}, "alpaca", ["expected also output for the format alpaca"]),
         ({"prompt": "a", "completion": 3}, "auto", ["completion: got 3", "expected a string"]),
