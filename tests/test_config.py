@@ -197,7 +197,7 @@ def test_a_wrong_value_is_named_with_the_rule(smallest: Path, override: str, mes
         (
             ["training.eval_steps=5"],
             "training.eval_steps: got 5 without data.eval, expected null; "
-            "or name files in data.eval",
+            "or name files in data.eval, or set data.val_size",
         ),
         (
             ["logging.profile_steps=[3,3]"],

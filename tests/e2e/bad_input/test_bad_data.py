@@ -242,7 +242,7 @@ def test_a_file_of_another_kind_than_its_name(
         (
             {"conversations": [{"from": "alien", "value": "a"}]},
             "sharegpt",
-            ["conversations[0].role: got alien"],
+            ["conversations[0].from: got alien"],
         ),
         (
             {"instruction": "a", "output": "b", "history": ["c"]},
@@ -317,7 +317,7 @@ def test_a_chat_template_that_is_no_template(desk: Desk):
     file = desk.model / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": "{% if %}"}))
     desk.write_rows({"messages": CHAT})
-    assert_says(desk.refusal(), "rows.jsonl:1: got a conversation that the chat template refuses")
+    assert_says(desk.refusal(), "rows.jsonl:1: got a chat template that is not Jinja")
 
 
 def test_tools_that_the_template_does_not_show(desk: Desk):
