@@ -173,7 +173,7 @@ def _idle(seconds: float) -> Callable[..., Any]:
     from dsjax.step import StepReport
 
     one, count = jnp.float32(1.0), jnp.int32(1)
-    told = StepReport(Sums(one, one, one, count), one, one, one, count)
+    told = StepReport(Sums(one, one, one, count), one, one, one, count, None)
 
     def step(state: Any, frozen: Any, rows: Any) -> Any:
         if seconds:

@@ -110,7 +110,7 @@ def test_dropout_of_an_adapted_head_goes_by_tokens_not_by_chunks(
     states = model.hidden(*batch[:1], batch.position_ids, batch.segment_ids).states
     keep = dropout.fold_in(model.lm_head.adapter.seed).keep(0.5, states.shape[-1])
     low = jnp.where(keep, states * 2, 0) @ model.lm_head.adapter.lora_A[...].T
-    logits = model.head(states) + low @ model.lm_head.adapter.lora_B[...].T
+    logits = states @ model.lm_head.weight[...].T + low @ model.lm_head.adapter.lora_B[...].T
     expected, _ = SFT._cross_entropy(logits, batch.targets, batch.loss_weights)
 
     monkeypatch.setattr(SFT, "TOKENS_PER_CHUNK", chunk)
