@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, SupportsFloat, SupportsInt
 
 from dsjax.config import LoggingSection
-from dsjax.errors import files_of
 
 METRICS_FILE, PICTURE, BOARD = "metrics.jsonl", "training_loss.png", "tensorboard"
 TRAIN_KEYS = (
@@ -55,16 +54,15 @@ class MetricsLog:
         self._start_step = resume_step
         self._file = None
         self._board = None
-        self._path = path = output_dir / METRICS_FILE
+        path = output_dir / METRICS_FILE
         # By every process: all must come to the same answer on what is left to evaluate.
         rows = [row for row in read_metrics(path) if row["step"] <= resume_step]
         self._summarised = {row["step"] for row in rows if "train_loss" in row}
         self._evaluated = {row["step"] for row in rows if "eval_loss" in row}
         if not primary:
             return
-        with files_of(path):
-            cut_lines(path, resume_step)
-            self._file = path.open("a", encoding="utf-8")
+        cut_lines(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
         if "tensorboard" in section.report_to:
             # Imported here: it takes seconds, which a run that does not report would pay as well.
             from dsjax.tensorboard_file import EventFile
@@ -79,9 +77,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the files; nothing can be logged afterwards."""
-        with files_of(self._path):
-            if self._file is not None:
-                self._file.close()  # which writes what could not be written before
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -119,9 +116,8 @@ class MetricsLog:
         if self._file is None:
             return
         row = {key: _json_value(step, key, value) for key, value in values.items()}
-        with files_of(self._path):
-            self._file.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
-            self._file.flush()
+        self._file.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
+        self._file.flush()
         if self._board is not None:
             shown = {tag(k): v for k, v in row.items() if isinstance(v, int | float)}
             self._board.scalars(step, shown)
@@ -151,7 +147,7 @@ def _parse(line: bytes) -> dict | None:
         return None
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
@@ -324,12 +320,14 @@ def plot_loss(output_dir: Path) -> Path | None:
 
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    steps, losses = zip(*train, strict=True)
+    points, label = _binned(train, "training")
+    steps, losses = zip(*points, strict=True)
     marker = "o" if len(train) <= 30 else None
-    axes.plot(steps, losses, color="#9db7d5", linewidth=1.2, marker=marker, ms=3, label="training")
+    axes.plot(steps, losses, color="#9db7d5", linewidth=1.2, marker=marker, ms=3, label=label)
     axes.plot(steps, _smooth(losses), color="#1f4e8c", linewidth=2, label="training, smoothed")
     if evals:
-        axes.plot(*zip(*evals, strict=True), "o-", color="#d1495b", ms=5, label="evaluation")
+        points, label = _binned(evals, "evaluation")
+        axes.plot(*zip(*points, strict=True), "o-", color="#d1495b", ms=5, label=label)
     axes.set(title="Training loss", xlabel="optimizer step", ylabel="loss per token")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.spines[["top", "right"]].set_visible(False)
@@ -337,10 +335,28 @@ def plot_loss(output_dir: Path) -> Path | None:
     axes.legend(frameon=False)
     path = output_dir / PICTURE
     beside = path.with_name("training_loss.tmp.png")
-    with files_of(path):
-        figure.savefig(beside)
-        beside.replace(path)
+    figure.savefig(beside)
+    beside.replace(path)
     return path
+
+
+MOST_POINTS = 1000
+"""Points of a curve, about as many as the picture has columns; memory grows with their square."""
+
+
+def _binned(
+    points: Sequence[tuple[int, float]], name: str
+) -> tuple[list[tuple[float, float]], str]:
+    """Return at most MOST_POINTS means of as many points each, and a label that says so."""
+    size = -(-len(points) // MOST_POINTS)
+    if size <= 1:
+        return [(float(step), float(loss)) for step, loss in points], name
+    bins = [points[place : place + size] for place in range(0, len(points), size)]
+    means = [
+        (sum(step for step, _ in part) / len(part), sum(loss for _, loss in part) / len(part))
+        for part in bins
+    ]
+    return means, f"{name}, means of {size} lines"
 
 
 def _smooth(losses: Sequence[float]) -> list[float]:

@@ -198,15 +198,15 @@ def train(config: RunConfig, hosts: Hosts | None = None) -> int:
             finish_evaluation(run, loop, state, log, progress)
             log.log_summary(total, meter.summary())
 
-        # ---- 10. Results: the picture and the export
-        if primary:
-            plot_loss(run)
+        # ---- 10. Results: the export, and the picture, which prevents none
         if form is not None:
             facts = card_facts(config, parts, form, total, read_metrics(run / METRICS_FILE))
             out, marker = export_path(config), export_marker(config, form, total, meter.run_sums())
             progress = Loading("writing", primary)
             export_trained(parts, state.trainable, frozen, out, marker, facts, progress, hosts)
             hosts.say(f"exported {form} to {out}")
+        if primary:
+            plot_loss(run)
     return 0
 
 

@@ -3,9 +3,12 @@
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dsjax import metrics
@@ -297,6 +300,31 @@ def test_picture(tmp_path):
         "metrics.jsonl",
         "training_loss.png",
     ]
+
+
+def test_a_picture_of_a_long_run_takes_little_memory(tmp_path):
+    lines = [json.dumps({"step": step, "loss": 2.0 + step % 2}) for step in range(1, 20_001)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    plot_loss(tmp_path)  # imports what draws
+    tracemalloc.start()
+    plot_loss(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 60e6  # the lines themselves: 20 MB
+    tracemalloc.stop()
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=5000))
+@settings(max_examples=20)
+def test_a_curve_of_few_points_is_the_mean_of_all(losses):
+    points = list(enumerate(losses, 1))
+    binned, label = metrics._binned(points, "training")
+    assert len(binned) <= metrics.MOST_POINTS
+    size = -(-len(points) // metrics.MOST_POINTS)
+    assert label == ("training" if size == 1 else f"training, means of {size} lines")
+    for index, (step, loss) in enumerate(binned):
+        part = points[index * size : (index + 1) * size]
+        assert step == pytest.approx(sum(step for step, _ in part) / len(part))
+        assert loss == pytest.approx(sum(loss for _, loss in part) / len(part), abs=1e-9)
+    assert len(binned) * size >= len(points)
 
 
 def test_no_picture_without_a_loss(tmp_path):
