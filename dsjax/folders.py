@@ -8,7 +8,7 @@ kill leaves the old one, or none, never half of the new. Not done here: what goe
 import functools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +35,24 @@ def check_possible(folder: Path, field: str) -> None:
         raise ConfigError(f"{field}: got {got}, expected a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{field}: got {str(folder)!r}, expected a folder; {there} is read-only")
+
+
+def check_room(folder: Path, needs: Mapping[str, int], field: str) -> None:
+    """Refuse to begin what the disk of a folder, which need not be there yet, has no room for.
+
+    Args:
+        folder: where it goes.
+        needs: bytes of what will be written there.
+        field: what the message begins with.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free, needed = shutil.disk_usage(there).free, sum(needs.values())
+    if needed > free:
+        parts = " and ".join(f"{size / 2**20:,.1f} MiB for {what}" for what, size in needs.items())
+        raise ConfigError(
+            f"{field}: got {free / 2**20:,.1f} MiB free at {there}, expected at least {parts}; "
+            "free some space there, or choose another place"
+        )
 
 
 @contextmanager

@@ -15,6 +15,7 @@ if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -39,6 +40,8 @@ from dsjax.devices import GPU_MEMORY_SHARE, peak_flops
 from dsjax.errors import run_command
 from dsjax.export import card_facts, check_dtype, export_trained
 from dsjax.export_folder import export_marker
+from dsjax.folders import check_room
+from dsjax.fp8 import DequantisedSource
 from dsjax.hosts import Hosts, joined
 from dsjax.loop import Loop, finish_evaluation
 from dsjax.metrics import (
@@ -124,6 +127,7 @@ def train(config: RunConfig, hosts: Hosts | None = None) -> int:
         ConfigError: an input is wrong.
     """
     hosts = hosts or Hosts()
+    seed, primary = config.training.seed, hosts.primary
     hosts.agree(same_start(config))
     # ---- 1. Devices and 2. model: the checkpoint against its config.json, the adapter, the parts
     parts = assemble(config)
@@ -151,11 +155,11 @@ def train(config: RunConfig, hosts: Hosts | None = None) -> int:
 
     # ---- 6. The step: one function, compiled before there is anything to hold
     step = step_config(config, parts.partition, parts.mesh, total)
+    check_disk(config, parts, step, form, start < total, hosts)
     train_step = compile_step(step, data.train, hosts) if start < total else None
     eval_step = make_eval_step(step) if data.eval else None
 
     # ---- 7. Parameters: from the files onto the devices
-    seed, primary = config.training.seed, hosts.primary
     frozen = load_frozen(parts, seed, Loading(primary=primary))
     trainable = {} if start else load_trainable(parts, seed, Loading(primary=primary))
 
@@ -200,6 +204,7 @@ def train(config: RunConfig, hosts: Hosts | None = None) -> int:
 
         # ---- 10. Results: the export, and the picture, which prevents none
         if form is not None:
+            check_disk(config, parts, step, form, False, hosts)  # others write there too
             facts = card_facts(config, parts, form, total, read_metrics(run / METRICS_FILE))
             out, marker = export_path(config), export_marker(config, form, total, meter.run_sums())
             progress = Loading("writing", primary)
@@ -249,6 +254,38 @@ class Data:
     def digests(self) -> dict[str, str]:
         """What tells these rows from others."""
         return {"data.train": self.fingerprint, "data.eval": self.eval_fingerprint}
+
+
+def check_disk(
+    config: RunConfig,
+    parts: Assembly,
+    step: StepConfig,
+    form: str | None,
+    saves: bool,
+    hosts: Hosts,
+) -> None:
+    """Refuse to begin where a checkpoint, if one is to follow, and the export have no room.
+
+    Raises:
+        ConfigError: with the numbers.
+    """
+    if not hosts.primary:
+        return
+    run, needs = Path(config.output_dir), dict[Path, dict[str, int]]()
+    if saves:
+        leaves = jax.tree.leaves(abstract_state(step))
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        needs[run] = {"a checkpoint": size}
+    if form is not None:
+        source = parts.source.raw if isinstance(parts.source, DequantisedSource) else parts.source
+        size = sum(info.nbytes for info in source.tensors.values())
+        if form == "peft":
+            trained = [parts.partition.leaves[path] for path in parts.partition.trainable]
+            size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in trained)
+        place = run if config.export.path is None else export_path(config)
+        needs.setdefault(place, {})["the export"] = size
+    for place, wanted in needs.items():
+        check_room(place, wanted, "output_dir" if place == run else "export.path")
 
 
 def read_data(config: RunConfig, parts: Assembly) -> Data:

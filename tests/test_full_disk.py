@@ -6,6 +6,7 @@ A limit on the size of files stands for the disk: what is beyond it fails as on 
 
 import gc
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import small_run
 
+from dsjax import train
 from dsjax.checkpoint import Checkpointer
 from dsjax.config import CheckpointSection, LoggingSection
 from dsjax.data.store import Example, ExampleStore
@@ -134,6 +136,24 @@ def test_the_file_is_named_and_the_next_attempt_succeeds(
     assert write(tmp_path / "run") == expected
     assert "Traceback" not in capfd.readouterr().err
     gc.collect()
+
+
+def test_a_run_that_has_no_room_is_refused_before_it_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The state of all that trains three times over, in float32, and a model of 83,280 numbers."""
+    config = small_run.write_inputs(tmp_path, "full")
+    usage = shutil.disk_usage(tmp_path)
+    needed = 3 * 69_456 * 4 + 83_280 * 4
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    words = ["--config", str(config), "training.batch_size=16"]
+    message = (
+        r"^output_dir: got 1\.1 MiB free at .*, expected at least 0\.8 MiB for a checkpoint and "
+        r"0\.3 MiB for the export; free some space there, or choose another place$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        train.main(words)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
