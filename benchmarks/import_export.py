@@ -150,7 +150,7 @@ def _export(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
         if path.endswith("lora_B"):
             trainable[path] = array + 0.01
     arrays = _nbytes(frozen, trainable)
-    marker = export_marker(config, "merged", 1, {})
+    marker = export_marker(config, "benchmark", "merged", 1, {}, "")
     card = card_facts(config, parts, "merged", 1, [])
     with machine.PeakMemory() as memory:
         export_trained(parts, trainable, frozen, folder / OUTPUTS["export"], marker, card)

@@ -7,26 +7,26 @@ Nothing is allocated before `load_frozen` and `load_trainable`. Not done here: d
 state, training.
 """
 
-import hashlib
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from dsjax import adapters
 from dsjax.checkpoint import Checkpointer
+from dsjax.checksums import checksums
 from dsjax.config import AdapterSection, ModelSection, ObjectiveSection, RunConfig
 from dsjax.convert import Source, check_coverage, load_base, open_checkpoint
-from dsjax.errors import ConfigError
+from dsjax.errors import ConfigError, raise_all
 from dsjax.models import Model, build, predict_ahead
 from dsjax.objectives.requirements import check_biases, check_objective, check_prediction
 from dsjax.partition import Params, Partition, decide
 from dsjax.sharding import check_experts, leaf_shardings, make_mesh
+from dsjax.source import source_digest
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,11 +58,12 @@ class Assembly:
         """Sharding of every leaf by path."""
         return leaf_shardings(self.partition.leaves, self.mesh)
 
-    def source_digest(self) -> str:
-        """What tells the checkpoint's form from another's: config.json, and what tensors it has."""
-        tensors = {n: [str(i.dtype), i.shape] for n, i in self.source.tensors.items()}
-        text = json.dumps([self.source.config, tensors], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    def contents(self) -> dict[str, str]:
+        """What tells the model and the adapter on disk from others, by their keys."""
+        adapter = "none"
+        if self.adapter_path is not None and self.spec is not None:
+            adapter = adapters.peft_files.contents(self.adapter_path, self.spec)
+        return {"model.path": source_digest(self.source), "adapter.path": adapter}
 
 
 def assemble(
@@ -162,8 +163,22 @@ def _load(parts: Assembly, paths: Sequence[str], seed: int, progress: Progress) 
     return params
 
 
-def restore_trained(run: Path, config: RunConfig, parts: Assembly) -> tuple[int, Params]:
-    """The trained arrays of a run's newest complete checkpoint, and its step.
+class Restored(NamedTuple):
+    """What a checkpoint holds of a run.
+
+    Attributes:
+        step: the optimizer step.
+        trainable: the trained arrays.
+        meta: what was saved beside the state.
+    """
+
+    step: int
+    trainable: Params
+    meta: dict[str, Any]
+
+
+def restore_trained(run: Path, config: RunConfig, parts: Assembly) -> Restored:
+    """The trained arrays of a run's newest complete checkpoint.
 
     Raises:
         ConfigError: the run has no complete checkpoint, or one of another model.
@@ -173,6 +188,8 @@ def restore_trained(run: Path, config: RunConfig, parts: Assembly) -> tuple[int,
     step = checkpointer.latest() if folder.is_dir() else None
     if step is None:
         raise ConfigError(f"{folder}: got no complete checkpoint, expected one; train first")
+    meta = checkpointer.meta(step)
+    check_contents(parts.contents(), meta["contents"], run)
     shardings, leaves = parts.shardings, parts.partition.leaves
     abstract = {
         path: jax.ShapeDtypeStruct(leaves[path].shape, leaves[path].dtype, sharding=shardings[path])
@@ -180,16 +197,46 @@ def restore_trained(run: Path, config: RunConfig, parts: Assembly) -> tuple[int,
     }
     state = checkpointer.restore(step, {"trainable": abstract}, partial=True)
     checkpointer.close()
-    return step, state["trainable"]
+    return Restored(step, state["trainable"], meta)
 
 
-def trained_sums(run: Path, config: RunConfig, step: int) -> dict[str, float]:
-    """What a run's loss and tokens summed up to until a checkpoint of it.
+def check_contents(found: Mapping[str, str], began: Mapping[str, str], run: Path) -> None:
+    """Refuse to read anything else than a run began with.
 
-    Raises:
-        ConfigError: the checkpoint cannot be read.
+    Args:
+        found: digests of what lies there now, by the keys that name it.
+        began: those that the run's checkpoint holds.
+        run: the run's directory, for the message.
     """
-    checkpointer = Checkpointer(run / CHECKPOINTS, config.checkpoint, read_only=True)
-    sums = checkpointer.meta(step)["meter"]["run"]
-    checkpointer.close()
-    return sums
+    raise_all(
+        f"{key}: got other contents ({found[key]}) than those with which the run in {str(run)!r} "
+        f"began ({began[key]}), expected the same; restore them, or choose another output_dir"
+        for key in found
+        if found[key] != began[key]
+    )
+
+
+def frozen_sums(frozen: Params) -> dict[str, list[str]]:
+    """Dtype and checksum of every frozen array."""
+    sums = checksums(dict(frozen))
+    return {path: [str(array.dtype), sums[path]] for path, array in frozen.items()}
+
+
+def check_frozen(frozen: Params, began: Mapping[str, Sequence[str]], run: Path) -> None:
+    """Hold the frozen arrays, all of their numbers, against those that a run began with.
+
+    Arrays that are held in another dtype, or that only one of the two has, are not compared.
+    """
+    found = frozen_sums(frozen)
+    other = [
+        path
+        for path, (dtype, value) in found.items()
+        if path in began and began[path][0] == dtype and began[path][1] != value
+    ]
+    if other:
+        more = f" and {len(other) - 1} more have" if len(other) > 1 else " has"
+        raise ConfigError(
+            f"model.path: got a checkpoint whose {other[0]}{more} other numbers than when the run "
+            f"in {str(run)!r} began, expected the same weights; restore them, or choose another "
+            "output_dir"
+        )

@@ -11,8 +11,6 @@ are relative to the working directory. A section's `model_fields_set` holds the 
 gave.
 """
 
-import hashlib
-import json
 import os.path
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -183,16 +181,23 @@ class OptimizerSection(_Section):
     """Added to the root of the second moment."""
     max_grad_norm: Annotated[float, Field(ge=0)] | None = 1.0
     """Gradients are scaled down to this global norm; 0 or null: they are not."""
-    lr_scheduler_type: Literal["cosine", "cosine_with_restarts", "linear", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up."""
+    lr_scheduler_type: Literal[
+        "cosine",
+        "cosine_with_min_lr",
+        "cosine_with_restarts",
+        "linear",
+        "constant",
+        "constant_with_warmup",
+    ] = "cosine"
+    """Course of the learning rate after the warm-up; constant has none."""
     num_cycles: Positive = 1
     """Number of cosines of cosine_with_restarts."""
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
-    """Part of all steps in which the learning rate rises from 0."""
+    """Part of all steps in which the learning rate rises from 0; never all of them."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
-    """Steps in which it rises; when given, warmup_ratio is not used."""
+    """Steps in which it rises, fewer than all; when given, warmup_ratio is not used."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Part of the peak at which the learning rate ends."""
+    """Part of the peak at which the learning rate ends; cosine_with_min_lr asks for it."""
 
 
 class TrainingSection(_Section):
@@ -353,7 +358,30 @@ def _contradictions(config: RunConfig) -> list[str]:
     problems += [
         written_to_url(path, key) for key, path in written.items() if path and is_url(path)
     ]
-    return problems + _adapter_contradictions(adapter, export)
+    return (
+        problems
+        + _schedule_contradictions(config.optimizer)
+        + _adapter_contradictions(adapter, export)
+    )
+
+
+def _schedule_contradictions(section: OptimizerSection) -> list[str]:
+    """Compare the schedule with the keys that it has not, or cannot do without."""
+    kind, given = section.lr_scheduler_type, section.model_fields_set
+    problems = []
+    if kind == "constant":
+        problems += [
+            f"optimizer.{key}: got {getattr(section, key)} with lr_scheduler_type constant, which "
+            "has no warm-up, expected 0; use constant_with_warmup, or leave it out"
+            for key in ("warmup_ratio", "warmup_steps")
+            if key in given and getattr(section, key)
+        ]
+    if kind == "cosine_with_min_lr" and "min_lr_ratio" not in given:
+        problems.append(
+            "optimizer.min_lr_ratio: got nothing with lr_scheduler_type cosine_with_min_lr, "
+            "expected the part of the peak at which it ends; write 0.1 for a tenth"
+        )
+    return problems
 
 
 def _adapter_contradictions(adapter: AdapterSection, export: ExportSection) -> list[str]:
@@ -401,56 +429,24 @@ def export_format(
     return "peft"
 
 
-def differing_keys(old: RunConfig, new: RunConfig) -> list[str]:
-    """Name the keys that differ and may not between a run and its continuation.
-
-    Free to change are the layout of the devices, what is logged, saved and exported, the number
-    of steps, and the name of the output directory, which may have been moved.
-    """
-    before, after = old.model_dump(), new.model_dump()
-    return [
-        f"{section}.{key}"
-        for section, key in _lasting_keys()
-        if before[section][key] != after[section][key]
-    ]
-
-
-def identity(config: RunConfig) -> str:
-    """Name a run by its lasting keys: continuations have the same name, other runs another.
-
-    Defaults are left out, so that a key that a later version adds changes no name.
-    """
-    given = config.model_dump(mode="json", exclude_defaults=True)
-    lasting = [
-        (section, key, given[section][key])
-        for section, key in _lasting_keys()
-        if key in given.get(section, {})
-    ]
-    return hashlib.blake2b(json.dumps(lasting).encode(), digest_size=16).hexdigest()
-
-
-def _lasting_keys() -> list[tuple[str, str]]:
-    """The section and name of each key that stays as it is as long as a run does."""
-    free = {"mesh", "logging", "checkpoint", "export", "training.max_steps"}
-    return [
-        (section, key)
-        for section, inside in config_rules.keys(RunConfig).items()
-        for key in inside
-        if section not in free and f"{section}.{key}" not in free
-    ]
-
-
 def to_yaml(config: RunConfig) -> str:
     """Write the resolved configuration; reading it back gives the equal one.
 
-    Where the adapter decides what the defaults are, only keys that the user gave are written: a
-    default written down would read as the user's wish.
+    Where the adapter decides what the defaults are, or the schedule has no warm-up, only keys that
+    the user gave are written: a default written down would read as the user's wish.
     """
     tree = config.model_dump()
     if config.adapter.path is not None:
         tree["adapter"] = config.adapter.model_dump(exclude_unset=True)
     if config.adapter.path is not None or config.adapter.peft_type == "PREFIX_TUNING":
         tree["export"] = config.export.model_dump(exclude_unset=True)
+    if config.optimizer.lr_scheduler_type == "constant":
+        given = config.optimizer.model_fields_set
+        tree["optimizer"] = {
+            key: value
+            for key, value in tree["optimizer"].items()
+            if key in given or not key.startswith("warmup_")
+        }
     return to_text(tree)
 
 

@@ -326,7 +326,7 @@ def to_flax(src: str, dst: str, progress: Callable[[int, int], None] = lambda do
     device = SingleDeviceSharding(jax.devices()[0])
     shardings = dict.fromkeys(leaves, device)
     params = _load_entries(source, entries, leaves, shardings, progress)
-    with written_beside(Path(dst)) as directory:
+    with written_beside(Path(dst), check=lambda: check_empty(dst)) as directory:
         flax_checkpoint.save_flax(source, directory, entries, params, carried)
 
 

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,6 +33,7 @@ from dsjax.assembly import (
     CHECKPOINTS,
     Assembly,
     assemble,
+    check_frozen,
     load_frozen,
     load_trainable,
     restore_trained,
@@ -44,9 +46,9 @@ from dsjax.config import (
     ModelSection,
     RunConfig,
     TrainingSection,
-    differing_keys,
     load_config,
 )
+from dsjax.continuation import differing_keys
 from dsjax.data import Examples, Loader, find_tokenizer, load_evaluation
 from dsjax.errors import ConfigError, raise_all, renamed, run_command
 from dsjax.evaluation import evaluate_loss
@@ -95,15 +97,17 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     # The module for multi-token prediction has no part in what is measured.
     main = config.objective.model_copy(update={"mtp_loss_weight": 0.0})
     parts = assemble(config.model_copy(update={"objective": main}))
-    examples = read_examples(config, parts)
-    step = newest_step(config)
+    step, meta = newest_checkpoint(config)
+    examples = read_examples(config, parts, datetime.fromisoformat(meta["started"]))
     if step is None:
         print(f"no checkpoint in {config.output_dir}: the model as configured", file=sys.stderr)
         trainable = load_trainable(parts, config.training.seed, Loading())
     else:
         print(f"the checkpoint of step {step} in {config.output_dir}", file=sys.stderr)
-        step, trainable = restore_trained(Path(config.output_dir), config, parts)
-    return {"step": step, **measure(config, parts, trainable, examples)}
+        step, trainable, _ = restore_trained(Path(config.output_dir), config, parts)
+    frozen = load_frozen(parts, config.training.seed, Loading())
+    check_frozen(frozen, meta["frozen"], Path(config.output_dir))
+    return {"step": step, **measure(config, parts, trainable, frozen, examples)}
 
 
 def evaluate_model(config: RunConfig) -> dict[str, Any]:
@@ -112,21 +116,25 @@ def evaluate_model(config: RunConfig) -> dict[str, Any]:
     if parts.spec is None:
         # Nothing trains here: hold the weights as they are computed with, not as float32 masters.
         parts = replace(parts, partition=parts.partition.all_frozen(config.model.dtype))
-    examples = read_examples(config, parts)
-    return measure(config, parts, load_trainable(parts, config.training.seed), examples)
+    examples = read_examples(config, parts, datetime.now())
+    trainable = load_trainable(parts, config.training.seed)
+    frozen = load_frozen(parts, config.training.seed, Loading())
+    return measure(config, parts, trainable, frozen, examples)
 
 
-def newest_step(config: RunConfig) -> int | None:
-    """The step of the run's newest complete checkpoint.
+def newest_checkpoint(config: RunConfig) -> tuple[int | None, dict[str, Any]]:
+    """The step of the run's newest complete checkpoint, and what was saved beside its state.
 
     Raises:
         ConfigError: the run is one of another model or adapter, whose arrays are not this one's.
     """
+    nothing = {"started": datetime.now().isoformat(), "frozen": {}}
     folder = Path(config.output_dir) / CHECKPOINTS
     if not folder.is_dir():
-        return None
+        return None, nothing
     checkpointer = Checkpointer(folder, config.checkpoint, read_only=True)
     step = checkpointer.latest()
+    meta = nothing if step is None else checkpointer.meta(step)
     checkpointer.close()
     file = Path(config.output_dir) / "config.yaml"
     if step is not None and file.is_file():
@@ -142,13 +150,13 @@ def newest_step(config: RunConfig) -> int | None:
                 f"output_dir: got {config.output_dir!r}, which holds a run with other "
                 f"{', '.join(changed)}, expected the run of this configuration"
             )
-    return step
+    return step, meta
 
 
-def read_examples(config: RunConfig, parts: Assembly) -> Examples:
+def read_examples(config: RunConfig, parts: Assembly, today: datetime) -> Examples:
     """Tokenise the rows, once the batch is known to fit the devices; tell what became of them."""
     check_batch(config.training.batch_size, 1, parts.mesh)
-    tokenizer = find_tokenizer(parts.source.directory, config.data.format)
+    tokenizer = find_tokenizer(parts.source.directory, config.data.format, today)
     vocabulary = parts.model.config.vocab_size
     examples = load_evaluation(config.data, config.training.seed, tokenizer, vocabulary)
     assert examples is not None
@@ -158,12 +166,11 @@ def read_examples(config: RunConfig, parts: Assembly) -> Examples:
 
 
 def measure(
-    config: RunConfig, parts: Assembly, trainable: Params, examples: Examples
+    config: RunConfig, parts: Assembly, trainable: Params, frozen: Params, examples: Examples
 ) -> dict[str, Any]:
     """Run over all examples; returns what is printed."""
     section = config.data.model_copy(update={"shuffle": False})
     loader = Loader(examples, section, config.training.batch_size, config.training.seed)
-    frozen = load_frozen(parts, config.training.seed, Loading())
     eval_step = make_eval_step(step_config(config, parts.partition, parts.mesh, total_steps=1))
     told = _told(eval_step, loader.steps_in_epoch(0))
     values = evaluate_loss(told, trainable, frozen, loader, parts.mesh)

@@ -20,6 +20,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,17 @@ from dsjax.adapters import peft_files
 from dsjax.assembly import (
     Assembly,
     assemble,
+    check_frozen,
     load_frozen,
     restore_trained,
-    trained_sums,
 )
 from dsjax.command_line import CommandParser
 from dsjax.config import AdapterSection, MeshSection, RunConfig, load_config
+from dsjax.continuation import identity
 from dsjax.errors import ConfigError, run_command
+from dsjax.eval_results import evaluated_rows
 from dsjax.export_folder import (
+    check_own,
     check_replaceable,
     export_marker,
     is_exported,
@@ -66,7 +70,7 @@ def to_hf(
         raise ConfigError(f"source: got {src!r}, expected a directory written by to-flax")
     check_empty(dst)
     source = open_flax(src)
-    with written_beside(Path(dst)) as directory:
+    with written_beside(Path(dst), check=lambda: check_empty(dst)) as directory:
         write_checkpoint(source, directory, {}, progress)
 
 
@@ -127,12 +131,14 @@ def export_trained(
     card: CardFacts,
     progress: Callable[[int, int], None] = lambda done, total: None,
     hosts: Hosts | None = None,
+    field: str = "export.path",
 ) -> bool:
     """Write and prove an export, beside `out` first; what lies at `out` is replaced.
 
     Of several processes the first writes, and all prove the logits. The caller has made sure that
-    `out` may be replaced (`check_replaceable`). A merged export gives up the arrays: the proof
-    loads what changed in their place, never beside them.
+    `out` may be replaced (`check_replaceable`) before it did anything; here it is asked again. A
+    merged export gives up the arrays: the proof loads what changed in their place, never beside
+    them.
 
     Args:
         parts: the run's model.
@@ -143,6 +149,7 @@ def export_trained(
         card: the model card's facts.
         progress: told the bytes written so far and in all.
         hosts: this process among those of the run; None for a process alone.
+        field: how messages call `out`.
 
     Returns:
         Whether anything was written: an export with the same marker is kept as it is.
@@ -150,7 +157,8 @@ def export_trained(
     hosts = hosts or Hosts()
     if hosts.decide(lambda: is_exported(out, marker)):
         return False
-    with written_beside(out, hosts.primary) as directory:
+    check = partial(check_own, out, marker["run"], field)
+    with written_beside(out, field, hosts.primary, check) as directory:
         if marker["format"] == "peft":
             write_peft(directory, parts, trainable, hosts.primary)
         else:
@@ -221,12 +229,15 @@ def main(argv: Sequence[str]) -> int:
     parts = assemble(config)
     form = _checked_form(words.format, parts)
     check_dtype(config, parts)
-    check_replaceable(out, config, "--out")
-    step, trainable = restore_trained(run, config, parts)
-    marker = export_marker(config, form, step, trained_sums(run, config, step))
+    step, trainable, meta = restore_trained(run, config, parts)
+    name = identity(config, meta["contents"])
+    check_replaceable(out, config, name, "--out")
+    sums = meta["meter"]["run"]
+    marker = export_marker(config, name, form, step, sums, evaluated_rows(run))
     frozen = load_frozen(parts, config.training.seed)
+    check_frozen(frozen, meta["frozen"], run)
     facts = card_facts(config, parts, form, step, read_metrics(run / METRICS_FILE))
-    written = export_trained(parts, trainable, frozen, out, marker, facts)
+    written = export_trained(parts, trainable, frozen, out, marker, facts, field="--out")
     said = "exported" if written else "already there:"
     print(f"{said} step {step} as {form} to {out}", file=sys.stderr)
     return 0

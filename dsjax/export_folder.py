@@ -9,36 +9,41 @@ holds (export.py).
 import glob
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dsjax.assembly import CHECKPOINTS
-from dsjax.config import RunConfig, identity
+from dsjax.config import RunConfig
 from dsjax.errors import ConfigError
 from dsjax.folders import check_empty
+from dsjax.storage import READS_AHEAD, file_digest, in_order
 
 MARKER = "dsjax_export.json"
 """Says that an export is ours and what it is of."""
 
 
 def export_marker(
-    config: RunConfig, form: str, step: int, sums: Mapping[str, float]
+    config: RunConfig, run: str, form: str, step: int, sums: Mapping[str, float], eval_rows: str
 ) -> dict[str, Any]:
     """What an export says it is; two trainings that differ in anything have different markers.
 
     Args:
         config: the run's.
+        run: its name, from `continuation.identity`.
         form: merged or peft.
         step: the optimizer step that is exported.
-        sums: of the loss and the tokens up to that step, as its checkpoint holds them. They tell
+        sums: of the loss and the tokens up to that step, as its checkpoint holds them.
+        eval_rows: fingerprint of the rows whose results the model card shows. They tell
             apart what the configuration does not: other rows in files of the same names.
     """
     marker = {
         "format": form,
         "step": step,
         "model": config.model.path,
-        "run": identity(config),
+        "run": run,
         "sums": dict(sums),
+        "eval": eval_rows,
     }
     return marker | ({"dtype": config.export.dtype} if config.export.dtype else {})
 
@@ -54,22 +59,34 @@ def read_marker(out: Path) -> dict[str, Any] | None:
 
 
 def write_marker(folder: Path, marker: Mapping[str, Any]) -> None:
-    """Mark a folder whose files are all written; the sizes tell later whether all are there."""
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    text = json.dumps({**marker, "files": files})
+    """Mark a folder whose files are all written, and proven to be what they should be."""
+    text = json.dumps({**marker, "files": _contents(folder)})
     (folder / MARKER).write_text(text + "\n", "utf-8")
 
 
 def is_exported(out: Path, marker: Mapping[str, Any]) -> bool:
-    """Whether a folder holds this very export, whole."""
+    """Whether a folder holds this very export, whole: every file as it was when it was proven.
+
+    The files are read from end to end, for a damaged disk or a hand that edits leaves names and
+    sizes as they are. That takes as long as one copy, and only where there is nothing else to do.
+    """
     found = read_marker(out) or {}
-    files = found.pop("files", {})
-    there = all((out / n).is_file() and (out / n).stat().st_size == s for n, s in files.items())
-    return found == marker and there
+    files = found.pop("files", None)
+    if found != marker or not isinstance(files, dict):
+        return False
+    return files.items() <= _contents(out).items()
 
 
-def check_replaceable(out: Path, config: RunConfig, field: str = "export.path") -> None:
-    """Refuse to replace a folder with anything in it but this run's own export.
+def _contents(folder: Path) -> dict[str, str]:
+    """A digest of each file by its path in the folder, the marker left out."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER]
+    names = [path.relative_to(folder).as_posix() for path in files]
+    reads = [partial(file_digest, path) for path in files]
+    return dict(zip(names, in_order(reads, READS_AHEAD), strict=True))
+
+
+def check_replaceable(out: Path, config: RunConfig, run: str, field: str = "export.path") -> None:
+    """Refuse to replace a folder with anything in it but the own export of the run `run`.
 
     Raises:
         ConfigError: what the run reads or writes lies there, or somebody's files, or the export of
@@ -81,10 +98,19 @@ def check_replaceable(out: Path, config: RunConfig, field: str = "export.path") 
                 f"{field}: got {str(out)!r}, in which {key} ({str(path)!r}) lies, expected a "
                 "folder that holds nothing but the export"
             )
+    check_own(out, run, field)
+
+
+def check_own(out: Path, run: str, field: str = "export.path") -> None:
+    """Refuse to replace what is no export of the run `run`.
+
+    Raises:
+        ConfigError: somebody's files lie there, or the export of another run.
+    """
     marker = read_marker(out)
     if marker is None:
         check_empty(out, field)
-    elif marker.get("run") != identity(config):
+    elif marker.get("run") != run:
         raise ConfigError(
             f"{field}: got {str(out)!r}, which holds the export of another run (of "
             f"{marker.get('model')!r}, step {marker.get('step')}), expected this run's own or a "

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing a folder so that it is there complete or not at all.
+"""Writing a folder so that it is there complete or not at all, and by one process at a time.
 
 In: the folder's final path. Out: a folder beside it to write into, renamed when all is written; a
-kill leaves the old one, or none, never half of the new. Not done here: what goes into it.
+kill leaves the old one, or none, never half of the new. Locks are the system's own: they go with
+the process that holds them, however it ends. Not done here: what goes into the folder.
 """
 
+import fcntl
 import functools
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,12 +58,67 @@ def check_room(folder: Path, needs: Mapping[str, int], field: str) -> None:
         )
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a file so that it is there complete or not at all."""
+    beside = file.with_name(f".{file.name}.partial")
+    with files_of(file):
+        beside.write_text(text, "utf-8")
+        os.replace(beside, file)
+
+
+def lock(folder: Path, refusal: str) -> int:
+    """Lock a folder for as long as the descriptor that is returned stays open.
+
+    Raises:
+        ConfigError: with the text `refusal`, another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ConfigError(refusal) from error
+    except OSError as error:  # a mounted bucket may have no locks
+        told = f"{folder}: cannot be locked ({error.strerror}); let no second process write there"
+        print(told, file=sys.stderr)
+    return descriptor
+
+
+def made_and_locked(folder: Path, refusal: str) -> int:
+    """`lock` a folder, which is made if it is not there; its parent is."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            descriptor = lock(folder, refusal)
+        except FileNotFoundError:
+            continue
+        # Whoever held it may have renamed or removed it between the opening and the lock.
+        if folder.exists() and os.path.samestat(folder.stat(), os.fstat(descriptor)):
+            return descriptor
+        os.close(descriptor)
+
+
 @contextmanager
-def written_beside(path: Path, primary: bool = True) -> Iterator[Path]:
+def written_beside(
+    path: Path,
+    field: str = "output directory",
+    primary: bool = True,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[Path]:
     """Give a new folder beside `path`; on leaving normally it takes `path`'s place.
 
     What lies at `path` is replaced. What an earlier, killed attempt left beside it is removed. Of
     several processes the `primary` one does so, for all; that they wait for one another is theirs.
+
+    Args:
+        path: the folder.
+        field: what a refusal begins with.
+        primary: whether this is the process that writes.
+        check: refuses what must not be replaced. Asked again here, where nobody else can write
+            there any more.
+
+    Raises:
+        ConfigError: another process is writing the same folder, or `check` says so.
     """
     path = path.absolute()
     partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
@@ -68,17 +126,31 @@ def written_beside(path: Path, primary: bool = True) -> Iterator[Path]:
         yield partial
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir()
     remove = functools.partial(shutil.rmtree, partial, ignore_errors=True)
+    held = made_and_locked(
+        partial,
+        f"{field}: got {str(path)!r}, which another process is writing, expected none; wait for "
+        "it, or choose another",
+    )
     try:
+        for leftover in (*partial.iterdir(), old):
+            _remove(leftover)
+        check()
         with signals.undone(remove), files_of(path):
             yield partial
+        if path.exists():
+            os.rename(path, old)
+        os.rename(partial, path)
+        _remove(old)
     except Exception:
         remove()
         raise
-    if path.exists():
-        os.rename(path, old)
-    os.rename(partial, path)
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        os.close(held)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

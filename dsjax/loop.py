@@ -6,12 +6,11 @@ at which a signal came. Lines are logged before the checkpoint of their step is 
 resumed run repeats none and lacks none. Not done here: making any of these.
 """
 
-import json
 import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +25,12 @@ from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig
 from dsjax.data import Loader
 from dsjax.errors import ConfigError
+from dsjax.eval_results import evaluated_rows, is_evaluated, write_results
 from dsjax.evaluation import StoppedError, evaluate_loss, to_devices
 from dsjax.hosts import Hosts
 from dsjax.metrics import BOARD, Meter, MetricsLog
 from dsjax.partition import Params
 from dsjax.profiling import Profile
-from dsjax.run_folder import EVAL_RESULTS, is_evaluated, write_whole
 from dsjax.step import StepReport, TrainState
 from dsjax.terminal import Progress
 
@@ -99,13 +98,16 @@ class Stop:
 
 @dataclass(frozen=True)
 class Loop:
-    """The steps of a run, with what happens between them."""
+    """The steps of a run, with what happens between them.
+
+    `began` is what every checkpoint tells of the run's first start: when, and with what contents.
+    """
 
     config: RunConfig
     parts: Assembly
     train: Loader
     eval: Loader | None
-    fingerprint: str
+    began: Mapping[str, Any]
     total: int
     frozen: Params
     train_step: Any
@@ -215,8 +217,8 @@ class Loop:
 
     def _save(self, step: int, state: TrainState, meter: Meter) -> None:
         meta = {
+            **self.began,
             "position": self.train.position(step),
-            "data": self.fingerprint,
             "meter": meter.state(),
         }
         self.checkpointer.save(step, state, meta, force=True)
@@ -291,12 +293,18 @@ def expert_values(loads_LE: np.ndarray, tokens: int, chosen: int) -> dict[str, f
 
 
 def finish_evaluation(
-    run: Path, loop: Loop, state: TrainState, log: MetricsLog, progress: Progress
+    run: Path,
+    loop: Loop,
+    state: TrainState,
+    log: MetricsLog,
+    progress: Progress,
+    marker: Mapping[str, Any],
 ) -> None:
-    """Evaluate the final weights, unless a finished run did."""
-    file = run / EVAL_RESULTS
-    if loop.eval is None or loop.hosts.decide(lambda: is_evaluated(file, loop.total)):
+    """Evaluate the final weights, unless a finished run did, on these rows."""
+    if loop.eval is None or loop.hosts.decide(lambda: is_evaluated(run, marker)):
         return
-    results = {"step": loop.total, **loop.evaluate(state, loop.total, log, progress)}
+    if evaluated_rows(run) not in ("", marker["data"]):
+        log.forget_evaluation(loop.total)
+    values = loop.evaluate(state, loop.total, log, progress)
     if loop.hosts.primary:
-        write_whole(file, json.dumps(results, indent=2) + "\n")
+        write_results(run, marker, values)

@@ -91,6 +91,10 @@ class MetricsLog:
         """Whether the evaluation of a step is logged, by this or an earlier process of the run."""
         return step in self._evaluated
 
+    def forget_evaluation(self, step: int) -> None:
+        """Let the evaluation of a step be logged again: it was of other rows."""
+        self._evaluated.discard(step)
+
     def log_eval(self, step: int, values: Mapping[str, object]) -> None:
         """Write an evaluation line, once a step: all of EVAL_KEYS, then other `eval_*` keys."""
         ordered = {key: values[key] for key in EVAL_KEYS} | dict(values)

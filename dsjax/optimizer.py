@@ -19,11 +19,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from dsjax.config import OptimizerSection
+from dsjax.errors import ConfigError
+
+FEW_STEPS = 10
+MORE_STEPS = "raise training.num_train_epochs or training.max_steps, or lower training.batch_size"
 
 Schedule = Callable[[ArrayLike], Float[Array, ""]]
 
@@ -39,8 +44,8 @@ def make_schedule(section: OptimizerSection, total_steps: int) -> Schedule:
     Step s, counted from 0, gets `learning_rate * f(s)`; the warm-up is `s / warmup`, so its first
     step has learning rate 0. `warmup_steps`, when given, wins over `ceil(warmup_ratio * total)`.
     `min_lr_ratio` m lifts the decay f to `m + (1 - m) f` after the warm-up. That is Hugging Face's
-    `cosine_with_min_lr`; we do the same for `linear` and `cosine_with_restarts`, where Hugging Face
-    has no minimum, and it leaves `constant` at 1.
+    `cosine_with_min_lr`; we do the same for `cosine`, `linear` and `cosine_with_restarts`, where
+    Hugging Face has no minimum, and it leaves the constant ones at 1.
 
     Returns:
         A function of the 0-based step that gives the learning rate as a float32 scalar.
@@ -63,8 +68,8 @@ def unused_keys(section: OptimizerSection) -> list[str]:
     kind = section.lr_scheduler_type
     unused = {
         "num_cycles": kind != "cosine_with_restarts",
-        "min_lr_ratio": kind == "constant",
-        "warmup_ratio": section.warmup_steps is not None,
+        "min_lr_ratio": kind.startswith("constant"),
+        "warmup_ratio": section.warmup_steps is not None and kind != "constant",
         "adam_epsilon": section.optim == "lion",
     }
     given = section.model_fields_set
@@ -72,10 +77,52 @@ def unused_keys(section: OptimizerSection) -> list[str]:
 
 
 def warmup_length(section: OptimizerSection, total_steps: int) -> int:
-    """Give the number of warm-up steps."""
+    """Give the number of warm-up steps; a ratio leaves at least the last step to the peak."""
+    if section.lr_scheduler_type == "constant":
+        return 0
     if section.warmup_steps is not None:
         return section.warmup_steps
-    return math.ceil(section.warmup_ratio * total_steps)
+    return min(math.ceil(section.warmup_ratio * total_steps), total_steps - 1)
+
+
+def check_rates(section: OptimizerSection, total_steps: int, moves_biases: bool = False) -> None:
+    """Refuse a run that cannot change a weight, or never gets beyond its warm-up.
+
+    Args:
+        section: the run's.
+        total_steps: the run's.
+        moves_biases: whether routers' biases move, which needs no learning rate.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if not np.float32(section.learning_rate) and not moves_biases:
+        raise ConfigError(
+            f"optimizer.learning_rate: got {section.learning_rate}, expected more than 0; no step "
+            "would change a weight"
+        )
+    if warmup_length(section, total_steps) >= total_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps: got {section.warmup_steps} in a run of {total_steps} steps, "
+            "expected fewer than the steps: the learning rate, 0 in the first, would never come to "
+            f"its peak; lower it, or make more steps ({MORE_STEPS})"
+        )
+
+
+def few_steps(total_steps: int, rows: int, batch_size: int) -> list[str]:
+    """Say of a short run that it is one, and what makes it longer.
+
+    Args:
+        total_steps: what the data came to.
+        rows: of an epoch, packed.
+        batch_size: rows of a step.
+    """
+    if total_steps >= FEW_STEPS:
+        return []
+    return [
+        f"only {total_steps} step{'s' * (total_steps > 1)}: {rows:,} rows, {batch_size} in each "
+        f"step; for more, {MORE_STEPS}"
+    ]
 
 
 def _constant(step: Array, warmup: int, total: int, cycles: int) -> Array:
@@ -107,8 +154,10 @@ def _half_cosine(remaining: Array, span: int) -> Array:
 
 DECAYS = {
     "constant": _constant,
+    "constant_with_warmup": _constant,
     "linear": _linear,
     "cosine": _cosine,
+    "cosine_with_min_lr": _cosine,
     "cosine_with_restarts": _cosine_with_restarts,
 }
 

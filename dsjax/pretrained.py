@@ -79,7 +79,9 @@ def save_pretrained(model: Model, directory: str, format: str = "merged") -> Non
         raise ConfigError("format: got merged, expected peft; a prefix has no merged form")
     params = take(model)
     adapter = {path: params[path] for path in parts.partition.trainable}
-    with written_beside(Path(directory)) as folder:
+    with written_beside(
+        Path(directory), "directory", check=lambda: check_empty(directory, "directory")
+    ) as folder:
         if format == "peft":
             write_peft(folder, parts, adapter)
         else:

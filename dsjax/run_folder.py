@@ -5,86 +5,113 @@ In: the configuration and what the data are. Out: how far an earlier run came, o
 done here: the files' contents (`checkpoint`, `metrics`, `export`).
 """
 
-import fcntl
 import json
 import os
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from dsjax import config as configuration
-from dsjax.assembly import CHECKPOINTS
+from dsjax import signals
+from dsjax.assembly import CHECKPOINTS, check_contents
 from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig, load_config
+from dsjax.continuation import differing_keys, identity
 from dsjax.coordinator import numbered
-from dsjax.errors import ConfigError, files_of
+from dsjax.errors import ConfigError
+from dsjax.eval_results import evaluated_rows, evaluation_marker, is_evaluated
 from dsjax.export_folder import check_replaceable, export_marker, is_exported
-from dsjax.folders import check_possible
+from dsjax.folders import check_possible, made_and_locked
 from dsjax.hosts import Hosts
 from dsjax.metrics import METRICS_FILE, read_metrics
 
 SHARED_WITHIN = 20.0
 """Seconds after which a file that one process wrote must be there for the others."""
 
-CONFIG_FILE, EVAL_RESULTS = "config.yaml", "eval_results.json"
+CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """What an earlier run has done: its steps, and what loss and tokens summed up to."""
+    """What an earlier run has done, and what it began with; of a new run, nothing and now.
 
-    step: int = 0
-    sums: Mapping[str, float] = field(default_factory=dict)
+    Attributes:
+        step: the optimizer steps that are done.
+        started: when the first of its starts was.
+        meta: what its newest checkpoint holds beside the state.
+    """
+
+    step: int
+    started: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sums(self) -> Mapping[str, float]:
+        """What loss and tokens summed up to."""
+        return self.meta["meter"]["run"] if self.meta else {}
 
 
-def earlier_run(
-    run: Path, config: RunConfig, form: str | None, total: int, fingerprint: str
-) -> Earlier:
-    """Look at what lies in the output directory; nothing is written yet.
+def earlier_run(run: Path, config: RunConfig) -> Earlier:
+    """Look at what lies in the output directory.
 
     Raises:
-        ConfigError: another configuration's run, more steps than wanted, a checkpoint that cannot
-            be read, or a foreign folder where the export goes.
+        ConfigError: another configuration's run, or a checkpoint that cannot be read.
     """
-    check_possible(run, "output_dir")
+    new = Earlier(0, datetime.now().isoformat(timespec="seconds"))
     file = run / CONFIG_FILE
     if file.is_file():
-        changed = configuration.differing_keys(earlier_config(file), config)
+        changed = differing_keys(earlier_config(file), config)
         if changed:
             raise ConfigError(
                 f"output_dir: got {str(run)!r}, which holds a run with other {', '.join(changed)}, "
                 "expected the same configuration; choose another output_dir, or remove that one"
             )
-    if form is not None:
-        check_replaceable(export_path(config), config)
     if not (run / CHECKPOINTS).is_dir():
-        return Earlier()
+        return new
     reader = Checkpointer(run / CHECKPOINTS, config.checkpoint, read_only=True)
     done = reader.latest()
     meta = reader.meta(done) if done is not None else {}
     reader.close()
     if done is None:
-        return Earlier()
+        return new
     if not file.is_file():  # of what configuration, nobody knows
         raise ConfigError(
             f"output_dir: got {str(run)!r}, which holds checkpoints without {CONFIG_FILE}, "
             "expected a run's or a new directory; choose another output_dir"
         )
-    if done > total:
+    return Earlier(done, meta["started"], meta)
+
+
+def check_continues(
+    earlier: Earlier, config: RunConfig, form: str | None, total: int, contents: Mapping[str, str]
+) -> None:
+    """Hold a run against the earlier one that it goes on with; nothing is written yet.
+
+    Args:
+        earlier: what `earlier_run` found.
+        config: the run's.
+        form: what it exports.
+        total: its steps.
+        contents: digests of what it reads, by its keys.
+
+    Raises:
+        ConfigError: fewer steps than are done, other contents, or a foreign folder where the export
+            goes.
+    """
+    run = Path(config.output_dir)
+    if form is not None:
+        check_replaceable(export_path(config), config, identity(config, contents))
+    if earlier.step > total:
         raise ConfigError(
-            f"training.max_steps: got {total} steps, expected at least the {done} that the run in "
-            f"{str(run)!r} has done; choose another output_dir"
+            f"training.max_steps: got {total} steps, expected at least the {earlier.step} that the "
+            f"run in {str(run)!r} has done; choose another output_dir"
         )
-    if meta["data"] != fingerprint:
-        raise ConfigError(
-            f"data.train: got {fingerprint}, expected {meta['data']}, the rows that the run in "
-            f"{str(run)!r} has been trained on; restore the files, or choose another output_dir"
-        )
-    return Earlier(done, meta["meter"]["run"])
+    if earlier.meta:
+        check_contents(contents, earlier.meta["contents"], run)
 
 
 def earlier_config(file: Path) -> RunConfig:
@@ -135,29 +162,53 @@ def check_shared(run: Path, hosts: Hosts, within: float = SHARED_WITHIN) -> None
 
 @contextmanager
 def claimed(run: Path, hosts: Hosts | None = None) -> Iterator[None]:
-    """Make the output directory, after `earlier_run` found nothing against it, and lock it.
+    """Make the output directory and lock it, before anything in it is looked at, to the end.
 
-    Of several processes the first does so, for all. The lock goes with it, however it ends.
+    Of several processes the first does so, for all. A run that is refused leaves no folder that was
+    not there before.
 
     Raises:
-        ConfigError: another process is training there.
+        ConfigError: another process is training there, or no folder can be made.
     """
     hosts = hosts or Hosts()
+    check_possible(run, "output_dir")
+    check_shared(run, hosts)
     if not hosts.primary:
         hosts.barrier()
-        _await_folder(run / CHECKPOINTS)
+        _await_folder(run)
         yield
         return
-    run.mkdir(parents=True, exist_ok=True)
-    folder = os.open(run, os.O_RDONLY)
+    made = [place for place in (run.absolute(), *run.absolute().parents) if not place.exists()]
+    run.absolute().parent.mkdir(parents=True, exist_ok=True)
+    held = made_and_locked(
+        run,
+        f"output_dir: got {str(run)!r}, in which another process is training, expected none; "
+        "wait for it, or choose another output_dir",
+    )
+
+    def leave_nothing() -> None:
+        with suppress(OSError):  # one that is not empty stays, and so do those above it
+            for folder in [run / CHECKPOINTS, *made] if made else []:
+                if folder.exists():
+                    folder.rmdir()
+
     try:
-        _lock(folder, run)
-        if hosts.count > 1:
-            (run / CHECKPOINTS).mkdir(exist_ok=True)
-        hosts.barrier()
-        yield
+        with signals.undone(leave_nothing):
+            hosts.barrier()
+            yield
+    except Exception:
+        leave_nothing()
+        raise
     finally:
-        os.close(folder)
+        os.close(held)
+
+
+def make_for_all(folder: Path, hosts: Hosts) -> None:
+    """Make a folder as process 0; the others wait until they see it."""
+    if hosts.primary:
+        folder.mkdir(exist_ok=True)
+    hosts.barrier()
+    _await_folder(folder)
 
 
 def _await_folder(folder: Path, within: float = 90.0) -> None:
@@ -172,35 +223,31 @@ def _await_folder(folder: Path, within: float = 90.0) -> None:
         time.sleep(0.1)
 
 
-def _lock(folder: int, run: Path) -> None:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(
-            f"output_dir: got {str(run)!r}, in which another process is training, expected none; "
-            "wait for it, or choose another output_dir"
-        ) from error
-    except OSError as error:  # a mounted bucket may have no locks
-        print(f"{run}: cannot be locked ({error.strerror}); start no second run", file=sys.stderr)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a file so that it is there complete or not at all."""
-    beside = file.with_name(f".{file.name}.partial")
-    with files_of(file):
-        beside.write_text(text, "utf-8")
-        os.replace(beside, file)
-
-
 def is_complete(
-    config: RunConfig, evaluates: bool, form: str | None, earlier: Earlier, total: int
+    config: RunConfig,
+    eval_rows: str,
+    form: str | None,
+    earlier: Earlier,
+    total: int,
+    contents: Mapping[str, str],
 ) -> bool:
-    """Whether an earlier run has finished all that takes a model: steps, evaluation, export."""
+    """Whether an earlier run has finished all that takes a model: steps, evaluation, export.
+
+    Args:
+        config: the run's.
+        eval_rows: fingerprint of the rows to evaluate on, empty if there are none.
+        form: what the run exports.
+        earlier: what it has done.
+        total: its steps.
+        contents: digests of what it reads, by its keys.
+    """
     run = Path(config.output_dir)
-    if earlier.step < total or (evaluates and not is_evaluated(run / EVAL_RESULTS, total)):
+    results = evaluation_marker(total, earlier.sums, eval_rows)
+    if earlier.step < total or (eval_rows and not is_evaluated(run, results)):
         return False
     if form is not None:
-        marker = export_marker(config, form, total, earlier.sums)
+        name = identity(config, contents)
+        marker = export_marker(config, name, form, total, earlier.sums, evaluated_rows(run))
         return is_exported(export_path(config), marker)
     rows = read_metrics(run / METRICS_FILE)
     return any("train_loss" in row and row["step"] == total for row in rows)
@@ -209,11 +256,3 @@ def is_complete(
 def export_path(config: RunConfig) -> Path:
     """Where the export goes."""
     return Path(config.export.path or Path(config.output_dir) / "export")
-
-
-def is_evaluated(file: Path, total: int) -> bool:
-    """Whether a file holds the evaluation of a finished run."""
-    try:
-        return json.loads(file.read_text("utf-8"))["step"] == total
-    except (OSError, ValueError, KeyError, TypeError):
-        return False  # not there, or damaged: it is made again

@@ -7,6 +7,7 @@ Not done here: writing; what the files mean (`hf_files`, `peft_files`). Credenti
 store's own library (gcsfs, s3fs, huggingface_hub).
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ _URL = re.compile(r"([a-z][a-z0-9+.-]*)://.")
 _EXTRAS: Mapping[str, str] = MappingProxyType({"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"})
 """Protocol -> the extra of this package that installs its library."""
 _DROP_PAGES_FROM = 1 << 23
+_DIGEST_BYTES = 1 << 24
 
 T = TypeVar("T")
 
@@ -226,6 +228,14 @@ def read_at(file: File, offset: int, length: int) -> np.ndarray:
     finally:
         os.close(descriptor)
     return buffer
+
+
+def file_digest(file: File) -> str:
+    """The BLAKE2b digest of all bytes of a file."""
+    whole, size = hashlib.blake2b(digest_size=16), size_of(file)
+    for offset in range(0, size, _DIGEST_BYTES):
+        whole.update(read_at(file, offset, min(_DIGEST_BYTES, size - offset)).data)
+    return whole.hexdigest()
 
 
 def copied(folder: Folder, names: Sequence[str]) -> Path:

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,26 @@ from absl import flags
 import dsjax
 from dsjax import adapters, optimizer
 from dsjax import config as configuration
-from dsjax.assembly import CHECKPOINTS, Assembly, assemble, load_frozen, load_trainable
+from dsjax.assembly import (
+    CHECKPOINTS,
+    Assembly,
+    assemble,
+    check_frozen,
+    frozen_sums,
+    load_frozen,
+    load_trainable,
+)
 from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig, TrainingSection, load_config, split_arguments
+from dsjax.continuation import identity
 from dsjax.data import Loader, decode_sample, find_tokenizer, load_training
 from dsjax.data import unused_keys as unused_data_keys
 from dsjax.devices import GPU_MEMORY_SHARE, peak_flops
 from dsjax.errors import run_command
+from dsjax.eval_results import evaluated_rows, evaluation_marker
 from dsjax.export import card_facts, check_dtype, export_trained
 from dsjax.export_folder import export_marker
-from dsjax.folders import check_room
+from dsjax.folders import check_room, write_whole
 from dsjax.fp8 import DequantisedSource
 from dsjax.hosts import Hosts, joined
 from dsjax.loop import Loop, finish_evaluation
@@ -57,12 +68,12 @@ from dsjax.program import memory_of
 from dsjax.rendezvous import find_seat, split_seat
 from dsjax.run_folder import (
     CONFIG_FILE,
-    check_shared,
+    check_continues,
     claimed,
     earlier_run,
     export_path,
     is_complete,
-    write_whole,
+    make_for_all,
 )
 from dsjax.sharding import check_batch, portions, process_rows, undivided
 from dsjax.step import (
@@ -127,27 +138,36 @@ def train(config: RunConfig, hosts: Hosts | None = None) -> int:
         ConfigError: an input is wrong.
     """
     hosts = hosts or Hosts()
-    seed, primary = config.training.seed, hosts.primary
     hosts.agree(same_start(config))
+    with claimed(Path(config.output_dir), hosts):  # first: nobody else changes what is looked at
+        return _train(config, hosts)
+
+
+def _train(config: RunConfig, hosts: Hosts) -> int:
+    """The stages of a run, alone in its output directory."""
+    seed, primary = config.training.seed, hosts.primary
     # ---- 1. Devices and 2. model: the checkpoint against its config.json, the adapter, the parts
     parts = assemble(config)
     form = export_form(config, parts)
 
     # ---- 3. Data: rows to tokens, order and packing of the whole run
-    data = read_data(config, parts)
+    run = Path(config.output_dir)
+    earlier = earlier_run(run, config)
+    start, started = earlier.step, hosts.decide(lambda: earlier.started)
+    data = read_data(config, parts, datetime.fromisoformat(started))
     total = data.train.total_steps(config.training.num_train_epochs, config.training.max_steps)
-    hosts.agree({"model.path": parts.source_digest(), **data.digests()})
+    contents = {**parts.contents(), "data.train": data.fingerprint}
+    hosts.agree({**contents, **data.digests()})
 
     # ---- 4. An earlier run in the same place: the same, or refused
-    run = Path(config.output_dir)
-    check_shared(run, hosts)
-    earlier = earlier_run(run, config, form, total, data.fingerprint)
-    start = earlier.step
+    optimizer.check_rates(config.optimizer, total, config.objective.bias_update_speed > 0)
+    check_continues(earlier, config, form, total, contents)
     hosts.agree({"output_dir": f"a run of {start} steps"})
 
     # ---- 5. Announcement: what will happen, before it takes long
     table = announce(config, parts, data, total) if hosts.primary else ""
-    if hosts.decide(lambda: is_complete(config, data.eval is not None, form, earlier, total)):
+    rows = data.eval_fingerprint
+    if hosts.decide(lambda: is_complete(config, rows, form, earlier, total, contents)):
         if hosts.primary and not (run / PICTURE).is_file():
             plot_loss(run)
         hosts.say(f"nothing to do: {total} steps and all results are there")
@@ -161,57 +181,63 @@ def train(config: RunConfig, hosts: Hosts | None = None) -> int:
 
     # ---- 7. Parameters: from the files onto the devices
     frozen = load_frozen(parts, seed, Loading(primary=primary))
+    if start:
+        check_frozen(frozen, earlier.meta["frozen"], run)
+    began = {"started": started, "contents": contents, "frozen": frozen_sums(frozen)}
     trainable = {} if start else load_trainable(parts, seed, Loading(primary=primary))
 
-    with claimed(run, hosts):
-        # ---- 8. State: the newest complete checkpoint's, or the first
-        checkpointer = Checkpointer(run / CHECKPOINTS, config.checkpoint)
-        meter = Meter(*speed_limits(parts, config, data.train))
-        if start:
-            state = checkpointer.restore(start, abstract_state(step))
-            meter.restore(checkpointer.meta(start)["meter"])
-            hosts.say(f"resuming after step {start} of {total}")
-        else:
-            state = init_state(trainable, step, seed)
-        del trainable
-        if primary:
-            write_whole(run / CONFIG_FILE, configuration.to_yaml(config))
+    # ---- 8. State: the newest complete checkpoint's, or the first
+    make_for_all(run / CHECKPOINTS, hosts)
+    checkpointer = Checkpointer(run / CHECKPOINTS, config.checkpoint)
+    meter = Meter(*speed_limits(parts, config, data.train))
+    if start:
+        state = checkpointer.restore(start, abstract_state(step))
+        meter.restore(checkpointer.meta(start)["meter"])
+        hosts.say(f"resuming after step {start} of {total}")
+    else:
+        state = init_state(trainable, step, seed)
+    del trainable
+    if primary:
+        write_whole(run / CONFIG_FILE, configuration.to_yaml(config))
 
-        # ---- 9. The loop
-        loop = Loop(
-            config,
-            parts,
-            data.train,
-            data.eval,
-            data.fingerprint,
-            total,
-            frozen,
-            train_step,
-            eval_step,
-            checkpointer,
-            hosts,
-        )
-        with (
-            MetricsLog(run, config.logging, start, primary) as log,
-            Progress(total, start, primary) as progress,
-        ):
-            log.log_start(configuration.to_yaml(config), table)
-            state, stopped = loop.run(state, start, meter, log, progress)
-            if stopped is not None:
-                return 128 + stopped
-            finish_evaluation(run, loop, state, log, progress)
-            log.log_summary(total, meter.summary())
+    # ---- 9. The loop
+    loop = Loop(
+        config,
+        parts,
+        data.train,
+        data.eval,
+        began,
+        total,
+        frozen,
+        train_step,
+        eval_step,
+        checkpointer,
+        hosts,
+    )
+    with (
+        MetricsLog(run, config.logging, start, primary) as log,
+        Progress(total, start, primary) as progress,
+    ):
+        log.log_start(configuration.to_yaml(config), table)
+        state, stopped = loop.run(state, start, meter, log, progress)
+        if stopped is not None:
+            return 128 + stopped
+        sums = meter.run_sums()
+        marker = evaluation_marker(total, sums, data.eval_fingerprint)
+        finish_evaluation(run, loop, state, log, progress, marker)
+        log.log_summary(total, meter.summary())
 
-        # ---- 10. Results: the export, and the picture, which prevents none
-        if form is not None:
-            check_disk(config, parts, step, form, False, hosts)  # others write there too
-            facts = card_facts(config, parts, form, total, read_metrics(run / METRICS_FILE))
-            out, marker = export_path(config), export_marker(config, form, total, meter.run_sums())
-            progress = Loading("writing", primary)
-            export_trained(parts, state.trainable, frozen, out, marker, facts, progress, hosts)
-            hosts.say(f"exported {form} to {out}")
-        if primary:
-            plot_loss(run)
+    # ---- 10. Results: the export, and the picture, which prevents none
+    if form is not None:
+        check_disk(config, parts, step, form, False, hosts)  # others write there too
+        facts = card_facts(config, parts, form, total, read_metrics(run / METRICS_FILE))
+        out, name = export_path(config), identity(config, contents)
+        marker = export_marker(config, name, form, total, sums, evaluated_rows(run))
+        progress = Loading("writing", primary)
+        export_trained(parts, state.trainable, frozen, out, marker, facts, progress, hosts)
+        hosts.say(f"exported {form} to {out}")
+    if primary:
+        plot_loss(run)
     return 0
 
 
@@ -288,15 +314,15 @@ def check_disk(
         check_room(place, wanted, "output_dir" if place == run else "export.path")
 
 
-def read_data(config: RunConfig, parts: Assembly) -> Data:
-    """Tokenise all rows and plan their order.
+def read_data(config: RunConfig, parts: Assembly, today: datetime) -> Data:
+    """Tokenise all rows, as of the run's first day, and plan their order.
 
     Raises:
         ConfigError: a row, a file, or a batch that the devices do not divide.
     """
     training, section = config.training, config.data
     check_batch(training.batch_size, _portions(training, parts), parts.mesh)
-    tokenizer = find_tokenizer(parts.source.directory, section.format)
+    tokenizer = find_tokenizer(parts.source.directory, section.format, today)
     vocabulary = parts.model.config.vocab_size
     rows = process_rows(parts.mesh, training.batch_size)
     examples, held_out = load_training(section, training.seed, tokenizer, vocabulary)
@@ -334,7 +360,12 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
         "output": config.output_dir,
     }
     banner(facts)
-    for line in data.lines + undivided(parts.partition.leaves, parts.mesh):
+    few = (
+        []
+        if training.max_steps
+        else optimizer.few_steps(total, loader.rows_in_epoch, training.batch_size)
+    )
+    for line in data.lines + undivided(parts.partition.leaves, parts.mesh) + few:
         print(line, file=sys.stderr)
     if parts.carried:
         shown = ", ".join(parts.carried[:8]) + (", ..." if len(parts.carried) > 8 else "")

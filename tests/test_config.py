@@ -11,7 +11,6 @@ from dsjax.config import (
     AdapterSection,
     ExportSection,
     describe,
-    differing_keys,
     export_format,
     json_schema,
     load_config,
@@ -369,17 +368,24 @@ def test_defaults_that_an_adapter_decides_are_not_written_down(
         assert again.adapter.model_fields_set == config.adapter.model_fields_set
 
 
-def test_a_continuation_may_change_what_does_not_change_the_run(smallest: Path):
-    old = load_config(smallest)
-    free = ["mesh.data=2", "mesh.fsdp=4", "logging.logging_steps=1", "checkpoint.save_steps=1"]
-    free += ["export.format=null", "training.max_steps=9", "output_dir=moved"]
-    assert differing_keys(old, load_config(smallest, free)) == []
-    words = ["optimizer.learning_rate=1e-3", "data.train=other.jsonl", "training.seed=1"]
-    assert differing_keys(old, load_config(smallest, words)) == [
-        "data.train",
-        "optimizer.learning_rate",
-        "training.seed",
-    ]
+@pytest.mark.parametrize("key", ["warmup_ratio=0.03", "warmup_steps=1"])
+def test_constant_has_no_warm_up(tmp_path: Path, smallest: Path, key: str):
+    constant = "optimizer.lr_scheduler_type=constant"
+    name, _, value = key.partition("=")
+    with pytest.raises(ConfigError, match=rf"optimizer.{name}: got {value} with .* use constant_"):
+        load_config(smallest, [constant, f"optimizer.{key}"])
+    load_config(smallest, ["optimizer.lr_scheduler_type=constant_with_warmup", f"optimizer.{key}"])
+    load_config(smallest, [constant, f"optimizer.{name}=0"])
+    config = load_config(smallest, [constant])
+    assert load_config(_file(tmp_path, to_yaml(config))) == config
+
+
+def test_a_minimum_is_asked_for_by_its_name(tmp_path: Path, smallest: Path):
+    named = "optimizer.lr_scheduler_type=cosine_with_min_lr"
+    with pytest.raises(ConfigError, match=r"optimizer.min_lr_ratio: got nothing with .* a tenth"):
+        load_config(smallest, [named])
+    config = load_config(smallest, [named, "optimizer.min_lr_ratio=0.1"])
+    assert load_config(_file(tmp_path, to_yaml(config))) == config
 
 
 def test_help_and_schema_name_every_key():

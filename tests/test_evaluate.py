@@ -123,7 +123,12 @@ def test_the_newest_checkpoint_of_a_run_is_evaluated(run, config: Path, rows: Pa
     parts = assemble(settings)
     (tmp_path / "run").mkdir()
     checkpointer = Checkpointer(tmp_path / "run" / "checkpoints", CheckpointSection())
-    checkpointer.save(3, {"trainable": load_trainable(parts, 0)}, {}, force=True)
+    meta = {
+        "started": "2026-11-26T09:30:00",
+        "contents": assemble(load_config(config)).contents(),
+        "frozen": {},
+    }
+    checkpointer.save(3, {"trainable": load_trainable(parts, 0)}, meta, force=True)
     checkpointer.close()
 
     result = run("--config", config)
@@ -137,7 +142,7 @@ def test_the_newest_checkpoint_of_a_run_is_evaluated(run, config: Path, rows: Pa
         evaluate.main(["--config", str(config), "training.freeze=[embed_tokens]"])
     assert "which holds a run with other training.freeze, expected the run of" in str(error.value)
     with pytest.raises(ConfigError, match="a run with other objective.bias_update_speed, expected"):
-        evaluate.newest_step(load_config(config, ["objective.bias_update_speed=0.001"]))
+        evaluate.newest_checkpoint(load_config(config, ["objective.bias_update_speed=0.001"]))
     other_data = ["--config", str(config), f"data.train={tmp_path / 'other.jsonl'}"]
     assert run(*other_data, "model.param_dtype=float32")["step"] == 3
 

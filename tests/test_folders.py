@@ -64,6 +64,32 @@ def test_a_relative_path_is_taken_from_where_it_was_named(
     assert _files(tmp_path) == {"out", "out/a"}
 
 
+def test_a_folder_is_written_by_one_at_a_time(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with written_beside(out) as folder:
+        (folder / "a").write_text("first")
+        refusal = rf"--out: got '{out}', which another process is writing, expected none"
+        with pytest.raises(ConfigError, match=refusal), written_beside(out, "--out"):
+            pass
+    assert (out / "a").read_text() == "first"
+    with written_beside(out) as folder:
+        (folder / "a").write_text("second")
+    assert _files(tmp_path) == {"out", "out/a"} and (out / "a").read_text() == "second"
+
+
+def test_what_came_since_the_first_look_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    check_empty(out)
+    with written_beside(out) as folder:
+        (folder / "a").write_text("another's")
+    with (
+        pytest.raises(ConfigError, match="is not empty"),
+        written_beside(out, check=lambda: check_empty(out)),
+    ):
+        pass
+    assert _files(tmp_path) == {"out", "out/a"}
+
+
 def test_only_a_new_or_empty_folder_is_free(tmp_path: Path) -> None:
     check_empty(tmp_path / "new")
     check_empty(tmp_path)

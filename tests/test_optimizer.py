@@ -8,12 +8,18 @@ import optax
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.trainer_pt_utils import get_parameter_names
 
 from dsjax.config import OptimizerSection
+from dsjax.errors import ConfigError
 from dsjax.optimizer import (
+    DECAYS,
+    check_rates,
     clip_by_global_norm,
     decay_mask,
+    few_steps,
     make_optimizer,
     make_schedule,
     unused_keys,
@@ -48,9 +54,17 @@ def our_rates(section, total, steps):
             ("cosine_with_restarts", {"num_cycles": 3}),
         ),
         ({"lr_scheduler_type": "linear"}, ("linear", {})),
-        ({"lr_scheduler_type": "constant"}, ("constant_with_warmup", {})),
+        ({"lr_scheduler_type": "constant"}, ("constant", {})),
+        ({"lr_scheduler_type": "constant_with_warmup"}, ("constant_with_warmup", {})),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr", "min_lr_ratio": 0.25},
+            ("cosine_with_min_lr", {"min_lr_rate": 0.25}),
+        ),
     ],
-    ids=["cosine", "cosine-min", "restarts-1", "restarts-3", "linear", "constant"],
+    ids=[
+        *("cosine", "cosine-min", "restarts-1", "restarts-3", "linear"),
+        *("constant", "constant-warm-up", "cosine-named-min"),
+    ],
 )
 @pytest.mark.parametrize(
     ("warmup", "total"), [(0, 1), (0, 37), (7, 100), (10, 10), (50, 20), (3_000, 100_000)]
@@ -75,15 +89,57 @@ def test_minimum_lifts_every_decay_and_spares_the_warm_up(name):
 
 def test_warm_up_steps_win_over_the_ratio():
     section = OptimizerSection(warmup_ratio=0.03, warmup_steps=None)
-    assert [warmup_length(section, total) for total in (1, 100, 101)] == [1, 3, 4]
+    assert [warmup_length(section, total) for total in (2, 100, 101)] == [1, 3, 4]
     assert warmup_length(section.model_copy(update={"warmup_steps": 0}), 100) == 0
     assert float(make_schedule(section, 100)(0)) == 0.0
+
+
+@settings(max_examples=30)
+@given(
+    st.integers(1, 400),
+    st.floats(0, 1),
+    st.sampled_from(sorted(DECAYS)),
+    st.floats(1e-12, 1),
+)
+def test_a_run_always_has_a_step_at_its_peak(total, ratio, kind, rate):
+    """Whatever the ratio says of however few steps: 91 rows made one, of rate 0."""
+    section = OptimizerSection(learning_rate=rate, warmup_ratio=ratio, lr_scheduler_type=kind)
+    check_rates(section, total)
+    warmup = warmup_length(section, total)
+    assert warmup < total
+    assert float(make_schedule(section, total)(warmup)) == pytest.approx(rate, rel=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "total"), [(1, 1), (2, 2), (10, 3)])
+def test_a_warm_up_of_the_whole_run_is_refused(steps, total):
+    section = OptimizerSection(warmup_steps=steps)
+    message = rf"^optimizer.warmup_steps: got {steps} in a run of {total} steps, expected fewer"
+    with pytest.raises(ConfigError, match=message):
+        check_rates(section, total)
+    check_rates(section, steps + 1)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-50])
+def test_a_learning_rate_of_nothing_is_refused(rate):
+    section = OptimizerSection(learning_rate=rate)
+    with pytest.raises(ConfigError, match=r"^optimizer.learning_rate: got .* would change a"):
+        check_rates(section, 100)
+    check_rates(section, 100, moves_biases=True)
+
+
+def test_few_steps_are_told():
+    told = few_steps(1, 6, 16)
+    assert told == [
+        "only 1 step: 6 rows, 16 in each step; for more, raise training.num_train_epochs or "
+        "training.max_steps, or lower training.batch_size"
+    ]
+    assert few_steps(10, 160, 16) == []
 
 
 def test_keys_that_nothing_reads_are_named():
     section = OptimizerSection(
         optim="lion",
-        lr_scheduler_type="constant",
+        lr_scheduler_type="constant_with_warmup",
         num_cycles=2,
         min_lr_ratio=0.1,
         warmup_ratio=0.1,

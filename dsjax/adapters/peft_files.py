@@ -19,6 +19,7 @@ from dsjax.adapters import peft_lora, prefix
 from dsjax.adapters.expert_lora import DOWN, GATE_UP
 from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
+from dsjax.checksums import digest
 from dsjax.config import AdapterSection
 from dsjax.errors import ConfigError, raise_all
 from dsjax.json_file import read_object
@@ -26,7 +27,7 @@ from dsjax.models import Model
 from dsjax.models.config_fields import names_problems, shown
 from dsjax.partition import Leaf
 from dsjax.safetensors_file import TensorInfo, read_header, read_tensor
-from dsjax.storage import READS_AHEAD, Folder, in_order, is_url, open_folder
+from dsjax.storage import READS_AHEAD, Folder, file_digest, in_order, is_url, open_folder
 from dsjax.tensor_names import mismatches
 
 CONFIG = "adapter_config.json"
@@ -140,6 +141,11 @@ class _Shared(BaseModel):
     """The keys that adapter_config.json has in common with the YAML, under the same rules."""
 
     adapter: AdapterSection
+
+
+def contents(path: str, spec: LoraSpec | PrefixSpec) -> str:
+    """What tells an adapter from another, wherever it lies: what it is, and all its numbers."""
+    return digest([repr(spec), file_digest(_open(path).files[TENSORS])])
 
 
 def _value_problems(field: str, config: Mapping[str, Any], required: str) -> list[str]:

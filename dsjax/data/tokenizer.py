@@ -8,6 +8,8 @@ chat template in Jinja's sandbox.
 """
 
 import json
+import re
+from datetime import datetime
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from dsjax.errors import ConfigError
 
 ROUND_TRIP = "hello world, one two"
+STRFTIME = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
@@ -56,12 +59,37 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def find_tokenizer(directory: str | Path, form: str) -> PreTrainedTokenizerFast | None:
-    """Load the tokenizer; None where rows are (`form` tokens), or may be, tokens already."""
+def find_tokenizer(
+    directory: str | Path, form: str, today: datetime | None = None
+) -> PreTrainedTokenizerFast | None:
+    """Load the tokenizer; None where rows are (`form` tokens), or may be, tokens already.
+
+    Args:
+      directory: folder of the checkpoint.
+      form: `data.format`.
+      today: what the chat template takes for the present; None leaves it the clock. A run that goes
+        on tomorrow has to see the tokens that it began with.
+    """
     missing = not (Path(directory) / "tokenizer.json").is_file()
     if form == "tokens" or (form == "auto" and missing):
         return None
-    return load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
+    if today is not None and isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = dated(tokenizer.chat_template, today)
+    return tokenizer
+
+
+def dated(template: str, today: datetime) -> str:
+    """Write a date in a chat template in the place of each `strftime_now("...")`.
+
+    The function itself cannot be given: transformers makes it, for every template the same. A
+    format that the template computes stays; its rows are others tomorrow, which a run refuses.
+    """
+
+    def date(found: re.Match[str]) -> str:
+        return json.dumps(today.strftime(found[2]))
+
+    return STRFTIME.sub(date, template)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str, add_bos: bool = True) -> list[int]:

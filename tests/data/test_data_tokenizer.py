@@ -2,11 +2,12 @@
 """Loading tokenizers as checkpoints ship them, and plain text with BOS exactly once."""
 
 import json
+from datetime import datetime
 
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers, processors
 
-from dsjax.data import encode_text, load_tokenizer
+from dsjax.data import encode_text, find_tokenizer, load_tokenizer
 from dsjax.errors import ConfigError
 
 TEMPLATE = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
@@ -90,3 +91,15 @@ def test_code_in_the_folder_is_not_run(tokenizer_folder):
     folder = tokenizer_folder(None, auto_map={"AutoTokenizer": ["evil.Tokenizer", None]})
     (folder / "evil.py").write_text("raise SystemExit('executed')")
     assert load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "call",
+    ['strftime_now("%d %b %Y")', "strftime_now( '%d %b %Y' )", 'strftime_now(format="%d %b %Y")'],
+)
+def test_a_template_s_date_is_the_run_s(tokenizer_folder, call):
+    """Tomorrow's prompts would be other tokens than those that the run began with."""
+    template = "{%- if strftime_now is defined %}Today: {{ " + call + " }}{% endif %}" + TEMPLATE
+    tokenizer = find_tokenizer(tokenizer_folder(template), "messages", datetime(2024, 7, 26, 23))
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    assert text == "Today: 26 Jul 2024[a]"

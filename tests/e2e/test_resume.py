@@ -7,16 +7,24 @@ a copy of it, in this process for speed: its eight devices are another mesh than
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import Popen
+from typing import Any
 
 import pytest
 import small_run
 import yaml
 
-from dsjax import train
+from dsjax import assembly, evaluate, export, train
+from dsjax.checkpoint import Checkpointer
+from dsjax.config import CheckpointSection
 from dsjax.errors import ConfigError
+from dsjax.export import card_facts
+from dsjax.export_folder import MARKER
 from dsjax.run_folder import claimed
+from dsjax.safetensors_file import read_header
 
 TOTAL = 12
 LOSS_BOUND = 1e-5  # relative; float32 sums in another order on another mesh
@@ -63,6 +71,15 @@ def unfinish(run: Path) -> None:
         (run / name).unlink()
 
 
+def assert_same_results(run: Path, original: dict[str, Any]) -> None:
+    """Compare an evaluation on another mesh with the original."""
+    results = json.loads((run / "eval_results.json").read_text())
+    for name in ("run", "data"):
+        assert results.pop(name) == original[name]
+    assert results == pytest.approx({name: original[name] for name in results}, rel=LOSS_BOUND)
+    assert results.keys() == original.keys() - {"run", "data"}
+
+
 def test_a_finished_run_is_left_alone(again, run: Path):
     before = small_run.states(run)
     assert "nothing to do" in again()
@@ -85,11 +102,23 @@ def test_an_export_with_a_file_missing_is_made_again(again, run: Path):
     assert small_run.contents(run / "export") == before
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "md"])
+def test_an_export_with_a_changed_byte_is_made_again(again, run: Path, kind: str):
+    """Neither a bad disk nor an editor changes a file's name, and not always its size."""
+    before = small_run.contents(run / "export")
+    name = next(name for name in before if name.endswith(f".{kind}"))
+    content = bytearray(before[name])
+    content[-3] ^= 1
+    (run / "export" / name).write_bytes(content)
+    again()
+    assert small_run.contents(run / "export") == before
+
+
 def test_a_damaged_evaluation_is_made_again(again, run: Path):
-    before = (run / "eval_results.json").read_bytes()
+    original = json.loads((run / "eval_results.json").read_text())
     (run / "eval_results.json").write_text("{")
     again()
-    assert (run / "eval_results.json").read_bytes() == before
+    assert_same_results(run, original)
 
 
 def test_only_the_picture_is_made_again(again, run: Path):
@@ -108,9 +137,33 @@ def test_only_the_evaluation_is_made_again(again, run: Path, finished: Path):
     again()
     assert small_run.metrics(run) == lines
     assert small_run.states(run / "export") == export
-    results = json.loads((run / "eval_results.json").read_text())
     original = json.loads((finished.parent / "run" / "eval_results.json").read_text())
-    assert results == pytest.approx(original, rel=LOSS_BOUND)
+    assert_same_results(run, original)
+
+
+def test_other_rows_under_the_same_name_are_evaluated(
+    again, run: Path, finished: Path, tmp_path: Path
+):
+    """The rows count, not the name of their file; the model card shows the results too."""
+    rows = Path(shutil.copy(finished.parent / "eval.jsonl", tmp_path / "rows.jsonl"))
+    before = json.loads((run / "eval_results.json").read_text())
+    card = (run / "export" / "README.md").read_text()
+    assert "nothing to do" in again(f"data.eval={rows}")
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:9]))
+    again(f"data.eval={rows}")
+    after = json.loads((run / "eval_results.json").read_text())
+    assert after["eval_tokens"] < before["eval_tokens"] and after["data"] != before["data"]
+    assert (run / "export" / "README.md").read_text() != card
+    assert "nothing to do" in again(f"data.eval={rows}")
+
+
+def test_an_evaluation_of_another_training_is_not_taken_for_this_one_s(again, run: Path):
+    """Checkpoints and export were removed by hand, and the run started anew."""
+    text = (run / "eval_results.json").read_text()
+    results = json.loads(text)
+    (run / "eval_results.json").write_text(json.dumps(results | {"run": "another"}))
+    again()
+    assert json.loads((run / "eval_results.json").read_text())["run"] == results["run"]
 
 
 def test_another_format_replaces_the_export(again, run: Path):
@@ -149,6 +202,49 @@ def test_a_directory_in_which_a_run_is_going_on_is_refused(again, run: Path):
     assert (run / "export").is_dir()
 
 
+def waits_to_write(config: Path, *overrides: str) -> Popen[str]:
+    """Start a run and stop it where it has looked at everything and not begun to train."""
+    before = len(small_run.log_of(config)) if config.with_suffix(".log").exists() else 0
+    process = small_run.start(config, *overrides)
+    looked = lambda: "the trained part marked" in small_run.log_of(config)[before:]  # noqa: E731
+    assert small_run.wait_for(process, looked)
+    process.send_signal(signal.SIGSTOP)
+    return process
+
+
+@pytest.mark.parametrize("state", ["new", "unfinished"])
+def test_a_run_beside_one_that_has_looked_is_refused(
+    again, run: Path, finished: Path, tmp_path: Path, state: str
+):
+    """Between its look and its first write another would finish, and be overwritten."""
+    if state == "new":
+        shutil.rmtree(run)
+    else:
+        unfinish(run)
+    first = waits_to_write(finished, f"output_dir={run}")
+    before = small_run.states(run)
+    assert "in which another process is training, expected none" in refused(again)
+    assert small_run.states(run) == before
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(120) == 0
+    assert (run / "export").is_dir()
+
+
+def test_an_export_that_came_meanwhile_is_not_replaced(
+    again, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "out"
+
+    def another_writes(*arguments: Any) -> Any:
+        (shutil.copytree(run / "export", out) / MARKER).write_text('{"run": "another"}')
+        return card_facts(*arguments)
+
+    (run / "eval_results.json").unlink()
+    monkeypatch.setattr(train, "card_facts", another_writes)
+    assert "export of another run" in refused(again, f"export.path={out}")
+    assert (out / MARKER).read_text() == '{"run": "another"}'
+
+
 def test_fewer_steps_than_done_are_refused(again, run: Path):
     (run / "checkpoints" / "7.orbax-checkpoint-tmp-1").mkdir()
     before = small_run.states(run)
@@ -161,7 +257,6 @@ CHANGES = {
     "optimizer.learning_rate": "0.02",
     "training.seed": "7",
     "training.batch_size": "16",
-    "data.train": "{folder}/eval.jsonl",
     "adapter.r": "8",
     "model.dtype": "bfloat16",
 }
@@ -173,6 +268,92 @@ def test_another_configuration_is_refused(again, run: Path, finished: Path, key:
     message = refused(again, f"{key}={CHANGES[key].format(folder=finished.parent)}")
     assert message.startswith("output_dir: got ") and f"with other {key}, expected" in message
     assert small_run.states(run) == before
+
+
+def test_the_same_contents_may_lie_elsewhere(again, run: Path, finished: Path, tmp_path: Path):
+    """Moved to another disk, with a config.json that was saved again by another version."""
+    unfinish(run)
+    moved = shutil.copytree(finished.parent / "model", tmp_path / "elsewhere")
+    told = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(told | {"transformers_version": "9"}))
+    rows = shutil.copy(finished.parent / "train.jsonl", tmp_path / "rows.jsonl")
+    said = again(f"model.path={moved}", f"data.train={rows}", "data.overlong=error")
+    assert f"resuming after step 10 of {TOTAL}" in said
+
+
+def test_what_changes_no_number_may_change(again, run: Path, finished: Path):
+    """Above all what troubleshooting.md advises to a run that is out of memory."""
+    unfinish(run)
+    said = again(
+        *("training.gradient_accumulation_steps=1", "training.gradient_checkpointing=full"),
+        *("training.eval_steps=4", f"data.eval={finished.parent / 'train.jsonl'}"),
+    )
+    assert f"resuming after step 10 of {TOTAL}" in said
+    losses = [row["loss"] for row in small_run.metrics(run) if "loss" in row]
+    original = [row["loss"] for row in small_run.metrics(finished.parent / "run") if "loss" in row]
+    assert losses == pytest.approx(original, rel=LOSS_BOUND)
+
+
+def test_more_epochs_go_on(again, run: Path):
+    said = again("training.max_steps=null", "training.num_train_epochs=7")
+    assert f"resuming after step {TOTAL} of " in said
+
+
+def change_a_number(model: Path, of: Callable[[str], bool]) -> None:
+    """Turn over one bit of one number of a checkpoint."""
+    file = next(model.glob("*.safetensors"))
+    _, infos = read_header(file)
+    info = next(info for info in infos if of(info.name))
+    content = bytearray(file.read_bytes())
+    content[info.end - 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_other_weights_of_the_same_shapes_are_refused(
+    again, run: Path, finished: Path, tmp_path: Path
+):
+    other = shutil.copytree(finished.parent / "model", tmp_path / "other")
+    change_a_number(other, lambda name: "mlp" in name)
+    unfinish(run)
+    before = small_run.contents(run)
+    message = refused(again, f"model.path={other}")
+    assert message.startswith("model.path: got other contents (")
+    assert small_run.contents(run) == before
+    words = [f"model.path={other}", f"output_dir={run}"]
+    for command in (
+        lambda: evaluate.main(["--config", str(finished), *words]),
+        lambda: export.main(["--run", str(run), "--out", f"{tmp_path}/out", "--format", "merged"]),
+    ):
+        text = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(text.replace(f"{finished.parent}/model", str(other)))
+        with pytest.raises(ConfigError, match=r"^model\.path: got other contents \("):
+            command()
+        (run / "config.yaml").write_text(text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_number_beside_the_sample_is_found_on_the_devices(
+    again, run: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Large checkpoints are sampled before they are read; what is read is compared whole."""
+    other = shutil.copytree(finished.parent / "model", tmp_path / "other")
+    change_a_number(other, lambda name: "mlp" in name)
+    unfinish(run)
+    recorded = restored_contents(run)["model.path"]
+    monkeypatch.setattr(assembly, "source_digest", lambda source: recorded)
+    message = refused(again, f"model.path={other}")
+    assert message.startswith("model.path: got a checkpoint whose ") and ".mlp." in message
+    assert "expected the same weights" in message
+
+
+def restored_contents(run: Path) -> dict[str, str]:
+    """What the newest checkpoint says the run reads."""
+    reader = Checkpointer(run / "checkpoints", CheckpointSection(), read_only=True)
+    step = reader.latest()
+    assert step is not None
+    contents = reader.meta(step)["contents"]
+    reader.close()
+    return contents
 
 
 def test_all_differences_are_named(again):
@@ -261,11 +442,14 @@ def test_refused_run_leaves_nothing_behind(again, finished: Path, case: str):
     (folder / "no_model").mkdir(exist_ok=True)
     overrides, named = REFUSED_BEFORE_ANYTHING[case]
     before = small_run.states(folder)
+    del before["."]  # to be locked, the new folder is made and removed again
     words = [word.format(folder=folder) for word in overrides]
     message = refused(again, f"output_dir={folder}/new", *words)
     assert named in message.split(": got")[0] or named in message.split()[0], message
     assert not (folder / "new").exists()
-    assert small_run.states(folder) == before
+    after = small_run.states(folder)
+    del after["."]
+    assert after == before
 
 
 def test_changed_rows_are_refused(again, run: Path, finished: Path):
@@ -280,7 +464,7 @@ def test_changed_rows_are_refused(again, run: Path, finished: Path):
         message = refused(again)
     finally:
         rows.write_text(text)
-    assert message.startswith("data.train: got ") and "has been trained on" in message
+    assert message.startswith("data.train: got other contents (")
     assert small_run.contents(run) == before
 
 

@@ -61,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
             "target_modules": ["k_proj", "up_proj", "down_proj"],
             "layers_to_transform": [1],
         },
-        "optimizer": {"warmup_steps": 2, "lr_scheduler_type": "constant"},
+        "optimizer": {"warmup_steps": 2, "lr_scheduler_type": "constant_with_warmup"},
     },
     "qwen2_window": {
         "variant": "qwen2_window",

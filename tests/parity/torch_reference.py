@@ -114,7 +114,7 @@ def make_schedule(
     if section.get("min_lr_ratio"):
         name, extra = "cosine_with_min_lr", {"min_lr_rate": section["min_lr_ratio"]}
     return get_scheduler(
-        {"constant": "constant_with_warmup"}.get(name, name),
+        name,
         optimizer,
         num_warmup_steps=warmup,
         num_training_steps=steps,
