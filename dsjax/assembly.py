@@ -96,7 +96,7 @@ def assemble_model(
 ) -> Assembly:
     """`assemble` from the sections that a model needs; None for a model that is only used."""
     objective = objective or ObjectiveSection()
-    source = open_checkpoint(section.path, section.revision, weights)
+    source = open_checkpoint(section.path, section.revision, weights, adapter.path, checked=True)
     model = build(source.config, section.dtype)
     spec, left_out = adapters.fitted(adapter, adapters.resolve(adapter), model)
     if left_out and jax.process_index() == 0:

@@ -10,7 +10,8 @@ writing checkpoints.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from dsjax import flax_checkpoint, fp8, hf_files
 from dsjax.errors import ConfigError, raise_all
 from dsjax.folders import check_empty, written_beside
 from dsjax.models import Model, base_shapes, build, carried_of, entries_of
-from dsjax.models.weight_rules import Entry, coverage_problems
+from dsjax.models.weight_rules import Entry, coverage_problems, entry_shape
 from dsjax.partition import Leaf, Params
 from dsjax.source import Source
 from dsjax.storage import in_order
@@ -36,15 +37,52 @@ PIECE_BYTES = 64 * 2**20
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def open_checkpoint(path: str, revision: str | None = None, weights: bool = True) -> Source:
+def open_checkpoint(
+    path: str,
+    revision: str | None = None,
+    weights: bool = True,
+    adapter: str | None = None,
+    checked: bool = False,
+) -> Source:
     """Open a Hugging Face directory, a URL of one, a hub id, or a directory written by `to-flax`.
 
     What is read from it are numbers, also where the files hold FP8 bytes and scales.
+
+    Args:
+        path: the place.
+        revision: branch, tag or commit of the hub repository.
+        weights: False leaves the weights alone.
+        adapter: path of the adapter that goes with the model.
+        checked: whether what config.json and the index say is checked where weights are left alone.
+
+    Raises:
+        ConfigError: nothing there, damaged files, or a model that we do not compute.
     """
     if flax_checkpoint.is_flax_checkpoint(path):
         return fp8.dequantised(flax_checkpoint.open_flax(path))
-    source = hf_files.open_source(path, revision, weights)
+    check = check_config if weights or checked else None
+    source = hf_files.open_source(path, revision, weights, adapter, check)
     return fp8.dequantised(source) if weights else source
+
+
+def check_config(config: Mapping[str, Any], names: Collection[str] | None = None) -> None:
+    """Hold config.json, and the names of the tensors that an index lists, against what we compute.
+
+    So a model is refused before its weights are downloaded, and where they are not looked at.
+
+    Raises:
+        ConfigError: another kind of model or of quantisation, or tensors of other names.
+    """
+    quantised = fp8.read_format(config) is not None
+    model = build(config, "float32")
+    if names is None:
+        return
+    shapes, entries = base_shapes(model), entries_of(model)
+    wanted = {entry.hf: entry_shape(entry, shapes) for entry in entries}
+    scales = {name for name in names if quantised and name.endswith(fp8.SCALE)}
+    found = {name: wanted.get(name, ()) for name in names if name not in scales}
+    carried = (*carried_of(model), re.escape(HEAD)) if model.lm_head is None else carried_of(model)
+    raise_all(coverage_problems(entries, shapes, found, carried)[0])
 
 
 def check_coverage(source: Source, model: Model) -> list[str]:
@@ -316,7 +354,7 @@ def to_flax(src: str, dst: str, progress: Callable[[int, int], None] = lambda do
         ConfigError: the source is wrong or not supported, or `dst` is in use.
     """
     check_empty(dst)
-    source = hf_files.open_source(src)
+    source = hf_files.open_source(src, check=check_config)
     model = build(source.config, "float32")
     check_coverage(fp8.dequantised(source), model)
     entries = _stored_entries(source, model)

@@ -12,7 +12,6 @@ here: loading parameters (`convert`), writing Hugging Face files (`export`).
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +34,7 @@ from dsjax.safetensors_file import (
     read_header,
     read_tensor,
 )
+from dsjax.source import copy_aux_files
 
 MANIFEST, ARRAYS, UNMODELLED = "dsjax_checkpoint.json", "arrays", "unmodelled.safetensors"
 FORMAT = 2
@@ -63,8 +63,7 @@ def save_flax(
         params: every base parameter, in a dtype that holds its tensors exactly.
         carried: names of the source's other tensors.
     """
-    for file in source.aux_files():
-        shutil.copyfile(file, directory / file.name)
+    copy_aux_files(source, directory)
     lead = {entry.path: len(entry.index) for entry in entries}
     save_args = {
         path: ocp.SaveArgs(shard_axes=tuple(range(lead[path]))) if lead[path] else _chunked()
@@ -190,11 +189,7 @@ class FlaxSource:
 
     def aux_files(self) -> list[Path]:
         """The files kept beside the weights."""
-        return [p for p in _plain(self.directory).aux_files() if p.name != MANIFEST]
-
-    def python_files(self) -> list[Path]:
-        """None: they are not kept."""
-        return []
+        return _plain(self.directory).aux_files()
 
 
 def _plain(directory: Path) -> HFSource:

@@ -68,7 +68,7 @@ def run(words: argparse.Namespace) -> int:
     sampling = Sampling(words.temperature, words.top_k, words.top_p)
     numbers = request_problems(words.max_new_tokens, sampling, words.seed)
     raise_all(_text_problems(words) + numbers)
-    source = open_checkpoint(words.model, weights=False)
+    source = open_checkpoint(words.model, weights=False, adapter=words.adapter)
     tokenizer = load_tokenizer(source.directory)
     if words.chat:
         prompts = [encode_chat(tokenizer, [_message("user", text)]) for text in words.prompt]

@@ -5,13 +5,13 @@ In: a directory, a URL of one, or a hub id. Out: an `HFSource`: its config, the 
 weight files, each readable by rows, and the files that belong beside the weights. Faults of the
 files are found on opening and reported together. For export: the names and the index of the files
 to write. Not here: what a tensor means and where it goes (`convert`), one weight file by itself
-(`safetensors_file`, `torch_file`), downloading (`hf_hub`), reading behind a URL (`storage`).
+(`safetensors_file`, `torch_file`), the files besides weights (`model_folder`, `model_files`).
 Nothing of a checkpoint is executed.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
@@ -21,19 +21,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 
-from dsjax import hf_hub, storage, torch_file
+from dsjax import storage, torch_file
 from dsjax.errors import ConfigError, raise_all
 from dsjax.json_file import read_object
+from dsjax.model_files import ADAPTER_CONFIG
+from dsjax.model_folder import ModelFolder, open_model_folder, some
 from dsjax.safetensors_file import (
     SafetensorsWriter,
     TensorInfo,
-    is_lfs_pointer,
-    lfs_problem,
     read_header,
     read_range,
     read_tensor,
 )
-from dsjax.storage import READS_AHEAD, File, Folder, RemoteFile, in_order, is_url, open_folder
+from dsjax.storage import READS_AHEAD, File, Folder, RemoteFile, in_order, is_url
 
 __all__ = [
     "HFSource",
@@ -44,31 +44,13 @@ __all__ = [
     "shard_names",
 ]
 
-CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 _TORCH = "pytorch_model.bin"
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 _SAFETENSORS_FILES = (SAFETENSORS, SAFETENSORS_INDEX, "model-*.safetensors")
 _TORCH_FILES = (_TORCH, _TORCH_INDEX, "pytorch_model-*.bin")
-_NOT_AUX = (
-    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "consolidated*"),
-    *("*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.msgpack.index.json", "*.npz"),
-    *(
-        "*.onnx",
-        "*.onnx_data",
-        "*.pkl",
-        "*.py",
-        "dsjax_export.json",
-        "optimizer*",
-        "scheduler*",
-        "rng_state*",
-        ".*",
-    ),
-)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-_MOST_NAMES = 8
 
 
 @dataclass(frozen=True)
@@ -88,12 +70,12 @@ class HFSource:
     tensors: dict[str, TensorInfo]
     files: list[str]
     _headers: dict[str, bytes] = field(repr=False)
-    _folder: Folder = field(repr=False)
+    _found: ModelFolder = field(repr=False)
 
     @property
     def reads_ahead(self) -> int:
         """How many reads are worth having under way at a time."""
-        return READS_AHEAD if self._folder.is_remote else 1
+        return READS_AHEAD if self._found.folder.is_remote else 1
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> Shaped[np.ndarray, "..."]:
         """Read a tensor, or the part that slices of step 1 select, into a fresh array.
@@ -103,7 +85,7 @@ class HFSource:
         info = self.tensors[name]
         if info.start < 0:
             return torch_file.read_tensor(self.directory / info.file, info, index)
-        return read_tensor(self._folder.files[info.file], info, index)
+        return read_tensor(self._found.folder.files[info.file], info, index)
 
     def read_bytes(self, name: str, offset: int, length: int) -> bytes:
         """Read `length` bytes of a tensor from `offset` on, as they stand in its file.
@@ -113,7 +95,7 @@ class HFSource:
         info = self.tensors[name]
         if info.start < 0:
             return self.read(name).reshape(-1).view(np.uint8)[offset : offset + length].tobytes()
-        return read_range(self._folder.files[info.file], info, offset, length)
+        return read_range(self._found.folder.files[info.file], info, offset, length)
 
     def raw_header(self, file: str) -> bytes:
         """The JSON text of a safetensors file's header, padding included, length bytes not."""
@@ -125,23 +107,25 @@ class HFSource:
 
     def index_text(self) -> str | None:
         """The text of `model.safetensors.index.json`; None for one file and for `.bin` files."""
-        index = self._folder.files.get(SAFETENSORS_INDEX)
+        index = self._found.folder.files.get(SAFETENSORS_INDEX)
         return storage.read_text(index) if self._headers and index is not None else None
 
     def aux_files(self) -> list[Path]:
-        """The files to keep beside the weights: config, tokenizer, templates, licences, README.
-
-        Regular files of the top level, sorted; no weights in any format, optimizer state, Python
-        code or hidden files.
-        """
-        return [path for path in _top_level(self.directory) if _is_aux(path.name)]
-
-    def python_files(self) -> list[Path]:
-        """The directory's Python files, which are neither executed nor copied."""
-        return [path for path in _top_level(self.directory) if path.suffix == ".py"]
+        """The files to keep beside the weights (`model_files`), sorted."""
+        return [self.directory / name for name in self._found.kept]
 
 
-def open_source(path: str | Path, revision: str | None = None, weights: bool = True) -> HFSource:
+Check = Callable[[Mapping[str, Any], Collection[str] | None], None]
+"""Given config.json and the names of all tensors, if there is an index; raises a ConfigError."""
+
+
+def open_source(
+    path: str | Path,
+    revision: str | None = None,
+    weights: bool = True,
+    adapter: str | None = None,
+    check: Check | None = None,
+) -> HFSource:
     """Open a model directory, here, behind a URL or on the Hugging Face hub, and check its files.
 
     Args:
@@ -149,84 +133,62 @@ def open_source(path: str | Path, revision: str | None = None, weights: bool = T
             a hub id, which is downloaded unless cached.
         revision: branch, tag or commit of the hub repository.
         weights: False leaves the weights alone, neither downloading nor checking them.
+        adapter: path of the adapter that goes with the model: it alone may lie in the same folder.
+        check: called where weights are left alone, or before those of a hub id are downloaded.
 
     Raises:
         ConfigError: nothing there, or files that are missing, damaged or contradict one another.
     """
-    if is_url(str(path)):
-        folder, directory = _find_remote(str(path), revision)
-    else:
-        directory = _find_directory(str(path), revision, weights)
-        folder = open_folder(directory, "model.path")
-    raise_all(
-        lfs_problem(file, "model.path")
-        for file in _top_level(directory)
-        if _is_aux(file.name) and is_lfs_pointer(file)
-    )
-    config = read_object(directory / CONFIG, "model.path")
+    found = open_model_folder(str(path), revision)
+    _check_adapter(str(path), found.names, adapter)
+    if check is not None and (not weights or found.repository is not None):
+        index = _forms(found.names)[1]
+        file = found.folder.files.get(index)
+        check(found.config, None if file is None else _read_weight_map(file).keys())
     if not weights:
-        return HFSource(directory, config, {}, [], {}, folder)
-    files, weight_map = _weight_files(folder)
-    headers, infos = _read_headers(folder, files)
+        return HFSource(found.directory, found.config, {}, [], {}, found)
+    found = found.with_files(_weight_names(found.names))
+    files, weight_map = _weight_files(found.folder)
+    headers, infos = _read_headers(found.folder, files)
     raise_all(_contradictions(infos, weight_map))
-    return HFSource(directory, config, {info.name: info for info in infos}, files, headers, folder)
+    tensors = {info.name: info for info in infos}
+    return HFSource(found.directory, found.config, tensors, files, headers, found)
 
 
-def _find_remote(url: str, revision: str | None) -> tuple[Folder, Path]:
-    """The folder of a URL, and a copy of its small files."""
-    if revision is not None:
+def _check_adapter(path: str, names: Collection[str], adapter: str | None) -> None:
+    """Refuse weights with an adapter beside them that nobody asked for."""
+    if ADAPTER_CONFIG in names and _weight_names(names) and not _is_same(path, adapter):
         raise ConfigError(
-            f"model.revision: got {revision!r} with the URL {url!r}, expected null; a revision of "
-            "the hub is a part of the URL: hf://organization/name@revision"
+            f"model.path: got {path!r} with weights and {ADAPTER_CONFIG}, expected one of the two: "
+            "transformers would apply the adapter to the weights; give the folder as adapter.path "
+            f"too to do so here, or remove {ADAPTER_CONFIG} to use the weights alone"
         )
-    folder = open_folder(url, "model.path")
-    if CONFIG not in folder.files:
-        raise ConfigError(_no_config(url, list(folder.files)))
-    return folder, storage.copied(folder, [name for name in folder.files if _is_aux(name)])
 
 
-def _find_directory(path: str, revision: str | None, weights: bool) -> Path:
-    """The local directory of a path or hub id, with a config.json in it."""
-    local = Path(path).expanduser()
-    if not local.exists():
-        if not _HUB_ID.fullmatch(path):
-            raise ConfigError(
-                f"model.path: got {path!r}, expected a directory or a hub id; there is no such "
-                "directory and a hub id has the form organization/name"
-            )
-        return hf_hub.fetch(path, revision, lambda files: _wanted(path, files, weights))
-    if not local.is_dir():
-        raise ConfigError(
-            f"model.path: got the file {path!r}, expected the directory that holds {CONFIG}; "
-            f"give {str(local.parent)!r}"
-        )
-    if revision is not None:
-        raise ConfigError(
-            f"model.revision: got {revision!r} with the local directory {path!r}, expected null; "
-            "a revision selects a version on the hub"
-        )
-    if not (local / CONFIG).is_file():
-        raise ConfigError(_no_config(path, [file.name for file in _top_level(local)]))
-    return local
+def _is_same(path: str, other: str | None) -> bool:
+    """Whether two paths or URLs are of one folder."""
+    if other is None or is_url(path) or is_url(other):
+        return other is not None and path.rstrip("/") == other.rstrip("/")
+    return Path(path).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
-def _wanted(name: str, files: Sequence[str], weights: bool) -> list[str]:
-    """The files of a hub repository to download: `.bin` only where there is no safetensors."""
-    top = [file for file in files if "/" not in file]
-    if CONFIG not in top:
-        raise ConfigError(_no_config(name, top))
-    wanted = [file for file in top if _is_aux(file)]
-    if weights:
-        safetensors = [file for file in top if _matches(file, _SAFETENSORS_FILES)]
-        wanted += safetensors or [file for file in top if _matches(file, _TORCH_FILES)]
-    return wanted
+def _forms(names: Collection[str]) -> tuple[str, str]:
+    """Names of the single weight file and of the index: `.bin` only where no safetensors are."""
+    if any(_matches(name, _SAFETENSORS_FILES) for name in names):
+        return SAFETENSORS, SAFETENSORS_INDEX
+    return _TORCH, _TORCH_INDEX
+
+
+def _weight_names(names: Collection[str]) -> list[str]:
+    """The weight files among the names of a repository's."""
+    safetensors = [name for name in names if _matches(name, _SAFETENSORS_FILES)]
+    return safetensors or [name for name in names if _matches(name, _TORCH_FILES)]
 
 
 def _weight_files(folder: Folder) -> tuple[list[str], dict[str, str] | None]:
     """Names of the weight files, and the index's tensor -> file map where there is an index."""
     names = list(folder.files)
-    safetensors = any(_matches(name, _SAFETENSORS_FILES) for name in names)
-    single, index = (SAFETENSORS, SAFETENSORS_INDEX) if safetensors else (_TORCH, _TORCH_INDEX)
+    single, index = _forms(names)
     if index not in names:
         if single not in names:
             raise ConfigError(_no_weights(folder, names))
@@ -262,7 +224,7 @@ def _read_weight_map(path: File) -> dict[str, str]:
     odd = {repr(file) for file in weight_map.values() if not _is_weight_file(file)}
     if odd:
         raise ConfigError(
-            f"model.path: got {_some(odd)} in {path}, expected names of .safetensors or .bin files "
+            f"model.path: got {some(odd)} in {path}, expected names of .safetensors or .bin files "
             "beside it; correct its weight_map"
         )
     return weight_map
@@ -313,7 +275,7 @@ def _contradictions(infos: Sequence[TensorInfo], weight_map: Mapping[str, str] |
     problems = []
     twice = [f"{name} in {' and '.join(files)}" for name, files in places.items() if files[1:]]
     if twice:
-        problems.append(f"model.path: got {_some(twice)}, expected each tensor in one file")
+        problems.append(f"model.path: got {some(twice)}, expected each tensor in one file")
     if weight_map is None:
         return problems
     absent = [
@@ -321,29 +283,23 @@ def _contradictions(infos: Sequence[TensorInfo], weight_map: Mapping[str, str] |
     ]
     if absent:
         problems.append(
-            f"model.path: got an index that lists {_some(absent)}, expected the files to hold what "
+            f"model.path: got an index that lists {some(absent)}, expected the files to hold what "
             "the index lists; these tensors are not there, download the file or the index again"
         )
     unlisted = [f"{name} in {files[0]}" for name, files in places.items() if name not in weight_map]
     if unlisted:
         problems.append(
-            f"model.path: got {_some(unlisted)}, expected the index to list every tensor; these "
+            f"model.path: got {some(unlisted)}, expected the index to list every tensor; these "
             "are missing in it, download the index again"
         )
     return problems
-
-
-def _no_config(place: str, found: Sequence[str]) -> str:
-    adapter = "; it holds a PEFT adapter, give its path as adapter.path"
-    hint = adapter if "adapter_config.json" in found else f"; found {_some(found)}"
-    return f"model.path: got {place!r}, expected a model directory with {CONFIG}{hint}"
 
 
 def _no_weights(folder: Folder, names: Sequence[str]) -> str:
     shards = [name for name in names if _matches(name, (*_SAFETENSORS_FILES, *_TORCH_FILES))]
     if shards:
         return (
-            f"model.path: got {_some(shards)} in {folder} without an index, expected "
+            f"model.path: got {some(shards)} in {folder} without an index, expected "
             f"{SAFETENSORS_INDEX} or {_TORCH_INDEX} beside the files; download it"
         )
     if folder.is_remote and "dsjax_checkpoint.json" in names:
@@ -353,12 +309,8 @@ def _no_weights(folder: Folder, names: Sequence[str]) -> str:
         )
     return (
         f"model.path: got {folder} without weights, expected {SAFETENSORS}, "
-        f"{SAFETENSORS_INDEX}, {_TORCH} or {_TORCH_INDEX}; found {_some(names)}"
+        f"{SAFETENSORS_INDEX}, {_TORCH} or {_TORCH_INDEX}; found {some(names)}"
     )
-
-
-def _top_level(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if path.is_file())
 
 
 def _is_weight_file(name: object) -> bool:
@@ -370,18 +322,8 @@ def _is_weight_file(name: object) -> bool:
     )
 
 
-def _is_aux(name: str) -> bool:
-    return not _matches(name, _NOT_AUX)
-
-
 def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
-
-
-def _some(names: Iterable[str]) -> str:
-    known = sorted(names)
-    more = f" and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
-    return ", ".join(known[:_MOST_NAMES]) + more if known else "nothing"
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def shard_names(count: int) -> list[str]:

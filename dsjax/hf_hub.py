@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bring a model repository of the Hugging Face hub to this machine, or find it in the hub's cache.
 
-In: a hub id, a revision and a choice among the repository's files. Out: a local directory.
-Not here: which files are needed and whether they are sound (`hf_files`). HF_HUB_OFFLINE, HF_TOKEN
-and HF_HOME are honoured by huggingface_hub itself.
+In: a hub id and a revision. Out: the names of the repository's files, and a local directory that
+holds those that are asked for. Not here: which are needed and whether they are sound
+(`model_folder`, `hf_files`). HF_HUB_OFFLINE, HF_TOKEN and HF_HOME are honoured by huggingface_hub
+itself.
 """
 
 import glob
-from collections.abc import Callable, Sequence
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
@@ -15,15 +17,46 @@ import huggingface_hub
 from dsjax.errors import ConfigError
 
 
-def fetch(
-    name: str, revision: str | None, choose: Callable[[Sequence[str]], Sequence[str]]
-) -> Path:
-    """Download the chosen files of a model repository; without the hub, take what is cached.
+@dataclass(frozen=True)
+class Repository:
+    """A model repository of the hub.
 
-    Args:
+    Attributes:
         name: hub id, `organization/name`.
         revision: branch, tag or commit; None for the main branch.
-        choose: picks the files to download from the names of all files.
+        files: names of all its files; empty where the hub could not be asked.
+        cached: where it lies in the hub's cache, if the hub could not be asked.
+    """
+
+    name: str
+    revision: str | None
+    files: tuple[str, ...]
+    cached: Path | None = None
+
+    def download(self, wanted: Collection[str]) -> Path:
+        """Bring files to this machine; without the hub, take what is cached.
+
+        Returns:
+            The directory that holds them, and what of the same commit was fetched earlier.
+
+        Raises:
+            ConfigError: the download fails.
+        """
+        if self.cached is not None:
+            return self.cached
+        try:
+            directory = huggingface_hub.snapshot_download(
+                self.name,
+                revision=self.revision,
+                allow_patterns=[glob.escape(file) for file in wanted],
+            )
+        except Exception as error:
+            raise ConfigError(_problem(self.name, self.revision, error)) from error
+        return Path(directory)
+
+
+def find_repository(name: str, revision: str | None) -> Repository:
+    """Ask the hub for a repository's files; without the hub, look into its cache.
 
     Raises:
         ConfigError: the hub refuses or cannot be reached, and the repository is not cached.
@@ -33,15 +66,8 @@ def fetch(
     try:
         siblings = huggingface_hub.model_info(name, revision=revision).siblings or []
     except Exception as error:
-        return _find_in_cache(name, revision, error)
-    wanted = choose([sibling.rfilename for sibling in siblings])
-    try:
-        directory = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=[glob.escape(file) for file in wanted]
-        )
-    except Exception as error:
-        raise ConfigError(_problem(name, revision, error)) from error
-    return Path(directory)
+        return Repository(name, revision, (), _find_in_cache(name, revision, error))
+    return Repository(name, revision, tuple(sibling.rfilename for sibling in siblings))
 
 
 def _find_in_cache(name: str, revision: str | None, reason: Exception) -> Path:

@@ -9,7 +9,6 @@ FP8. What was written is read again and compared. Not done here: adapters' files
 
 import json
 import math
-import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +25,12 @@ from dsjax.adapters import Spec, lora
 from dsjax.convert import EMBEDDING, HEAD, row_pieces
 from dsjax.flax_checkpoint import safetensors_name
 from dsjax.gather import host_part, is_here
-from dsjax.hf_files import CONFIG, SAFETENSORS_INDEX, SafetensorsWriter, index_json, open_source
+from dsjax.hf_files import SAFETENSORS_INDEX, SafetensorsWriter, index_json, open_source
+from dsjax.json_file import read_object
+from dsjax.model_files import CONFIG, DECIDING, needs_code
 from dsjax.models import Model, entries_of
 from dsjax.models.weight_rules import Entry
-from dsjax.source import Source
+from dsjax.source import Source, copy_aux_files
 
 Rows = tuple[slice, ...]
 
@@ -173,8 +174,7 @@ def write_checkpoint(
         for out in (out for outs in files.values() for out in outs):
             out.follow()
         return
-    for file in source.aux_files():
-        shutil.copyfile(file, directory / file.name)
+    copy_aux_files(source, directory)
     _write_config(source, directory, files)
     total, done = sum(out.nbytes for outs in files.values() for out in outs), 0
     checksums = {}
@@ -270,23 +270,40 @@ def _header(source: Source, file: str, entries: Sequence[tuple]) -> bytes | None
 
 
 def _write_config(source: Source, directory: Path, files: Mapping[str, Sequence[Output]]) -> None:
-    """Say in config.json which modules are no longer quantised, if any; else it stays as it is."""
-    if not isinstance(source, fp8.DequantisedSource):
-        return
-    kinds = {out.name: out.dtype for outs in files.values() for out in outs}
-    was = [name for name, info in source.raw.tensors.items() if info.dtype == fp8.FP8]
-    plain = [name.removesuffix(".weight") for name in was if kinds[name] != fp8.FP8]
-    if not plain:
-        return
-    config = json.loads((source.directory / CONFIG).read_text("utf-8"))
-    if len(plain) == len(was):
+    """Correct what the copied files say and is no longer so; each stays as it is if nothing is."""
+    if not needs_code(source.config):
+        for name in DECIDING:
+            _change(directory / name, _without_code)
+    if isinstance(source, fp8.DequantisedSource):
+        kinds = {out.name: out.dtype for outs in files.values() for out in outs}
+        was = [name for name, info in source.raw.tensors.items() if info.dtype == fp8.FP8]
+        plain = [name.removesuffix(".weight") for name in was if kinds[name] != fp8.FP8]
+        if plain:
+            _change(directory / CONFIG, partial(_not_quantised, plain, len(plain) == len(was)))
+
+
+def _change(file: Path, change: Callable[[dict[str, Any]], bool]) -> None:
+    """Write a JSON object again if `change` says that it changed it."""
+    content = read_object(file, "model.path") if file.is_file() else {}
+    if change(content):
+        text = json.dumps(content, indent=2, ensure_ascii=False)
+        file.write_text(text + "\n", "utf-8")
+
+
+def _without_code(config: dict[str, Any]) -> bool:
+    """Drop the mention of Python files that do not travel: transformers has these classes."""
+    return config.pop("auto_map", None) is not None
+
+
+def _not_quantised(modules: Sequence[str], all_of_them: bool, config: dict[str, Any]) -> bool:
+    """Say in config.json which modules are no longer quantised."""
+    if all_of_them:
         del config["quantization_config"]
     else:
         section = config["quantization_config"]
         before = section.get("modules_to_not_convert") or []
-        section["modules_to_not_convert"] = [*before, *plain]
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    (directory / CONFIG).write_text(text + "\n", "utf-8")
+        section["modules_to_not_convert"] = [*before, *modules]
+    return True
 
 
 def _index_text(source: Source, files: Mapping[str, Sequence[Output]]) -> str | None:

@@ -8,6 +8,7 @@ digest that tells one checkpoint from another, wherever and in whichever of thes
 import hashlib
 import json
 import math
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -94,3 +95,11 @@ def _sample(source: Source, name: str) -> np.ndarray:
 
 def _hashed(name: str) -> bytes:
     return hashlib.blake2b(name.encode(), digest_size=8).digest()
+
+
+def copy_aux_files(source: Source, directory: Path) -> None:
+    """Copy the files that belong beside the weights; one of a sub-folder into the same one."""
+    for file in source.aux_files():
+        copy = directory / file.relative_to(source.directory)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)

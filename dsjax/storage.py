@@ -2,7 +2,7 @@
 """Folders that are read, on this machine or behind a URL; the only place that knows which.
 
 In: a path, or a URL that fsspec opens (gs://, s3://, hf://). Out: the folder's files by name, each
-readable by byte ranges. Nothing is downloaded as a whole but by `copied`, which is for small files.
+readable by byte ranges. Nothing is downloaded as a whole but by `copied`, for small files.
 Not done here: writing; what the files mean (`hf_files`, `peft_files`). Credentials are found by the
 store's own library (gcsfs, s3fs, huggingface_hub).
 """
@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -94,7 +94,7 @@ class Folder:
 
     Attributes:
         place: path or URL, as messages name it.
-        files: its files by name, sorted; folders in it are left out.
+        files: its files by name, sorted, those of the sub-folders asked for as `folder/name`.
     """
 
     place: str
@@ -114,46 +114,72 @@ def is_url(path: str) -> bool:
     return _URL.match(path) is not None
 
 
-def open_folder(path: str | Path, config_field: str) -> Folder:
+def open_folder(path: str | Path, config_field: str, subfolders: Collection[str] = ()) -> Folder:
     """List the files of a folder.
 
     Args:
         path: a directory that exists, or a URL.
         config_field: what the message of an error begins with.
+        subfolders: names of folders in it, if they are there, whose files are listed too.
 
     Raises:
         ConfigError: no such folder behind the URL, or no way to it.
     """
     if is_url(str(path)):
-        return _open_url(str(path).rstrip("/"), config_field)
-    found = sorted(file for file in Path(path).iterdir() if file.is_file())
-    return Folder(str(path), {file.name: file for file in found})
+        return _open_url(str(path).rstrip("/"), config_field, subfolders)
+    places = [Path(path), *(Path(path) / name for name in subfolders)]
+    found = [file for place in places if place.is_dir() for file in place.iterdir()]
+    files: dict[str, File] = {
+        str(file.relative_to(path)): file for file in sorted(found) if file.is_file()
+    }
+    return Folder(str(path), files)
 
 
-def _open_url(url: str, config_field: str) -> Folder:
+def _open_url(url: str, config_field: str, subfolders: Collection[str]) -> Folder:
     system, root = _connect(url, config_field)
+    entries = _listed(system, root, url, config_field)
+    if [entry["name"] for entry in entries if entry["type"] == "file"] == [root]:
+        raise ConfigError(
+            f"{config_field}: got the file {url!r}, expected the folder that holds it; "
+            f"give {url.rpartition('/')[0]!r}"
+        )
+    found = {_last(entry): entry for entry in entries if _is_file(entry, root)}
+    for entry in entries:
+        if entry["type"] == "directory" and _last(entry) in subfolders:
+            inside = _listed(system, entry["name"].rstrip("/"), url, config_field)
+            files = [file for file in inside if _is_file(file, entry["name"])]
+            found |= {f"{_last(entry)}/{_last(file)}": file for file in files}
+    return Folder(
+        url,
+        {
+            name: RemoteFile(f"{url}/{name}", entry["size"], system, entry["name"])
+            for name, entry in sorted(found.items())
+        },
+    )
+
+
+def _last(entry: Mapping[str, Any]) -> str:
+    return PurePosixPath(entry["name"]).name
+
+
+def _is_file(entry: Mapping[str, Any], folder: str) -> bool:
+    """Whether an entry of a listing is a file in it.
+
+    A store without folders may hold an empty object of the folder's name.
+    """
+    return entry["type"] == "file" and entry["name"].rstrip("/") != folder.rstrip("/")
+
+
+def _listed(
+    system: fsspec.AbstractFileSystem, path: str, url: str, config_field: str
+) -> list[dict[str, Any]]:
     try:
-        entries = system.ls(root, detail=True)
+        return system.ls(path, detail=True)
     except Exception as error:
         raise ConfigError(
             f"{config_field}: got {url!r}, expected a folder that can be listed "
             f"({_reason(error)}); check the address, the credentials and the network"
         ) from error
-    files = {entry["name"]: entry["size"] for entry in entries if entry["type"] == "file"}
-    if list(files) == [root]:
-        raise ConfigError(
-            f"{config_field}: got the file {url!r}, expected the folder that holds it; "
-            f"give {url.rpartition('/')[0]!r}"
-        )
-    # A store without folders may hold an empty object of the folder's name.
-    names = {PurePosixPath(path).name: path for path in files if path.rstrip("/") != root}
-    return Folder(
-        url,
-        {
-            name: RemoteFile(f"{url}/{name}", files[names[name]], system, names[name])
-            for name in sorted(names)
-        },
-    )
 
 
 def _connect(url: str, config_field: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -238,17 +264,25 @@ def file_digest(file: File) -> str:
     return whole.hexdigest()
 
 
-def copied(folder: Folder, names: Sequence[str]) -> Path:
-    """Copy small files of a remote folder to this machine, where they lie as long as `folder` does.
+def copied(folder: Folder, names: Collection[str], into: Path | None = None) -> Path:
+    """Copy small files of a remote folder to this machine.
+
+    Args:
+        folder: where they are.
+        names: of the files; those that are copied already are left.
+        into: the directory of an earlier call; None makes one, which is there as long as `folder`.
 
     Returns:
         The directory that holds them.
     """
-    directory = Path(tempfile.mkdtemp(prefix="dsjax-"))
-    weakref.finalize(folder, shutil.rmtree, directory, ignore_errors=True)
+    directory = into or Path(tempfile.mkdtemp(prefix="dsjax-"))
+    if into is None:
+        weakref.finalize(folder, shutil.rmtree, directory, ignore_errors=True)
+    names = [name for name in names if not (directory / name).exists()]
     reads = [lambda file=folder.files[name]: _whole(file) for name in names]
     for name, content in zip(names, in_order(reads, READS_AHEAD), strict=True):
         with files_of(directory / name):
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(content)
     return directory
 

@@ -45,7 +45,7 @@ LAYERS = (
         "optimizer",
         "metrics",
     },
-    {"sampling", "text_stream", "source"},
+    {"sampling", "text_stream", "source", "model_files"},
     {
         "torch_file",
         "fp8",
@@ -53,6 +53,7 @@ LAYERS = (
         "objectives",
         "terminal",
         "model_card",
+        "model_folder",
         "generation_config",
     },
     {"hf_files", "sharding", "decoding", "throughput", "program", "topologies"},

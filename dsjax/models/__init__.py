@@ -45,6 +45,8 @@ class Family:
         rules: (config, whether it predicts ahead) -> its weight rules.
         carried: the same -> patterns of tensors that are kept without being computed with.
         ahead: config -> the abstract module for multi-token prediction; None without.
+        remote_code: whether transformers has no class for it, so that the code of its repository
+            goes along with an export.
     """
 
     parse_config: Callable[[Mapping[str, Any]], Any]
@@ -52,6 +54,7 @@ class Family:
     rules: Callable[[Any, bool], Sequence[Rule]]
     carried: Callable[[Any, bool], Sequence[str]]
     ahead: Callable[[Any], nnx.Module] | None = None
+    remote_code: bool = False
 
 
 _LLAMA = Family(parse_llama, llama, llama_weights.rules, llama_weights.carried)
@@ -60,7 +63,8 @@ _DEEPSEEK_V3 = replace(_DEEPSEEK, ahead=prediction_module)
 
 MODELS = {
     **dict.fromkeys(("llama", "qwen2", "qwen3"), _LLAMA),
-    **dict.fromkeys(("deepseek", "deepseek_v2"), _DEEPSEEK),
+    "deepseek": replace(_DEEPSEEK, remote_code=True),
+    "deepseek_v2": _DEEPSEEK,
     **dict.fromkeys(("deepseek_v3", "deepseek_v32"), _DEEPSEEK_V3),
 }
 """config.json's model_type -> family."""
