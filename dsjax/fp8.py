@@ -36,6 +36,9 @@ _VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 
 _LARGEST_BLOCK = 2**20
 
+_OTHER_KEYS = {"quantization": "MLX", "compression_config": "compressed-tensors"}
+"""Keys of config.json in which other tools say the same."""
+
 _ONLY = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 
 
@@ -55,9 +58,17 @@ class Format:
 def read_format(config: Mapping[str, Any]) -> Format | None:
     """Read `quantization_config`; None if there is none.
 
+    What is refused here is refused by plans, by downloads before their first shard, by training.
+
     Raises:
-        ConfigError: it names another method or other sizes than we read.
+        ConfigError: it, or another tool's key, names another method or other sizes than we read.
     """
+    raise_all(
+        f"config.json {name}: got {shown(config[name])}, expected null; {tool}'s quantised "
+        "checkpoints are not read: take the one that was quantised"
+        for name, tool in _OTHER_KEYS.items()
+        if config.get(name) is not None
+    )
     section = config.get("quantization_config")
     if section is None:
         return None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of the hub: what is downloaded, and what happens without a network."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from dsjax.convert import open_checkpoint
 from dsjax.errors import ConfigError
 from dsjax.hf_files import HFSource, SafetensorsWriter, open_source
+from dsjax.merge import write_checkpoint
 
+MODELS = Path(__file__).parent / "model_configs"
 A = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 
@@ -53,7 +57,8 @@ class Hub:
             if not self.online:
                 raise ConnectionError("lost")
             for pattern in allow_patterns:
-                shutil.copy(self.files / pattern, self.cache)
+                (self.cache / pattern).parent.mkdir(exist_ok=True)
+                shutil.copy(self.files / pattern, self.cache / pattern)
         elif not any(self.cache.iterdir()):
             raise FileNotFoundError("not cached")
         return str(self.cache)
@@ -139,6 +144,73 @@ def test_hub_repository_without_config_is_not_downloaded(hub: Hub) -> None:
         "pytorch_model.bin, tokenizer.json"
     )
     assert hub.cached() == []
+
+
+TEMPLATES = ("assets/chat_template.jinja", "additional_chat_templates/tool_use.jinja")
+
+
+def test_hub_templates_in_sub_folders(hub: Hub) -> None:
+    for name in (*TEMPLATES, "assets/trajectory.html"):
+        (hub.files / name).parent.mkdir(exist_ok=True)
+        (hub.files / name).write_text(f"{name} of the hub")
+    source = hub.open()
+    kept = {str(file.relative_to(source.directory)) for file in source.aux_files()}
+    assert kept == {*AUX, "tokenizer.json", *TEMPLATES}
+    assert not (hub.cache / "assets/trajectory.html").exists()
+    out = hub.files.parent / "out"
+    out.mkdir()
+    write_checkpoint(source, out, {})
+    assert all((out / name).read_text() == f"{name} of the hub" for name in TEMPLATES)
+
+
+QUANTISED = [
+    {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    {"quant_method": "awq", "bits": 4},
+    {"quant_method": "gptq", "bits": 4},
+    {"group_size": 64, "bits": 4},
+]
+
+
+@pytest.mark.parametrize("section", QUANTISED, ids=str)
+@pytest.mark.parametrize("key", ["quantization_config", "quantization"])
+def test_hub_model_that_is_refused_costs_no_shard(hub: Hub, key: str, section: dict) -> None:
+    config = json.loads((MODELS / "deepseek_llm_7b/config.json").read_text())
+    (hub.files / "config.json").write_text(json.dumps(config | {key: section}))
+    with pytest.raises(ConfigError, match=f"config.json {key}"):
+        open_checkpoint("deepseek-ai/tiny", "v1")
+    assert not [name for name in hub.cached() if name.endswith((".safetensors", ".bin"))]
+
+
+@pytest.mark.parametrize("fault", ["model_type", "names"])
+def test_hub_model_of_another_kind_costs_no_shard(hub: Hub, fault: str) -> None:
+    config = json.loads((MODELS / "deepseek_llm_7b/config.json").read_text())
+    if fault == "model_type":
+        config["model_type"] = "deepseek_v4"
+    (hub.files / "config.json").write_text(json.dumps(config))
+    (hub.files / "model.safetensors").rename(hub.files / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"model.layers.0.q.qweight": "model-00001-of-00002.safetensors"}}
+    (hub.files / "model.safetensors.index.json").write_text(json.dumps(index))
+    says = "model_type: got 'deepseek_v4'" if fault == "model_type" else "q.qweight: got a tensor"
+    with pytest.raises(ConfigError, match=says):
+        open_checkpoint("deepseek-ai/tiny", "v1")
+    assert "model.safetensors.index.json" in hub.cached()
+    assert not [name for name in hub.cached() if name.endswith((".safetensors", ".bin"))]
+
+
+def test_hub_adapter_beside_weights_costs_no_shard(hub: Hub) -> None:
+    (hub.files / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="got 'deepseek-ai/tiny' with weights and adapter_config"):
+        hub.open()
+    assert not [name for name in hub.cached() if name.endswith((".safetensors", ".bin"))]
+
+
+def test_hub_code_of_a_model_that_transformers_does_not_have(hub: Hub) -> None:
+    auto_map = {"AutoConfig": "modeling_tiny.Config"}
+    config = {"model_type": "deepseek", "auto_map": auto_map}
+    (hub.files / "config.json").write_text(json.dumps(config))
+    (hub.files / "train.py").write_text("")
+    names = [file.name for file in hub.open().aux_files()]
+    assert names == [*AUX, "modeling_tiny.py", "tokenizer.json"]
 
 
 OFFLINE = """
