@@ -24,7 +24,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from dsjax import flax_checkpoint, fp8, hf_files
 from dsjax.errors import ConfigError, raise_all
-from dsjax.folders import check_empty, written_beside
+from dsjax.folders import check_apart, check_empty, written_beside
 from dsjax.models import Model, base_shapes, build, carried_of, entries_of
 from dsjax.models.weight_rules import Entry, coverage_problems, entry_shape
 from dsjax.partition import Leaf, Params
@@ -353,6 +353,7 @@ def to_flax(src: str, dst: str, progress: Callable[[int, int], None] = lambda do
     Raises:
         ConfigError: the source is wrong or not supported, or `dst` is in use.
     """
+    check_apart(dst, "output directory", {"source": src})
     check_empty(dst)
     source = hf_files.open_source(src, check=check_config)
     model = build(source.config, "float32")

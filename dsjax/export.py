@@ -48,7 +48,7 @@ from dsjax.export_folder import (
     write_marker,
 )
 from dsjax.flax_checkpoint import is_flax_checkpoint, open_flax
-from dsjax.folders import check_empty, written_beside
+from dsjax.folders import check_apart, check_empty, written_beside
 from dsjax.fp8 import DequantisedSource
 from dsjax.gather import host_array
 from dsjax.generation_config import added_stop, write_generation_config
@@ -68,6 +68,7 @@ def to_hf(
     """Turn a dsjax checkpoint back into the Hugging Face checkpoint that it was made from."""
     if not is_flax_checkpoint(src):
         raise ConfigError(f"source: got {src!r}, expected a directory written by to-flax")
+    check_apart(dst, "output directory", {"source": src})
     check_empty(dst)
     source = open_flax(src)
     with written_beside(Path(dst), check=lambda: check_empty(dst)) as directory:

@@ -16,7 +16,7 @@ from typing import Any
 from dsjax.assembly import CHECKPOINTS
 from dsjax.config import RunConfig
 from dsjax.errors import ConfigError
-from dsjax.folders import check_empty
+from dsjax.folders import check_apart, check_empty
 from dsjax.storage import READS_AHEAD, file_digest, in_order
 
 MARKER = "dsjax_export.json"
@@ -92,6 +92,7 @@ def check_replaceable(out: Path, config: RunConfig, run: str, field: str = "expo
         ConfigError: what the run reads or writes lies there, or somebody's files, or the export of
             another run.
     """
+    check_apart(out, field, _sources(config))
     for key, path in _needed(config):
         if path.resolve().is_relative_to(out.resolve()):
             raise ConfigError(
@@ -116,6 +117,21 @@ def check_own(out: Path, run: str, field: str = "export.path") -> None:
             f"{marker.get('model')!r}, step {marker.get('step')}), expected this run's own or a "
             "new folder; choose another, or remove that one"
         )
+
+
+def check_outputs(config: RunConfig) -> None:
+    """Refuse to write a run or its export into the model's or the adapter's folder.
+
+    Raises:
+        ConfigError: `output_dir` or `export.path` is such a folder, or lies in one.
+    """
+    check_apart(config.output_dir, "output_dir", _sources(config))
+    if config.export.path is not None:
+        check_apart(config.export.path, "export.path", _sources(config))
+
+
+def _sources(config: RunConfig) -> dict[str, str | None]:
+    return {"model.path": config.model.path, "adapter.path": config.adapter.path}
 
 
 def _needed(config: RunConfig) -> list[tuple[str, Path]]:

@@ -98,6 +98,25 @@ def made_and_locked(folder: Path, refusal: str) -> int:
         os.close(descriptor)
 
 
+def check_apart(path: str | Path, field: str, sources: Mapping[str, str | None]) -> None:
+    """Refuse to write into a folder that is read.
+
+    Args:
+        path: where is to be written.
+        field: the key or option that names it.
+        sources: key or option -> a model's or adapter's path; hub ids, URLs and None may be.
+    """
+    for key, source in sources.items():
+        folder = None if source is None else Path(source).expanduser()
+        if folder is None or is_url(str(source)) or not folder.is_dir():
+            continue
+        if Path(path).resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"{field}: got {str(path)!r}, which lies in {key} ({source!r}) or is that folder, "
+                "expected another: a source stays as it is; choose a folder outside of it"
+            )
+
+
 @contextmanager
 def written_beside(
     path: Path,

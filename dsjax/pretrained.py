@@ -15,7 +15,7 @@ from dsjax.assembly import assemble_model, load_frozen, load_trainable
 from dsjax.config import AdapterSection, MeshSection, ModelSection
 from dsjax.errors import ConfigError
 from dsjax.export import write_peft
-from dsjax.folders import check_empty, written_beside
+from dsjax.folders import check_apart, check_empty, written_beside
 from dsjax.merge import changed_tensors, in_turn, write_checkpoint
 from dsjax.models import Model
 from dsjax.partition import take
@@ -69,6 +69,8 @@ def save_pretrained(model: Model, directory: str, format: str = "merged") -> Non
         ConfigError: the folder is in use, or the model has no such form.
     """
     parts = model.origin
+    sources = {"the model's folder": parts.section.path, "the adapter's": parts.adapter_path}
+    check_apart(directory, "directory", sources)
     check_empty(directory, "directory")
     kind = parts.spec.peft_type if parts.spec else None
     if format not in ("merged", "peft"):

@@ -50,7 +50,7 @@ from dsjax.devices import GPU_MEMORY_SHARE, peak_flops
 from dsjax.errors import run_command
 from dsjax.eval_results import evaluated_rows, evaluation_marker
 from dsjax.export import card_facts, check_dtype, export_trained
-from dsjax.export_folder import export_marker
+from dsjax.export_folder import check_outputs, export_marker
 from dsjax.folders import check_room, write_whole
 from dsjax.fp8 import DequantisedSource
 from dsjax.hosts import Hosts, joined
@@ -139,6 +139,7 @@ def train(config: RunConfig, hosts: Hosts | None = None) -> int:
     """
     hosts = hosts or Hosts()
     hosts.agree(same_start(config))
+    check_outputs(config)
     with claimed(Path(config.output_dir), hosts):  # first: nobody else changes what is looked at
         return _train(config, hosts)
 

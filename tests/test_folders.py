@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from dsjax.config import ExportSection, load_config
 from dsjax.errors import ConfigError
+from dsjax.export_folder import check_outputs, check_replaceable
 from dsjax.folders import check_empty, written_beside
 
 
@@ -99,3 +101,27 @@ def test_only_a_new_or_empty_folder_is_free(tmp_path: Path) -> None:
         check_empty(tmp_path, "directory")
     with pytest.raises(ConfigError, match=rf"directory: got the file {tmp_path}/file, expected a"):
         check_empty(tmp_path / "file", "directory")
+
+
+@pytest.mark.parametrize("key", ["model.path", "adapter.path"])
+@pytest.mark.parametrize("field", ["output_dir", "export.path", "--out"])
+@pytest.mark.parametrize("inside", [".", "run/a", "../model/run", "link/run"])
+def test_nothing_is_written_into_a_source(tmp_path: Path, key: str, field: str, inside: str):
+    model = tmp_path / "model"
+    (tmp_path / "run").mkdir()
+    (model / "run").mkdir(parents=True)
+    (model / "link").symlink_to(model)
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {path: m}\ndata: {train: rows.jsonl}\noutput_dir: run\n")
+    paths = {"model.path": "organization/name", "output_dir": str(tmp_path / "run")}
+    paths |= {key: str(model)} | ({field: str(model / inside)} if field != "--out" else {})
+    config = load_config(file, ["data.train=rows.jsonl", *(f"{k}={v}" for k, v in paths.items())])
+    with pytest.raises(ConfigError) as caught:
+        if field == "--out":
+            check_replaceable(model / inside, config, "run", "--out")
+        check_outputs(config)
+    assert str(caught.value) == (
+        f"{field}: got '{model / inside}', which lies in {key} ('{model}') or is that folder, "
+        "expected another: a source stays as it is; choose a folder outside of it"
+    )
+    check_outputs(config.model_copy(update={"output_dir": f"{model}2", "export": ExportSection()}))
