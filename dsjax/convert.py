@@ -353,8 +353,8 @@ def to_flax(src: str, dst: str, progress: Callable[[int, int], None] = lambda do
     Raises:
         ConfigError: the source is wrong or not supported, or `dst` is in use.
     """
-    check_apart(dst, "output directory", {"source": src})
     check_empty(dst)
+    check_apart(dst, "output directory", {"source": src})
     source = hf_files.open_source(src, check=check_config)
     model = build(source.config, "float32")
     check_coverage(fp8.dequantised(source), model)

@@ -68,8 +68,8 @@ def to_hf(
     """Turn a dsjax checkpoint back into the Hugging Face checkpoint that it was made from."""
     if not is_flax_checkpoint(src):
         raise ConfigError(f"source: got {src!r}, expected a directory written by to-flax")
-    check_apart(dst, "output directory", {"source": src})
     check_empty(dst)
+    check_apart(dst, "output directory", {"source": src})
     source = open_flax(src)
     with written_beside(Path(dst), check=lambda: check_empty(dst)) as directory:
         write_checkpoint(source, directory, {}, progress)

@@ -70,8 +70,8 @@ def save_pretrained(model: Model, directory: str, format: str = "merged") -> Non
     """
     parts = model.origin
     sources = {"the model's folder": parts.section.path, "the adapter's": parts.adapter_path}
-    check_apart(directory, "directory", sources)
     check_empty(directory, "directory")
+    check_apart(directory, "directory", sources)
     kind = parts.spec.peft_type if parts.spec else None
     if format not in ("merged", "peft"):
         raise ConfigError(f"format: got {format!r}, expected merged or peft")
