@@ -51,11 +51,11 @@ from dsjax.config import (
 from dsjax.continuation import differing_keys
 from dsjax.data import Examples, Loader, find_tokenizer, load_evaluation
 from dsjax.errors import ConfigError, raise_all, renamed, run_command
-from dsjax.evaluation import evaluate_loss
+from dsjax.evaluation import evaluate_loss, make_eval_step
 from dsjax.partition import Params
 from dsjax.rendezvous import refuse_several
 from dsjax.sharding import check_batch
-from dsjax.step import make_eval_step, step_config
+from dsjax.step import step_config
 from dsjax.terminal import Loading
 
 OPTIONS = {

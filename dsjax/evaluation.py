@@ -1,21 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss of a model over a whole data set, exact to the token.
 
-In: a jitted evaluation step, arrays, and a loader. Out: the token-weighted mean loss, its
-perplexity, and how much it was computed over. Not done here: loading the model or the data.
+In: the parts of a step, arrays, and a loader. Out: the token-weighted mean loss, its perplexity,
+and how much it was computed over. A batch is computed in the portions of the training, so that an
+evaluation holds no more rows at a time than a step. Not done here: loading the model or the data.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dsjax.data import Batch, Loader
-from dsjax.objectives.sft import Sums
+from dsjax.objectives.sft import Forward, Sums
 from dsjax.partition import Params
-from dsjax.sharding import rows_sharding
+from dsjax.sharding import (
+    batch_shards,
+    leaf_shardings,
+    make_layout,
+    microbatches,
+    replicated,
+    rows_sharding,
+)
+from dsjax.step import StepConfig, abstract_batch, abstract_frozen, abstract_state
 
 
 class StoppedError(Exception):
@@ -47,6 +58,50 @@ def to_devices(batch: Batch, mesh: Mesh, loader: Loader | None = None) -> Batch:
         return jax.make_array_from_callback((total, *x.shape[1:]), sharding, part)
 
     return jax.tree.map(put, batch)
+
+
+def make_eval_step(config: StepConfig) -> Any:
+    """The jitted sums of a batch, `(trainable, frozen, batch) -> Sums`, without dropout.
+
+    Where the devices leave a device fewer rows than the training's portions are, there are fewer
+    portions: as many as divide both.
+    """
+    leaves, mesh = config.partition.leaves, config.mesh
+    shardings = leaf_shardings(leaves, mesh)
+    split = [
+        {path: shardings[path] for path in paths}
+        for paths in (config.partition.trainable, config.partition.frozen)
+    ]
+    forward = Forward("none", None, make_layout(mesh), batch_shards(mesh))
+
+    def eval_step(trainable: Params, frozen: Params, batch: Batch) -> Sums:
+        def sums(rows: Batch) -> Sums:
+            return config.objective(config.partition.merge(trainable, frozen), rows, forward)
+
+        count = math.gcd(config.accumulation, len(batch.input_ids) // batch_shards(mesh))
+        if count == 1:
+            return sums(batch)
+        pieces = jax.tree.map(lambda x: microbatches(x, count, mesh), batch)
+        shapes = jax.eval_shape(sums, jax.tree.map(lambda x: x[0], pieces))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        def add(total: Sums, rows: Batch) -> tuple[Sums, None]:
+            return jax.tree.map(jnp.add, total, sums(rows)), None
+
+        return jax.lax.scan(add, zeros, pieces)[0]
+
+    return jax.jit(
+        eval_step,
+        in_shardings=(*split, rows_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
+
+
+def lower_eval_step(config: StepConfig, rows: int, length: int) -> jax.stages.Lowered:
+    """The evaluation step on abstract arrays, as `lower_train_step` does it."""
+    trainable, frozen = abstract_state(config).trainable, abstract_frozen(config)
+    batch = abstract_batch(rows, length, config.mesh)
+    return make_eval_step(config).lower(trainable, frozen, batch)
 
 
 def evaluate_loss(

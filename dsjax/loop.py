@@ -299,12 +299,26 @@ def finish_evaluation(
     log: MetricsLog,
     progress: Progress,
     marker: Mapping[str, Any],
-) -> None:
-    """Evaluate the final weights, unless a finished run did, on these rows."""
-    if loop.eval is None or loop.hosts.decide(lambda: is_evaluated(run, marker)):
-        return
+) -> Exception | None:
+    """Evaluate the final weights, unless a finished run did, on these rows.
+
+    Returns:
+        What went wrong, for the caller to raise after the export, which need not fail as well. Of
+        several processes it may be one alone, for which the others wait: then it is raised here.
+    """
+    hosts = loop.hosts
+    if loop.eval is None or hosts.decide(lambda: is_evaluated(run, marker)):
+        return None
     if evaluated_rows(run) not in ("", marker["data"]):
         log.forget_evaluation(loop.total)
-    values = loop.evaluate(state, loop.total, log, progress)
-    if loop.hosts.primary:
-        write_results(run, marker, values)
+    try:
+        values = loop.evaluate(state, loop.total, log, progress)
+        if hosts.primary:
+            write_results(run, marker, values)
+    except Exception as error:
+        if hosts.count > 1:
+            hosts.say("the evaluation failed; with data.eval=null the run ends without")
+            raise
+        hosts.say("the evaluation failed; the reason follows, after what is left to do")
+        return error
+    return None

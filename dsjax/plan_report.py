@@ -43,11 +43,19 @@ def _memory(plan: Plan) -> list[str]:
     for name, size in plan.classes.items():
         bar = "#" * round(_BAR * min(size / room, 1))
         lines.append(f"  {name:<18}{gib(size):>12}  {bar}")
-    if plan.peak_bytes_per_device is None:
-        return [*lines, f"  the compiler gave up: {plan.compiler_says}"]
-    left = plan.headroom_bytes or 0
+    if plan.peak_bytes_per_device is not None:
+        lines.append(_peak("peak", plan.peak_bytes_per_device, room))
+    if plan.evaluation_bytes_per_device is not None:
+        lines.append(_peak("evaluation's peak", plan.evaluation_bytes_per_device, room))
+    if plan.compiler_says is not None:
+        lines.append(f"  the compiler gave up: {plan.compiler_says}")
+    return lines
+
+
+def _peak(name: str, size: int, room: int) -> str:
+    left = room - size
     told = f"{gib(left)} left" if left >= 0 else f"{gib(-left)} too much"
-    return [*lines, f"  {'peak':<18}{gib(plan.peak_bytes_per_device):>12}  {told}"]
+    return f"  {name:<18}{gib(size):>12}  {told}"
 
 
 def _work(plan: Plan) -> list[str]:

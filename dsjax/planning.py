@@ -16,6 +16,7 @@ import jax
 from dsjax.assembly import Assembly, assemble
 from dsjax.config import RunConfig
 from dsjax.estimate import Estimate, estimate
+from dsjax.evaluation import lower_eval_step
 from dsjax.models import Model
 from dsjax.models.moe import tokens_at_once
 from dsjax.partition import has_experts
@@ -52,7 +53,7 @@ class Plan:
     """What a run needs.
 
     Attributes:
-        fits: whether a device's memory holds the step.
+        fits: whether a device's memory holds the step, and the evaluation if there is one.
         topology: the devices' name.
         platform: tpu, cuda or cpu.
         device_kind: jax's name of them.
@@ -65,8 +66,10 @@ class Plan:
         peak_bytes_per_device: the most that is needed at a time; None if the compiler gave up.
         hbm_bytes_per_device: what a program can have.
         headroom_bytes: the difference; None as above.
+        evaluation_bytes_per_device: the most that an evaluation needs at a time, with the optimizer
+            state that waits beside it; None without an evaluation, or if the compiler gave up.
         classes: bytes per device by what they are for; `temporaries` among them.
-        compiler_says: its words, where it refused the program for want of memory.
+        compiler_says: its words, where it refused a program for want of memory.
         total_params: of the model with its adapter.
         trainable_params: those that train.
         flops_per_step: that the loss and its gradients need, over all devices.
@@ -92,6 +95,7 @@ class Plan:
     peak_bytes_per_device: int | None
     hbm_bytes_per_device: int
     headroom_bytes: int | None
+    evaluation_bytes_per_device: int | None
     classes: dict[str, int]
     compiler_says: str | None
     total_params: int
@@ -115,7 +119,11 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     training, length = config.training, config.data.max_length
     parts, step = prepare(config, topology)
     began = time.monotonic()
-    memory, collectives, refusal = _compile(step, training.batch_size, length, topology)
+    batch = (training.batch_size, length)
+    memory, collectives, refusal = _compile(lower_train_step(step, *batch), topology)
+    evaluated = None
+    if (config.data.eval or config.data.val_size) and memory is not None:
+        evaluated, _, refusal = _compile(lower_eval_step(step, *batch), topology)
     seconds = time.monotonic() - began
     remat = training.gradient_checkpointing
     chunks = _experts_in_chunks(parts.model, step, training.batch_size, length)
@@ -126,9 +134,10 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     if memory is not None:
         classes["temporaries"] = memory.peak - memory.arguments
     needed = None if memory is None else memory.peak
+    evaluation = None if evaluated is None else evaluated.peak + classes["optimizer"]
     room = topology.memory_bytes
     return Plan(
-        fits=needed is not None and needed <= room,
+        fits=refusal is None and max(needed or 0, evaluation or 0) <= room,
         topology=topology.name,
         platform=topology.platform,
         device_kind=topology.kind,
@@ -141,6 +150,7 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
         peak_bytes_per_device=needed,
         hbm_bytes_per_device=room,
         headroom_bytes=None if needed is None else room - needed,
+        evaluation_bytes_per_device=evaluation,
         classes=classes,
         compiler_says=refusal,
         total_params=total,
@@ -187,10 +197,9 @@ def _experts_in_chunks(model: Model, step: StepConfig, rows: int, length: int) -
 
 
 def _compile(
-    step: StepConfig, rows: int, length: int, topology: Topology
+    lowered: jax.stages.Lowered, topology: Topology
 ) -> tuple[Memory | None, Collectives, str | None]:
-    """Compile the step; memory, collectives, or what the compiler says of too little memory."""
-    lowered = lower_train_step(step, rows, length)
+    """A program's memory, its collectives, or what the compiler says of too little memory."""
     try:
         compiled = lowered.compile(compiler_options=topology.compiler_options or None)
     except jax.errors.JaxRuntimeError as error:

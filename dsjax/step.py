@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The train step and the evaluation step: pure functions over raw pytrees, one `jax.jit` each.
+"""The train step: a pure function over raw pytrees in one `jax.jit`.
 
 In: the state (trainable arrays, optimizer state, counters), the frozen arrays and a batch. Out: the
 new state and the step's sums. Gradients exist for the learnt part only, are float32 and are
 divided once by the weight of the whole batch; routers' biases move by the experts' loads instead.
-Not done here: loading, logging, saving.
+Not done here: loading, logging, saving, evaluating (`evaluation`).
 """
 
 import math
@@ -348,15 +348,20 @@ def lower_train_step(config: StepConfig, rows: int, length: int) -> jax.stages.L
         rows: B, of the whole batch.
         length: T.
     """
-    shardings = leaf_shardings(config.partition.leaves, config.mesh)
-    frozen = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
-        for path, leaf in config.partition.leaves.items()
-        if path in config.partition.frozen
-    }
-    state = abstract_state(config)
+    state, frozen = abstract_state(config), abstract_frozen(config)
     batch = abstract_batch(rows, length, config.mesh)
     return make_train_step(config, state).lower(state, frozen, batch)
+
+
+def abstract_frozen(config: StepConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """The frozen arrays' shapes, dtypes and shardings."""
+    leaves, frozen = config.partition.leaves, config.partition.frozen
+    shardings = leaf_shardings(leaves, config.mesh)
+    return {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
+        for path, leaf in leaves.items()
+        if path in frozen
+    }
 
 
 def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
@@ -387,23 +392,3 @@ def _held(leaf: Any, sharding: Any) -> int:
 
 def _held_by_all(tree: Any) -> int:
     return sum(_held(leaf, leaf.sharding) for leaf in jax.tree.leaves(tree))
-
-
-def make_eval_step(config: StepConfig) -> Callable[[Params, Params, Batch], Sums]:
-    """The jitted sums of a batch, without dropout."""
-    leaves, mesh = config.partition.leaves, config.mesh
-    shardings = leaf_shardings(leaves, mesh)
-    split = [
-        {path: shardings[path] for path in paths}
-        for paths in (config.partition.trainable, config.partition.frozen)
-    ]
-    forward = Forward("none", None, make_layout(mesh), batch_shards(mesh))
-
-    def eval_step(trainable: Params, frozen: Params, batch: Batch) -> Sums:
-        return config.objective(config.partition.merge(trainable, frozen), batch, forward)
-
-    return jax.jit(
-        eval_step,
-        in_shardings=(*split, rows_sharding(mesh)),
-        out_shardings=replicated(mesh),
-    )

@@ -49,6 +49,7 @@ from dsjax.data import unused_keys as unused_data_keys
 from dsjax.devices import GPU_MEMORY_SHARE, peak_flops
 from dsjax.errors import run_command
 from dsjax.eval_results import evaluated_rows, evaluation_marker
+from dsjax.evaluation import lower_eval_step
 from dsjax.export import card_facts, check_dtype, export_trained
 from dsjax.export_folder import check_outputs, export_marker
 from dsjax.folders import check_room, write_whole
@@ -81,7 +82,6 @@ from dsjax.step import (
     abstract_state,
     init_state,
     lower_train_step,
-    make_eval_step,
     state_bytes,
     step_config,
 )
@@ -178,7 +178,7 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
     step = step_config(config, parts.partition, parts.mesh, total)
     check_disk(config, parts, step, form, start < total, hosts)
     train_step = compile_step(step, data.train, hosts) if start < total else None
-    eval_step = make_eval_step(step) if data.eval else None
+    eval_step = compile_evaluation(step, data.eval, hosts) if data.eval else None
 
     # ---- 7. Parameters: from the files onto the devices
     frozen = load_frozen(parts, seed, Loading(primary=primary))
@@ -225,10 +225,10 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
             return 128 + stopped
         sums = meter.run_sums()
         marker = evaluation_marker(total, sums, data.eval_fingerprint)
-        finish_evaluation(run, loop, state, log, progress, marker)
+        failure = finish_evaluation(run, loop, state, log, progress, marker)
         log.log_summary(total, meter.summary())
 
-    # ---- 10. Results: the export, and the picture, which prevents none
+    # ---- 10. Results: the export, which nothing before it may prevent, and the picture
     if form is not None:
         check_disk(config, parts, step, form, False, hosts)  # others write there too
         facts = card_facts(config, parts, form, total, read_metrics(run / METRICS_FILE))
@@ -239,6 +239,8 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
         hosts.say(f"exported {form} to {out}")
     if primary:
         plot_loss(run)
+    if failure is not None:
+        raise failure
     return 0
 
 
@@ -357,6 +359,7 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
         "memory": f"{held / 2**20:,.1f} MiB per device, gradients and activations apart",
         "rows": f"{loader.rows_in_epoch:,} of {loader.sequence_length:,} tokens per epoch",
         "batch": f"{training.batch_size} rows in {_portions(training, parts)} portions",
+        "evaluation": _evaluation_text(data.eval),
         "steps": f"{total:,} ({loader.epoch(total):.2f} epochs)",
         "output": config.output_dir,
     }
@@ -391,6 +394,13 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
     return trainable_table(report(parts.partition), everything)
 
 
+def _evaluation_text(loader: Loader | None) -> str:
+    if loader is None:
+        return "none"
+    batches = loader.steps_in_epoch()
+    return f"{loader.rows_in_epoch:,} of {loader.sequence_length:,} tokens in {batches:,} batches"
+
+
 def speed_limits(parts: Assembly, config: RunConfig, loader: Loader) -> tuple[float, float | None]:
     """FLOPs that a training token needs, and the devices' peak, None if unknown."""
     remat = config.training.gradient_checkpointing
@@ -401,11 +411,31 @@ def speed_limits(parts: Assembly, config: RunConfig, loader: Loader) -> tuple[fl
 
 def compile_step(step: StepConfig, loader: Loader, hosts: Hosts) -> Any:
     """Compile the step ahead of the loop, so that its time and memory are seen as what they are."""
+    lowered = lower_train_step(step, loader.batch_size, loader.sequence_length)
+    return _compiled(lowered, "the step", 0, hosts)
+
+
+def compile_evaluation(step: StepConfig, loader: Loader, hosts: Hosts) -> Any:
+    """Compile the evaluation ahead as well: what it lacks shows before hours of training."""
+    rows, length = loader.batch_size, loader.sequence_length
+    beside = state_bytes(step, rows, length)["optimizer"]
+    return _compiled(lower_eval_step(step, rows, length), "the evaluation", beside, hosts)
+
+
+def _compiled(lowered: Any, name: str, beside: int, hosts: Hosts) -> Any:
+    """Compile for the devices that are here, and say what it took and takes.
+
+    Args:
+        lowered: the program.
+        name: what it is.
+        beside: bytes of a device that are in use besides.
+        hosts: who says it.
+    """
     began = time.monotonic()
-    compiled = lower_train_step(step, loader.batch_size, loader.sequence_length).compile()
-    peak = memory_of(compiled, jax.devices()[0].platform).peak
+    compiled = lowered.compile()
+    peak = beside + memory_of(compiled, jax.devices()[0].platform).peak
     hosts.say(
-        f"compiled the step in {time.monotonic() - began:.1f} s; it needs {peak / 2**30:.2f} GiB "
+        f"compiled {name} in {time.monotonic() - began:.1f} s; it needs {peak / 2**30:.2f} GiB "
         "per device"
     )
     return compiled

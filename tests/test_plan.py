@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from dsjax import plan, plan_search, planning, train
 from dsjax.assembly import assemble, load_frozen, load_trainable
 from dsjax.config import MeshSection, RunConfig, load_config
 from dsjax.errors import ConfigError
-from dsjax.program import Collective, Collectives, memory_of
+from dsjax.program import Collective, Collectives, Memory, memory_of
 from dsjax.step import init_state, lower_train_step, step_config
 from dsjax.topologies import Topology, open_topology
 
@@ -116,6 +117,29 @@ def test_the_table_is_for_people(
     assert "model.layers.self_attn.q_proj.weight" in out and "fsdp x expert" in out
 
 
+def test_an_evaluation_is_planned_in_the_portions_of_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, bare = _config(tmp_path, "full", "llama_gqa"), _bare(tmp_path)
+    words = ["--topology", "cpu:8", "--config", str(file), bare, "data.eval=absent.jsonl"]
+    words += ["training.batch_size=64", "data.max_length=128"]
+    whole = _plan(capsys, *words, "training.gradient_accumulation_steps=1")
+    planned = _plan(capsys, *words, "training.gradient_accumulation_steps=8")
+    needed = planned["evaluation_bytes_per_device"]
+    assert needed < planned["peak_bytes_per_device"]
+    assert needed < whole["evaluation_bytes_per_device"]
+    assert needed > sum(planned["classes"].values()) - planned["classes"]["temporaries"]
+    without = _plan(capsys, *words, "data.eval=null", "training.eval_steps=null")
+    assert without["evaluation_bytes_per_device"] is None
+
+    # What holds the step and not the evaluation does not fit.
+    monkeypatch.setattr(planning, "memory_of", lambda *_: Memory(0, 0, 0, 0, 0, next(peaks)))
+    peaks = iter([1, 2**60])
+    assert plan.main(words) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("does not fit") and re.search(r"evaluation's peak .* too much", out)
+
+
 def test_a_search_marks_the_largest_batch_that_fits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,11 +185,11 @@ def test_a_search_ends_where_a_batch_does_not_fit(
 def test_a_compiler_that_runs_out_of_memory_says_that_it_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(**_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise jax.errors.JaxRuntimeError(messages[0])
 
     messages = ["RESOURCE_EXHAUSTED: Ran out of memory in\n memory space hbm. Largest program ..."]
-    monkeypatch.setattr(planning, "lower_train_step", lambda *_: SimpleNamespace(compile=refuse))
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     config = load_config(_config(tmp_path, "lora", "llama_gqa"), [])
     refused = planning.make_plan(config, open_topology("cpu:8"))
     assert not refused.fits and refused.peak_bytes_per_device is None
@@ -182,7 +206,7 @@ def test_the_banner_of_a_run_agrees_with_its_plan(
     words = ["training.batch_size=16"]
     config = load_config(file, words)
     parts = assemble(config)
-    train.announce(config, parts, train.read_data(config, parts), 12)
+    train.announce(config, parts, train.read_data(config, parts, datetime.now(UTC)), 12)
     told = re.search(r"memory +([\d.]+) MiB per device", capsys.readouterr().err)
     classes = planning.state_bytes(
         planning.prepare(config, open_topology("cpu:8"))[1], 16, config.data.max_length
