@@ -429,6 +429,19 @@ def export_format(
     return "peft"
 
 
+def located(config: RunConfig) -> RunConfig:
+    """The same configuration for a process in any folder: paths of model and adapter absolute.
+
+    What is not there as a file or folder, so a hub's id or an address, stays as it is.
+    """
+    sections: dict[str, ModelSection | AdapterSection] = {}
+    for name, section in (("model", config.model), ("adapter", config.adapter)):
+        if section.path is not None and os.path.exists(section.path):
+            absolute = {"path": os.path.abspath(section.path)}
+            sections[name] = section.model_copy(update=absolute)
+    return config.model_copy(update=sections)
+
+
 def to_yaml(config: RunConfig) -> str:
     """Write the resolved configuration; reading it back gives the equal one.
 

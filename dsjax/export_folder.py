@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.assembly import CHECKPOINTS
-from dsjax.config import RunConfig
+from dsjax.config import RunConfig, located
 from dsjax.errors import ConfigError
 from dsjax.folders import check_apart, check_empty
 from dsjax.storage import READS_AHEAD, file_digest, in_order
@@ -40,7 +40,7 @@ def export_marker(
     marker = {
         "format": form,
         "step": step,
-        "model": config.model.path,
+        "model": located(config).model.path,
         "run": run,
         "sums": dict(sums),
         "eval": eval_rows,

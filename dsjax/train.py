@@ -199,7 +199,7 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
         state = init_state(trainable, step, seed)
     del trainable
     if primary:
-        write_whole(run / CONFIG_FILE, configuration.to_yaml(config))
+        write_whole(run / CONFIG_FILE, configuration.to_yaml(configuration.located(config)))
 
     # ---- 9. The loop
     loop = Loop(

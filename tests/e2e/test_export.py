@@ -23,6 +23,7 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from dsjax import export, train
+from dsjax.config import load_config, located
 from dsjax.errors import ConfigError
 
 MARKER = "dsjax_export.json"
@@ -299,3 +300,39 @@ def test_the_token_that_ends_turns_stops_generation_after_the_export(tmp_path: P
     for folder in (out, tmp_path / "peft"):
         card = (folder / "README.md").read_text()
         assert f"Turns end with `</think>` (token {ending})" in card and str(stops) in card
+
+
+def test_a_run_with_relative_paths_is_exported_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    brief = {"max_steps": 1, "eval_steps": None}
+    file = small_run.write_inputs(tmp_path, "lora", training=brief, data={"eval": None})
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", str(file), "model.path=model", "output_dir=run"]
+    assert train.main(words) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    capsys.readouterr()
+    again = ["--run", "../run", "--format", "merged", "--out"]
+    assert export.main([*again, "../run/export"]) == 0
+    assert "already there: step 1 as merged" in capsys.readouterr().err
+    assert export.main([*again, "out"]) == 0
+    assert raw_tensors(Path("out")) == raw_tensors(tmp_path / "run/export")
+
+    # The run goes on from here as well, by whichever name its model is given.
+    moved = ["--config", str(file), "model.path=../model", f"output_dir={tmp_path / 'run'}"]
+    assert train.main(moved) == 0
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_only_what_is_here_is_located(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = small_run.write_inputs(tmp_path, "lora")
+    monkeypatch.chdir(tmp_path)
+    for given, expected in (
+        ("model", str(tmp_path / "model")),
+        ("deepseek-ai/absent", "deepseek-ai/absent"),
+        ("gs://bucket/model", "gs://bucket/model"),
+    ):
+        config = load_config(file, [f"model.path={given}"])
+        assert located(config).model.path == expected
+        assert located(config).adapter == config.adapter
