@@ -41,8 +41,8 @@ from dsjax.continuation import identity
 from dsjax.errors import ConfigError, run_command
 from dsjax.eval_results import evaluated_rows
 from dsjax.export_folder import (
+    check_free,
     check_own,
-    check_replaceable,
     export_marker,
     is_exported,
     write_marker,
@@ -227,12 +227,13 @@ def main(argv: Sequence[str]) -> int:
     # Not the run's mesh, which may be a pod's: what is here serves, and changes no byte.
     here = {"mesh": MeshSection(), "output_dir": str(run)}
     config = run_config(run).model_copy(update=here)
+    check_free(out, config, "--out")  # before anything is loaded
     parts = assemble(config)
     form = _checked_form(words.format, parts)
     check_dtype(config, parts)
     step, trainable, meta = restore_trained(run, config, parts)
     name = identity(config, meta["contents"])
-    check_replaceable(out, config, name, "--out")
+    check_own(out, name, "--out")
     sums = meta["meter"]["run"]
     marker = export_marker(config, name, form, step, sums, evaluated_rows(run))
     frozen = load_frozen(parts, config.training.seed)

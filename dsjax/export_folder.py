@@ -92,6 +92,16 @@ def check_replaceable(out: Path, config: RunConfig, run: str, field: str = "expo
         ConfigError: what the run reads or writes lies there, or somebody's files, or the export of
             another run.
     """
+    check_free(out, config, field)
+    check_own(out, run, field)
+
+
+def check_free(out: Path, config: RunConfig, field: str) -> None:
+    """Refuse to replace what is no export at all; which run an export is of is not looked at.
+
+    Raises:
+        ConfigError: what the run reads or writes lies there, or somebody's files.
+    """
     check_apart(out, field, _sources(config))
     for key, path in _needed(config):
         if path.resolve().is_relative_to(out.resolve()):
@@ -99,7 +109,8 @@ def check_replaceable(out: Path, config: RunConfig, run: str, field: str = "expo
                 f"{field}: got {str(out)!r}, in which {key} ({str(path)!r}) lies, expected a "
                 "folder that holds nothing but the export"
             )
-    check_own(out, run, field)
+    if read_marker(out) is None:
+        check_empty(out, field)
 
 
 def check_own(out: Path, run: str, field: str = "export.path") -> None:

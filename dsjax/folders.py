@@ -19,6 +19,9 @@ from dsjax import signals
 from dsjax.errors import ConfigError, files_of
 from dsjax.storage import is_url, written_to_url
 
+_SOURCE_FILES = ("config.json", "adapter_config.json")
+"""What makes a folder a model's or an adapter's."""
+
 
 def check_empty(path: str | Path, field: str = "output directory") -> None:
     """Refuse to write where something else lies, or where nothing can."""
@@ -101,14 +104,18 @@ def made_and_locked(folder: Path, refusal: str) -> int:
 def check_apart(path: str | Path, field: str, sources: Mapping[str, str | None]) -> None:
     """Refuse to write into a folder that is read.
 
+    A path that is no model's and no adapter's is for whoever opens it to refuse.
+
     Args:
         path: where is to be written.
         field: the key or option that names it.
         sources: key or option -> a model's or adapter's path; hub ids, URLs and None may be.
     """
     for key, source in sources.items():
-        folder = None if source is None else Path(source).expanduser()
-        if folder is None or is_url(str(source)) or not folder.is_dir():
+        if source is None or is_url(source):
+            continue
+        folder = Path(source).expanduser()
+        if not any((folder / name).is_file() for name in _SOURCE_FILES):
             continue
         if Path(path).resolve().is_relative_to(folder.resolve()):
             raise ConfigError(

@@ -110,6 +110,7 @@ def test_nothing_is_written_into_a_source(tmp_path: Path, key: str, field: str, 
     model = tmp_path / "model"
     (tmp_path / "run").mkdir()
     (model / "run").mkdir(parents=True)
+    (model / ("config.json" if key == "model.path" else "adapter_config.json")).touch()
     (model / "link").symlink_to(model)
     file = tmp_path / "run.yaml"
     file.write_text("model: {path: m}\ndata: {train: rows.jsonl}\noutput_dir: run\n")

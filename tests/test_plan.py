@@ -347,3 +347,32 @@ def test_what_cannot_be_planned_is_refused(words: list[str], message: str, tmp_p
     file = _config(tmp_path, "lora", "llama_gqa")
     with pytest.raises(ConfigError, match=message):
         plan.main(["--config", str(file), *words])
+
+
+QUANTISED = {
+    "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+    "awq": {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}},
+    "mlx": {"quantization": {"group_size": 64, "bits": 4}},
+    "no method": {"quantization_config": {"bits": 4, "group_size": 64}},
+    "index": {},
+}
+
+
+@pytest.mark.parametrize("upload", QUANTISED)
+def test_a_quantised_upload_is_refused_as_training_refuses_it(upload: str, tmp_path: Path) -> None:
+    """In the same words; a plan without weights has the config, and the index if there is one."""
+    file = _config(tmp_path, "lora", "llama_gqa")
+    model = tmp_path / "model"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | QUANTISED[upload]))
+    bare = _bare(tmp_path)
+    if upload == "index":
+        index = model / "model.safetensors.index.json"
+        index.write_text(index.read_text().replace("q_proj.weight", "q_proj.qweight"))
+        shutil.copy(index, tmp_path / "bare")
+    for main, words in ((train.main, []), (plan.main, ["--topology=cpu:8", bare])):
+        with pytest.raises(ConfigError) as caught:
+            main(["--config", str(file), *words])
+        said = str(caught.value)
+        assert any(key in said for key in QUANTISED[upload] or ["q_proj.qweight"])
+        assert not (tmp_path / "run").exists()
