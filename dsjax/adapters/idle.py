@@ -40,7 +40,8 @@ def without_idle(model: Model, spec: LoraSpec) -> tuple[LoraSpec, list[str]]:
         changes["layers_to_transform"] = _kept(layers, inside, idle)
     for key in ("rank_pattern", "alpha_pattern"):
         patterns: Mapping[str, Any] = getattr(spec, key)
-        there = [pattern for pattern in patterns if _is_there(pattern, modules)]
+        # A name that is there needs no matching; EVA writes one for every module.
+        there = [one for one in patterns if one in ends or _is_there(one, modules)]
         idle += [pattern for pattern in patterns if pattern not in there and pattern not in idle]
         changes[key] = {pattern: patterns[pattern] for pattern in there}
     return replace(spec, **changes), idle

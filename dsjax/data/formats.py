@@ -26,6 +26,7 @@ OTHER_MEANING = {
     **dict.fromkeys(("chosen", "rejected", "rejected_response", "kto_tag"), PREFERENCE),
     **dict.fromkeys(("rejected_messages", "rejected_answer", "ranking"), PREFERENCE),
     "label": "classes and judgements cannot be trained on yet; rename the key if it is neither",
+    "functions": "tool definitions are read from `tools`; rename the key",
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), MEDIA),
     **dict.fromkeys(("weight", "loss_weight"), WEIGHTED),
     **dict.fromkeys(("mask", "loss_mask", "completion_mask", "assistant_masks"), MASKED),
@@ -166,12 +167,12 @@ def _prompt_completion(fields: dict[str, Any], origin: str) -> Content:
     """Strings are plain text, the completion trained; lists are messages."""
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        before = _chat(prompt, fields, origin, "prompt", trained="")
+        before = _chat(prompt, fields, origin, "prompt", trained="") if prompt else Chat([], [])
         after = _chat(completion, fields, origin, "completion")
         chat = Chat(
             before.messages + after.messages,
             before.weights + after.weights,
-            before.tools,
+            after.tools,
             before.names + after.names,
         )
         return _with_system(chat, fields, origin)

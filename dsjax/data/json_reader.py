@@ -171,6 +171,6 @@ def _first_line_is_whole(path: Path) -> bool:
     with path.open("rb") as file:
         line = next((line for line in file if line.strip()), b"")
     try:
-        return "data" not in json.loads(line)
+        return not isinstance(json.loads(line).get("data"), list)
     except (ValueError, RecursionError):
         return False  # the reader of arrays says what is wrong

@@ -208,10 +208,26 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     name = inner.get("name")
     if not isinstance(name, str) or not name:
         raise wrong(f"{at}.name", name, "the name of a tool")
-    arguments = inner["arguments"] if is_given(inner.get("arguments")) else {}
-    if not isinstance(arguments, str | dict):
-        raise wrong(f"{at}.arguments", arguments, "an object, or the same as JSON text")
+    arguments = _arguments(inner.get("arguments"), f"{at}.arguments")
     return {"type": "function", **outer, "function": {"name": name, "arguments": arguments}}
+
+
+def _arguments(value: Any, where: str) -> str | dict[str, Any]:
+    """Return a call's arguments as they are given; none, and `"{}"`, are an empty object.
+
+    Trap: where a template writes them as JSON, the text `{}` would stand whole between quotes.
+    """
+    if not is_given(value) or isinstance(value, str) and not value.strip():
+        return {}
+    parsed = value
+    if isinstance(value, str):
+        try:
+            parsed = parse(value.encode("utf-8"))
+        except ValueError:
+            return value  # whatever the row's author means by it
+    if not isinstance(parsed, dict):
+        raise wrong(where, value, "an object, or the same as JSON text")
+    return value if parsed else {}
 
 
 def _check_parts(given: dict[str, Any], known: Sequence[str], where: str) -> None:

@@ -47,6 +47,11 @@ def rows_of(path: Path) -> list[tuple[str, dict]]:
         ("a.json", '{"data": [{"x": 1}]}', [("a.json:1", {"x": 1})]),
         ("a.json", '{"x": 1}\n{"x": 2}\n', [("a.json:1", {"x": 1}), ("a.json:2", {"x": 2})]),
         (
+            "a.json",
+            '{"data": "a"}\n{"data": ""}',
+            [("a.json:1", {"data": "a"}), ("a.json:2", {"data": ""})],
+        ),
+        (
             "a.txt",
             "one\n\n two \r\n",
             [("a.txt:1", {"text": "one"}), ("a.txt:3", {"text": " two "})],

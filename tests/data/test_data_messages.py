@@ -76,6 +76,26 @@ def test_a_call_keeps_its_id_and_its_arguments_as_they_are_given():
     assert read(bare)[0]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
 
 
+@pytest.mark.parametrize("empty", [None, "", "  ", "{}", " { } ", {}])
+def test_a_call_without_arguments_has_an_empty_object(empty):
+    call = {"name": "f", "arguments": empty}
+    message, _ = read({"role": "assistant", "content": "", "tool_calls": [call]})
+    assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "1", '"a"'])
+def test_arguments_that_are_json_and_no_object_are_refused(text):
+    call = {"name": "f", "arguments": text}
+    with pytest.raises(ConfigError, match=r"arguments: got .*, expected an object"):
+        read({"role": "assistant", "content": "", "tool_calls": [call]})
+
+
+def test_a_prompt_of_no_messages_is_as_none():
+    answer = [{"role": "assistant", "content": "x"}]
+    chat = parse_row({"prompt": [], "completion": answer}, "prompt_completion", "f:1")
+    assert isinstance(chat, Chat) and chat.messages == answer and chat.weights == [1.0]
+
+
 def test_tools_may_be_json_text():
     tools = [{"name": "look"}]
     assert read_tools(json.dumps(tools), "f:1 tools") == read_tools(tools, "f:1 tools") == tools
@@ -217,6 +237,7 @@ def test_an_empty_instruction_leaves_no_line_break(instruction, extra, asked):
     [
         ("chosen", "a", "preferences cannot be trained on yet"),
         ("rejected", [ASSISTANT], "preferences cannot be trained on yet"),
+        ("functions", [{"name": "f"}], "tool definitions are read from `tools`"),
         ("label", False, "classes and judgements cannot be trained on yet"),
         ("kto_tag", True, "preferences cannot be trained on yet"),
         ("images", ["x.png"], "only text can be trained on"),
