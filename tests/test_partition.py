@@ -129,8 +129,8 @@ def test_every_wrong_pattern_is_named() -> None:
     with pytest.raises(ConfigError) as error:
         _decide(["lm_haed", "(", "lm_head", "layers.9"])
     assert [line.split(",")[0] for line in str(error.value).splitlines()] == [
-        "training.freeze: got 'lm_haed'",
         "training.freeze: got '('",
+        "training.freeze: got 'lm_haed'",
         "training.freeze: got 'layers.9'",
     ]
 

@@ -234,8 +234,9 @@ def test_what_is_divided_for_memory_is_computed_with_whole() -> None:
     ],
     ids=str,
 )
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_layers_matrix_is_gathered_and_its_gradient_divided_again(
-    shape: tuple[int, ...], axes: tuple[str | None, ...], divided: P
+    shape: tuple[int, ...], axes: tuple[str | None, ...], divided: P, dtype: type
 ) -> None:
     mesh = _mesh(fsdp=2, expert=2, tensor=2)
     rng = np.random.default_rng(0)
@@ -245,7 +246,7 @@ def test_a_layers_matrix_is_gathered_and_its_gradient_divided_again(
     gather = sharding.make_layout(mesh).gather
 
     def loss(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        whole = gather(x, axes)
+        whole = gather(x, axes, jnp.dtype(dtype))
         return jnp.sum(jnp.sin(whole) * weights), whole
 
     both = jax.jit(jax.value_and_grad(loss, has_aux=True), in_shardings=held)
@@ -254,14 +255,17 @@ def test_a_layers_matrix_is_gathered_and_its_gradient_divided_again(
     computed = sharding.computed_sharding(_leaf(shape, axes), mesh)
     assert whole.sharding.is_equivalent_to(computed, x.ndim)
     assert gradient.sharding.is_equivalent_to(held, x.ndim)
-    np.testing.assert_array_equal(whole, x)
-    np.testing.assert_allclose(gradient, jnp.cos(x) * weights, rtol=1e-6)
+    # What travels is in `dtype`; the gradient is not.
+    sent = x if held.is_equivalent_to(computed, x.ndim) else x.astype(dtype).astype(jnp.float32)
+    np.testing.assert_array_equal(whole, sent)
+    assert gradient.dtype == jnp.float32
+    np.testing.assert_allclose(gradient, jnp.cos(sent) * weights, rtol=1e-6)
 
 
 def test_one_device_gathers_nothing() -> None:
     mesh = sharding.make_mesh(MeshSection(), jax.devices()[:1])
     x = jnp.ones((4, 6))
-    assert sharding.make_layout(mesh).gather(x, ("mlp", "embed")) is x
+    assert sharding.make_layout(mesh).gather(x, ("mlp", "embed"), jnp.dtype(jnp.bfloat16)) is x
 
 
 def test_moments_are_sharded_like_their_parameters_and_counters_are_replicated() -> None:

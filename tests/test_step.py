@@ -110,7 +110,9 @@ def test_float16_skips_an_overflow_and_finds_its_scale() -> None:
     exact = in_memory.start(adapter=ADAPTER)
     exact.step(in_memory.batch())
     run = in_memory.start(
-        adapter=ADAPTER, model={"dtype": "float16"}, optimizer={"warmup_steps": 2}
+        adapter=ADAPTER,
+        model={"dtype": "float16"},
+        optimizer={"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2},
     )
     start = run.state.trainable
     assert float(run.state.loss_scale.scale) == FIRST_LOSS_SCALE

@@ -23,7 +23,7 @@ from dsjax.adapters.lora import Lora, LoraSpec
 from dsjax.config import MeshSection
 from dsjax.errors import ConfigError
 from dsjax.models import build
-from dsjax.models.layers import Linear
+from dsjax.models.layers import Dropout, Linear
 from dsjax.partition import decide
 from dsjax.sharding import leaf_shardings, make_mesh
 
@@ -293,10 +293,12 @@ def _one_lora(path: str = "module", p: float = 0.25) -> Lora:
 
 
 def test_dropout_keeps_the_expectation_and_is_off_without_a_key() -> None:
-    x, y = jnp.ones((4096, 8)), jnp.full((4096, 1), 0.5)
+    x, y = jnp.ones((1, 4096, 8)), jnp.full((1, 4096, 1), 0.5)
     module = _one_lora()
 
-    update = np.asarray(module(x, y, jax.random.key(0))) - 0.5
+    dropout = Dropout(jax.random.key(0), jnp.arange(4096)[None])
+
+    update = np.asarray(module(x, y, dropout))[0] - 0.5
 
     kept = update / 2 * 0.75  # number of inputs kept: dropout divides by 1 - p
     np.testing.assert_allclose(kept, np.round(kept), atol=1e-5)
@@ -304,13 +306,13 @@ def test_dropout_keeps_the_expectation_and_is_off_without_a_key() -> None:
     # 32,768 draws: the mean's standard deviation is 0.0024 of the 16 that are expected, times 16.
     assert update.mean() == pytest.approx(16.0, abs=0.2)
     np.testing.assert_array_equal(module(x, y, None), y + 16)
-    np.testing.assert_array_equal(_one_lora(p=0.0)(x, y, jax.random.key(0)), y + 16)
+    np.testing.assert_array_equal(_one_lora(p=0.0)(x, y, dropout), y + 16)
 
 
 def test_dropout_differs_from_module_to_module() -> None:
-    x, y = jnp.ones((64, 8)), jnp.zeros((64, 1))
-    key = jax.random.key(0)
-    updates = [np.asarray(_one_lora(path)(x, y, key)) for path in ("a", "b", "a")]
+    x, y = jnp.ones((1, 64, 8)), jnp.zeros((1, 64, 1))
+    dropout = Dropout(jax.random.key(0), jnp.arange(64)[None])
+    updates = [np.asarray(_one_lora(path)(x, y, dropout)) for path in ("a", "b", "a")]
     assert (updates[0] != updates[1]).any()
     np.testing.assert_array_equal(updates[0], updates[2])
 

@@ -11,6 +11,7 @@ from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
 from dsjax.models import build
 from dsjax.models.decoder import REMAT
+from dsjax.models.layers import Dropout
 from dsjax.objectives.sft import Forward, sft
 from dsjax.partition import put
 
@@ -25,12 +26,13 @@ Params = dict[str, jax.Array]
 def test_rematerialisation_changes_no_number(adapter: LoraSpec | None) -> None:
     run = in_memory.start(adapter=adapter)
     batch = jax.tree.map(jnp.asarray, in_memory.batch(rows=2, length=12))
-    key = None if adapter is None else jax.random.key(3)
+    tokens = jnp.arange(24).reshape(2, 12)
+    dropout = None if adapter is None else Dropout(jax.random.key(3), tokens)
 
     def outcome(remat: str) -> tuple[jax.Array, Params]:
         def loss(trainable: Params) -> jax.Array:
             model = put(run.config.partition.graphdef, {**run.frozen, **trainable})
-            return sft(model, batch, Forward(remat, key)).loss
+            return sft(model, batch, Forward(remat, dropout)).loss
 
         lowered = jax.jit(jax.value_and_grad(loss)).lower(run.state.trainable)
         return lowered.compile(in_memory.QUICK_COMPILE)(run.state.trainable)
