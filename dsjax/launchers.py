@@ -88,7 +88,7 @@ def detect(environment: Mapping[str, str], seconds: float) -> Launched | Sign | 
     Raises:
         ConfigError: what jax reads of it is not as it should be.
     """
-    cluster = next((c for c in _clusters(environment) if c.is_env_present()), None)
+    cluster = next((c for c in _clusters(environment) if _is_present(c)), None)
     if cluster is None:
         return _counted(environment) or _tpu_hosts(environment) or _indexed(environment)
     try:
@@ -124,6 +124,17 @@ def _clusters(environment: Mapping[str, str]) -> list[type[ClusterEnv]]:
         left_out.append("K8sCluster")
     known = ClusterEnv._cluster_types
     return [c for c in known if not c.opt_in_only_method and c.__name__ not in left_out]
+
+
+def _is_present(cluster: type[ClusterEnv]) -> bool:
+    """Whether jax finds itself in such an environment; what it cannot ask says nothing."""
+    try:
+        return cluster.is_env_present()
+    except Exception as error:
+        # Of a package that need not be there: a pod without the token of a service account.
+        if type(error).__name__ != "ConfigException":
+            raise
+        return False
 
 
 def _on_tpu_host(environment: Mapping[str, str]) -> bool:
@@ -179,8 +190,8 @@ def _indexed(environment: Mapping[str, str]) -> Sign | None:
             f"pod {environment[_INDEX]} of a Kubernetes Indexed Job ({_INDEX}), which does not say "
             "of how many",
             f"--coordinator HOST:PORT --processes N --process ${_INDEX}, where HOST is pod 0's "
-            "name in the Job's headless service; or the package by which jax asks Kubernetes: pip "
-            "install 'jax[k8s]'",
+            "name in the Job's headless service; or the package by which jax asks Kubernetes (pip "
+            "install 'jax[k8s]'), and a service account with its token that may read pods",
             _INDEX,
         )
     if "JAX_COORDINATOR_ADDRESS" in environment:

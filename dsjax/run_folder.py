@@ -145,7 +145,9 @@ def check_shared(run: Path, hosts: Hosts, within: float = SHARED_WITHIN) -> None
         return above, name
 
     above, name = hosts.decide(leave)
-    token, deadline = places[above] / name, time.monotonic() + within
+    # Where the working directory is not as deep as process 0's, the folder may be another's.
+    place = places[min(above, len(places) - 1)]
+    token, deadline = place / name, time.monotonic() + within
     while not token.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     seen = hosts.exchange(json.dumps(token.exists()))

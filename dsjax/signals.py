@@ -34,8 +34,10 @@ class _Listener:
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
         self._outer = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        # A handler in Python, whatever it does, is what makes Python write the number.
-        self._before = {n: signal.signal(n, lambda number, frame: None) for n in NUMBERS}
+        # A handler in Python, whatever it does, is what makes Python write the number. What was
+        # ignored when the process began (nohup, a shell's job in the background) stays so.
+        heard = [n for n in NUMBERS if signal.getsignal(n) is not signal.SIG_IGN]
+        self._before = {n: signal.signal(n, lambda number, frame: None) for n in heard}
 
     def _listen(self) -> None:
         while numbers := os.read(self._read, 1):

@@ -7,6 +7,7 @@ with a need (`NEEDS`) is left out where it is not met, and the last lines say ho
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,9 @@ os.environ |= {
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 * 2**30),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
 }
+
+# Commands that tests start hear SIGINT, also where the tests themselves run in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402  (reads the variables above)
 

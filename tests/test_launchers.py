@@ -141,6 +141,27 @@ def test_kubernetes_is_asked_where_its_package_is(monkeypatch: pytest.MonkeyPatc
     assert "K8sCluster" not in [c.__name__ for c in launchers._clusters({})]
 
 
+def test_a_pod_that_may_not_ask_kubernetes_is_told_what_to_give(
+    monkeypatch: pytest.MonkeyPatch, set_all
+):
+    """What the package does without the token of a service account."""
+
+    refusal = type("ConfigException", (Exception,), {})
+
+    def load_incluster_config() -> None:
+        raise refusal("Service token file does not exist.")
+
+    package, config = ModuleType("kubernetes"), ModuleType("kubernetes.config")
+    vars(config).update(ConfigException=refusal, load_incluster_config=load_incluster_config)
+    vars(package)["config"] = config
+    monkeypatch.setitem(sys.modules, "kubernetes", package)
+    monkeypatch.setitem(sys.modules, "kubernetes.config", config)
+    monkeypatch.setattr(launchers, "find_spec", lambda name: package)
+    environment = set_all(SEVERAL["an Indexed Job"][0])
+    with pytest.raises(ConfigError, match="processes: got pod 0 of a Kubernetes Indexed Job"):
+        find_seat({}, environment)
+
+
 @pytest.mark.parametrize("launcher", [SLURM, OPEN_MPI_4], ids=["slurm", "open mpi"])
 @pytest.mark.parametrize(
     ("more", "devices"),

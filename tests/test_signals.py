@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import small_run
 
+from dsjax.signals import sent_to
+
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 SECONDS_TO_END = 30
 """It takes a fraction of one, in the loop two steps and a save; the rest is for a busy machine."""
@@ -68,6 +70,25 @@ def signalled(
     assert time.monotonic() - began < SECONDS_TO_END
     assert "Traceback" not in said, said[-3000:]
     return said
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_was_ignored_stays_ignored(number: signal.Signals):
+    """A shell's job in the background, nohup, `trap '' INT`."""
+    other = next(n for n in SIGNALS if n != number)
+    received: list[int] = []
+    before = {n: signal.getsignal(n) for n in SIGNALS}
+    try:
+        signal.signal(number, signal.SIG_IGN)
+        with sent_to(received.append), sent_to(received.append):
+            for sent in (number, other):
+                signal.raise_signal(sent)
+        assert received == [other]
+        assert signal.getsignal(number) is signal.SIG_IGN
+        assert signal.getsignal(other) is before[other]
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -192,6 +192,23 @@ def test_output_that_is_not_shared(config: Path, tmp_path: Path):
     assert [list(folder.iterdir()) for folder in folders] == [[], []]
 
 
+def test_a_process_in_a_shallower_folder_is_told_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    above = len(tmp_path.parts) + 1  # process 0 begins that far below the root
+
+    class Second(Hosts):
+        def decide(self, choose: object) -> tuple[int, str]:
+            return above, ".dsjax-0123"
+
+        def exchange(self, text: str) -> list[str]:
+            return ["true", text]
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="which is another folder for process 1 than for"):
+        run_folder.check_shared(Path("run"), Second(1, 2), 0.1)
+
+
 def test_a_folder_that_does_not_appear(tmp_path: Path):
     with pytest.raises(
         ConfigError, match="output_dir: got no '.*checkpoints' here 0.1 s after proc"
