@@ -38,17 +38,18 @@ _NAMES = frozenset(
         *("chat_template.jinja", "chat_template.json", "assets/chat_template.jinja"),
     }
 )
+_WEIGHTS_AND_CODE = (
+    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|npy|npz|onnx|onnx_data|pickle|pkl|py"
+    r"|index\.json)"
+)
+_DATA = r".*\.(jsonl?|csv|tsv|parquet|arrow|zip|tar|gz|bz2|xz|zst|7z|sh|ipynb|js|so)"
 _TEXT = r"(\.(txt|md|rst|pdf|html))?"
 _PATTERNS = (
     re.compile(r"additional_chat_templates/[^/]+\.jinja"),
-    re.compile(rf"(?i)(\w+[-_])?licen[cs]e([-_][\w-]+(\.\d+)*)?{_TEXT}"),
+    re.compile(rf"(?i)(?!\.)(?!{_WEIGHTS_AND_CODE}$)(?!{_DATA}$)[^/]*licen[cs]e[^/]*"),
     re.compile(rf"(?i)(third[-_]?party[-_]?)?notices?{_TEXT}"),
     re.compile(rf"(?i)(copying|copyright|(acceptable[-_])?use[-_]policy){_TEXT}"),
     re.compile(r"(?i)(readme([-_]\w+)?|model[-_]?card)(\.(md|rst|txt))?"),
-)
-_WEIGHTS_AND_CODE = re.compile(
-    r"(?i).*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|npy|npz|onnx|onnx_data|pickle|pkl|py"
-    r"|index\.json)"
 )
 
 
@@ -135,7 +136,9 @@ def _belongs(name: str) -> bool:
 def _may_name(name: str) -> bool:
     """Whether a file may travel for being named: no weights, code, adapter or hidden file."""
     hidden = name.startswith(".") or "/." in name
-    return not hidden and name != ADAPTER_CONFIG and _WEIGHTS_AND_CODE.fullmatch(name) is None
+    return (
+        not hidden and name != ADAPTER_CONFIG and not re.fullmatch(f"(?i){_WEIGHTS_AND_CODE}", name)
+    )
 
 
 def _is_module(name: str) -> bool:

@@ -29,7 +29,8 @@ BELONG = (
         "NOTICE",
     ),
     *("additional_chat_templates/rag.jinja", "LICENSE", "LICENSE-MODEL", "LICENSE.txt"),
-    *("LICENSE-CODE",),
+    *("LICENSE-CODE", "LICENSE.DeepSeek", "LICENSE Llama3.txt", "Llama3.1-LICENSE.txt"),
+    *("Tongyi Qianwen LICENSE AGREEMENT.txt", "Meta-Llama-3-LICENSE"),
     *("USE_POLICY.md", "LICENCE", "license.md", "LICENSE-2.0.txt", "MODEL_LICENSE", "Notice.txt"),
 )
 FOREIGN = (
@@ -40,6 +41,7 @@ FOREIGN = (
     *("modeling_deepseek.py", "configuration_deepseek.py", "train.py", "dsjax_export.json", "rows"),
     *("dsjax_checkpoint.json", "flax_model.msgpack", "tf_model.h5", "consolidated.00.pth", ".env"),
     *("quantize_config.json", "preprocessor_config.json", "training_loss.png", "config.yaml"),
+    *("LICENSE.safetensors", "license_check.py", ".LICENSE", "figures/LICENSE"),
     *("LICENSE-rows.jsonl", "LICENSE.zip", "README.html.zip", "tokenizer.json.bak", "wandb.txt"),
     *("assets/trajectory.html", "assets/train.jsonl", "assets/chat_template.jinja.orig"),
     *("additional_chat_templates/notes.txt", "additional_chat_templates/run.py"),
