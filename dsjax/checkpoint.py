@@ -79,7 +79,7 @@ class Checkpointer:
 
     def _announce_half_written(self) -> None:
         if jax.process_index() == 0:
-            for path in sorted(self.directory.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}*")):
+            for path in half_written(self.directory):
                 print(f"{path}: an unfinished checkpoint, not used and removed", file=sys.stderr)
 
     def due(self, step: int) -> bool:
@@ -246,6 +246,11 @@ class Checkpointer:
         head = f"{self.directory / str(step)}: got a checkpoint of another model or configuration"
         fix = "resume with the configuration that wrote it, or choose another output_dir"
         return "\n  ".join([f"{head}; {fix}", *problems])
+
+
+def half_written(directory: Path) -> list[Path]:
+    """What a killed save left, which a `Checkpointer` removes when it is opened."""
+    return sorted(directory.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}*"))
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dsjax import signals
@@ -36,6 +36,10 @@ def check_empty(path: str | Path, field: str = "output directory") -> None:
 def check_possible(folder: Path, field: str) -> None:
     """Refuse a folder that could not be made, or not be written to."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    dangling = [place for place in (folder, *folder.absolute().parents) if _is_dangling(place)]
+    if dangling:
+        link = f"the link {dangling[0]} to {os.readlink(dangling[0])!r}, which is not there"
+        raise ConfigError(f"{field}: got {link}, expected a folder; make it, or remove the link")
     if not there.is_dir():
         got = f"{str(folder)!r} under the file {there}" if there != folder else f"the file {there}"
         raise ConfigError(f"{field}: got {got}, expected a folder")
@@ -43,22 +47,44 @@ def check_possible(folder: Path, field: str) -> None:
         raise ConfigError(f"{field}: got {str(folder)!r}, expected a folder; {there} is read-only")
 
 
-def check_room(folder: Path, needs: Mapping[str, int], field: str) -> None:
+def _is_dangling(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
+
+
+def check_room(
+    folder: Path, needs: Mapping[str, int], field: str, leftovers: Iterable[Path] = ()
+) -> None:
     """Refuse to begin what the disk of a folder, which need not be there yet, has no room for.
 
     Args:
         folder: where it goes.
         needs: bytes of what will be written there.
         field: what the message begins with.
+        leftovers: folders that are removed before anything is written, if they are there.
     """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free, needed = shutil.disk_usage(there).free, sum(needs.values())
+    usage, needed = shutil.disk_usage(there), sum(needs.values())
+    if not usage.total:  # a mounted bucket, which has no size
+        return
+    free = usage.free + sum(_bytes_in(path, there.stat().st_dev) for path in leftovers)
     if needed > free:
         parts = " and ".join(f"{size / 2**20:,.1f} MiB for {what}" for what, size in needs.items())
         raise ConfigError(
             f"{field}: got {free / 2**20:,.1f} MiB free at {there}, expected at least {parts}; "
             "free some space there, or choose another place"
         )
+
+
+def _bytes_in(folder: Path, device: int) -> int:
+    """What a device gets back when a folder is removed; 0 if there is none."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # another process may be about to remove it
+                info = os.lstat(os.path.join(place, name))
+                if info.st_dev == device and info.st_nlink == 1:
+                    size += min(info.st_size, info.st_blocks * 512)  # a hole takes no room
+    return size
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -124,6 +150,12 @@ def check_apart(path: str | Path, field: str, sources: Mapping[str, str | None])
             )
 
 
+def leftovers_of(path: Path) -> tuple[Path, Path]:
+    """Where a killed attempt to write a folder leaves the new one, and the old one."""
+    path = path.absolute()
+    return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+
+
 @contextmanager
 def written_beside(
     path: Path,
@@ -147,7 +179,7 @@ def written_beside(
         ConfigError: another process is writing the same folder, or `check` says so.
     """
     path = path.absolute()
-    partial, old = (path.with_name(f".{path.name}.{kind}") for kind in ("partial", "old"))
+    partial, old = leftovers_of(path)
     if not primary:
         yield partial
         return

@@ -41,7 +41,7 @@ from dsjax.assembly import (
     load_frozen,
     load_trainable,
 )
-from dsjax.checkpoint import Checkpointer
+from dsjax.checkpoint import Checkpointer, half_written
 from dsjax.config import RunConfig, TrainingSection, load_config, split_arguments
 from dsjax.continuation import identity
 from dsjax.data import Loader, decode_sample, find_tokenizer, load_training
@@ -52,7 +52,7 @@ from dsjax.eval_results import evaluated_rows, evaluation_marker
 from dsjax.evaluation import lower_eval_step
 from dsjax.export import card_facts, check_dtype, export_trained
 from dsjax.export_folder import check_outputs, export_marker
-from dsjax.folders import check_room, write_whole
+from dsjax.folders import check_room, leftovers_of, write_whole
 from dsjax.fp8 import DequantisedSource
 from dsjax.hosts import Hosts, joined
 from dsjax.loop import Loop, finish_evaluation
@@ -301,6 +301,8 @@ def check_disk(
     if not hosts.primary:
         return
     run, needs = Path(config.output_dir), dict[Path, dict[str, int]]()
+    half_saved = half_written(run / CHECKPOINTS)
+    half_exported = () if form is None else leftovers_of(export_path(config))
     if saves:
         leaves = jax.tree.leaves(abstract_state(step))
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
@@ -314,7 +316,10 @@ def check_disk(
         place = run if config.export.path is None else export_path(config)
         needs.setdefault(place, {})["the export"] = size
     for place, wanted in needs.items():
-        check_room(place, wanted, "output_dir" if place == run else "export.path")
+        field = "output_dir" if place == run else "export.path"
+        check_room(place, wanted, field, [*half_saved, *half_exported])
+    if saves:  # what is left of an export is removed only when the next one begins
+        check_room(run, {"a checkpoint": needs[run]["a checkpoint"]}, "output_dir", half_saved)
 
 
 def read_data(config: RunConfig, parts: Assembly, today: datetime) -> Data:

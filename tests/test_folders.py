@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder is there whole or not at all, whatever happens while it is written."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from dsjax.config import ExportSection, load_config
 from dsjax.errors import ConfigError
 from dsjax.export_folder import check_outputs, check_replaceable
-from dsjax.folders import check_empty, written_beside
+from dsjax.folders import check_empty, check_possible, check_room, leftovers_of, written_beside
 
 
 def _files(folder: Path) -> set[str]:
@@ -126,3 +127,44 @@ def test_nothing_is_written_into_a_source(tmp_path: Path, key: str, field: str, 
         "expected another: a source stays as it is; choose a folder outside of it"
     )
     check_outputs(config.model_copy(update={"output_dir": f"{model}2", "export": ExportSection()}))
+
+
+def test_what_will_be_removed_counts_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    leftovers = leftovers_of(out)
+    for folder, size in zip(leftovers, (30_000, 5_000), strict=True):
+        (folder / "deep").mkdir(parents=True)
+        (folder / "deep" / "half").write_bytes(b"x" * size)
+    (leftovers[0] / "again").hardlink_to(leftovers[0] / "deep" / "half")  # room twice named: unsure
+    check_room(out, {"it": 5_100}, "--out", leftovers)
+    for needed, removed in ((5_101, leftovers), (101, ()), (101, [tmp_path / "none"])):
+        with pytest.raises(ConfigError, match="--out: got 0.0 MiB free at"):
+            check_room(out, {"it": needed}, "--out", removed)
+    with written_beside(out):
+        assert not (leftovers[0] / "deep").exists() and not leftovers[1].exists()
+
+
+def test_a_file_system_without_a_size_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = shutil.disk_usage(tmp_path)._replace(total=0, used=0, free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: nothing)
+    check_room(tmp_path, {"it": 2**60}, "--out")
+
+
+@pytest.mark.parametrize("below", [".", "run", "deep/run"])
+def test_a_link_to_nowhere_is_no_folder(below: str, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError) as caught:
+        check_possible(link / below, "output_dir")
+    assert str(caught.value) == (
+        f"output_dir: got the link {link} to '{tmp_path}/nowhere', which is not there, expected a "
+        "folder; make it, or remove the link"
+    )
+    (tmp_path / "nowhere").mkdir()
+    check_possible(link / below, "output_dir")

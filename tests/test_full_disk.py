@@ -23,9 +23,8 @@ from dsjax.checkpoint import Checkpointer
 from dsjax.config import CheckpointSection, LoggingSection
 from dsjax.data.store import Example, ExampleStore
 from dsjax.errors import ConfigError
-from dsjax.folders import written_beside
+from dsjax.folders import write_whole, written_beside
 from dsjax.metrics import TRAIN_KEYS, MetricsLog, plot_loss
-from dsjax.run_folder import write_whole
 from dsjax.safetensors_file import SafetensorsWriter
 from dsjax.tensorboard_file import EventFile
 
@@ -154,6 +153,38 @@ def test_a_run_that_has_no_room_is_refused_before_it_takes_long(
     with pytest.raises(ConfigError, match=message):
         train.main(words)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_killed_run_left_does_not_stop_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = small_run.write_inputs(tmp_path, "full")
+    run, needed = tmp_path / "run", 3 * 69_456 * 4 + 83_280 * 4
+    usage = shutil.disk_usage(tmp_path)
+    (run / ".export.partial").mkdir(parents=True)
+    half = run / ".export.partial" / "model.safetensors"
+    half.write_bytes(bytes(83_280 * 4))
+    reached = RuntimeError("there is room")
+
+    def compile_step(*_: object) -> None:
+        raise reached
+
+    monkeypatch.setattr(train, "compile_step", compile_step)
+    words = ["--config", str(config), "training.batch_size=16"]
+
+    def with_free(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free))
+        train.main(words)
+
+    with pytest.raises(RuntimeError, match="there is room"):
+        with_free(needed - 83_280 * 4 + 1000)  # the counters of the state
+    # Checkpoints come before what is left of an export goes.
+    half.write_bytes(bytes(needed))
+    with pytest.raises(ConfigError, match="at least 0.8 MiB for a checkpoint; free some space"):
+        with_free(1000)
+    saved = run / "checkpoints" / "5.orbax-checkpoint-tmp"
+    saved.mkdir(parents=True)
+    (saved / "half").write_bytes(bytes(needed))
+    with pytest.raises(RuntimeError, match="there is room"):
+        with_free(1000)
 
 
 @pytest.mark.slow
