@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def run_loop(folder: Path, words: argparse.Namespace, kind: str) -> dict[str, An
 
     config = _config(folder, words, kind)
     parts = assemble(config)
-    data, total = train.read_data(config, parts), config.training.max_steps
+    data, total = train.read_data(config, parts, datetime.now()), config.training.max_steps
     assert total is not None
     step = step_config(config, parts.partition, parts.mesh, total)
     frozen = load_frozen(parts, 0)
@@ -133,7 +134,7 @@ def run_loop(folder: Path, words: argparse.Namespace, kind: str) -> dict[str, An
     train_loader: Any = loader
     saver = Checkpointer(run / CHECKPOINTS, config.checkpoint)
     hosts = Hosts()
-    loop = Loop(config, parts, train_loader, None, "", total, frozen, timed, None, saver, hosts)
+    loop = Loop(config, parts, train_loader, None, {}, total, frozen, timed, None, saver, hosts)
     with MetricsLog(run, config.logging, 0) as log, Progress(total) as progress:
         state, _ = loop.run(state, 0, Meter(), log, progress)
     jax.block_until_ready(state)
@@ -189,7 +190,7 @@ def loader_alone(folder: Path, words: argparse.Namespace) -> dict[str, Any]:
     from dsjax.assembly import assemble
 
     config = _config(folder, words, "sleep")
-    data = train.read_data(config, assemble(config))
+    data = train.read_data(config, assemble(config), datetime.now())
     batches = data.train.iterate(0, words.input_steps + WARM_UP)
     for _ in range(WARM_UP):
         next(batches)

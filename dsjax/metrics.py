@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, SupportsFloat, SupportsInt
 
 from dsjax.config import LoggingSection
+from dsjax.errors import files_of
 
 METRICS_FILE, PICTURE, BOARD = "metrics.jsonl", "training_loss.png", "tensorboard"
 TRAIN_KEYS = (
@@ -54,15 +55,16 @@ class MetricsLog:
         self._start_step = resume_step
         self._file = None
         self._board = None
-        path = output_dir / METRICS_FILE
+        self._path = path = output_dir / METRICS_FILE
         # By every process: all must come to the same answer on what is left to evaluate.
         rows = [row for row in read_metrics(path) if row["step"] <= resume_step]
         self._summarised = {row["step"] for row in rows if "train_loss" in row}
         self._evaluated = {row["step"] for row in rows if "eval_loss" in row}
         if not primary:
             return
-        cut_lines(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        with files_of(path):
+            cut_lines(path, resume_step)
+            self._file = path.open("a", encoding="utf-8")
         if "tensorboard" in section.report_to:
             # Imported here: it takes seconds, which a run that does not report would pay as well.
             from dsjax.tensorboard_file import EventFile
@@ -77,8 +79,9 @@ class MetricsLog:
 
     def close(self) -> None:
         """Close the files; nothing can be logged afterwards."""
-        if self._file is not None:
-            self._file.close()
+        with files_of(self._path):
+            if self._file is not None:
+                self._file.close()  # which writes what could not be written before
         if self._board is not None:
             self._board.close()
 
@@ -120,8 +123,9 @@ class MetricsLog:
         if self._file is None:
             return
         row = {key: _json_value(step, key, value) for key, value in values.items()}
-        self._file.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
-        self._file.flush()
+        with files_of(self._path):
+            self._file.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
+            self._file.flush()
         if self._board is not None:
             shown = {tag(k): v for k, v in row.items() if isinstance(v, int | float)}
             self._board.scalars(step, shown)
@@ -339,8 +343,9 @@ def plot_loss(output_dir: Path) -> Path | None:
     axes.legend(frameon=False)
     path = output_dir / PICTURE
     beside = path.with_name("training_loss.tmp.png")
-    figure.savefig(beside)
-    beside.replace(path)
+    with files_of(path):
+        figure.savefig(beside)
+        beside.replace(path)
     return path
 
 
