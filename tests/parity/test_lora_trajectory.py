@@ -164,7 +164,7 @@ def test_a_fresh_adapter_loads_in_peft_as_the_yaml_says(
         "layers_to_transform": 1,
         "alpha_pattern": {"v_proj": 9},
     }
-    config["training"]["max_steps"] = 2
+    config["training"]["max_steps"], config["optimizer"]["warmup_steps"] = 2, 0
     runs.train(run_cli, config, tmp_path)
 
     exported = tmp_path / "run" / "export"
@@ -190,7 +190,7 @@ def test_a_bfloat16_source_is_merged_in_float32_and_rounded_once(
     )
     data = torch_reference.write_rows(tmp_path / "rows.jsonl", 288, count=8)
     config = _config("qwen2_q_v", checkpoint, adapter, data, pieces=1)
-    config["training"]["max_steps"] = 2
+    config["training"]["max_steps"], config["optimizer"]["warmup_steps"] = 2, 0
     runs.train(run_cli, config, tmp_path)
     merged = runs.export(run_cli, tmp_path / "run", tmp_path / "merged", "merged")
 
