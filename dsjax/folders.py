@@ -2,21 +2,19 @@
 """Writing a folder so that it is there complete or not at all, and by one process at a time.
 
 In: the folder's final path. Out: a folder beside it to write into, renamed when all is written; a
-kill leaves the old one, or none, never half of the new. Locks are the system's own: they go with
-the process that holds them, however it ends. Not done here: what goes into the folder.
+kill leaves the old one, or none, never half of the new. Not done here: what goes into the folder.
 """
 
-import fcntl
 import functools
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dsjax import signals
 from dsjax.errors import ConfigError, files_of
+from dsjax.lock_file import LOCK_FILE, locked
 from dsjax.storage import is_url, written_to_url
 
 _SOURCE_FILES = ("config.json", "adapter_config.json")
@@ -29,7 +27,7 @@ def check_empty(path: str | Path, field: str = "output directory") -> None:
         raise ConfigError(written_to_url(str(path), field))
     folder = Path(path)
     check_possible(folder, field)
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir()):
         raise ConfigError(f"{field}: got {str(path)!r}, which is not empty; expected a new folder")
 
 
@@ -95,38 +93,6 @@ def write_whole(file: Path, text: str) -> None:
         os.replace(beside, file)
 
 
-def lock(folder: Path, refusal: str) -> int:
-    """Lock a folder for as long as the descriptor that is returned stays open.
-
-    Raises:
-        ConfigError: with the text `refusal`, another process holds it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise ConfigError(refusal) from error
-    except OSError as error:  # a mounted bucket may have no locks
-        told = f"{folder}: cannot be locked ({error.strerror}); let no second process write there"
-        print(told, file=sys.stderr)
-    return descriptor
-
-
-def made_and_locked(folder: Path, refusal: str) -> int:
-    """`lock` a folder, which is made if it is not there; its parent is."""
-    while True:
-        folder.mkdir(exist_ok=True)
-        try:
-            descriptor = lock(folder, refusal)
-        except FileNotFoundError:
-            continue
-        # Whoever held it may have renamed or removed it between the opening and the lock.
-        if folder.exists() and os.path.samestat(folder.stat(), os.fstat(descriptor)):
-            return descriptor
-        os.close(descriptor)
-
-
 def check_apart(path: str | Path, field: str, sources: Mapping[str, str | None]) -> None:
     """Refuse to write into a folder that is read.
 
@@ -183,28 +149,26 @@ def written_beside(
     if not primary:
         yield partial
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     remove = functools.partial(shutil.rmtree, partial, ignore_errors=True)
-    held = made_and_locked(
-        partial,
+    refusal = (
         f"{field}: got {str(path)!r}, which another process is writing, expected none; wait for "
-        "it, or choose another",
+        "it, or choose another"
     )
-    try:
-        for leftover in (*partial.iterdir(), old):
+    with locked(path.with_name(f".{path.name}.lock"), refusal):
+        for leftover in (partial, old):
             _remove(leftover)
         check()
-        with signals.undone(remove), files_of(path):
-            yield partial
-        if path.exists():
-            os.rename(path, old)
-        os.rename(partial, path)
-        _remove(old)
-    except Exception:
-        remove()
-        raise
-    finally:
-        os.close(held)
+        try:
+            with signals.undone(remove), files_of(path):
+                partial.mkdir(exist_ok=True)
+                yield partial
+            if path.exists():
+                os.rename(path, old)
+            os.rename(partial, path)
+            _remove(old)
+        except Exception:
+            remove()
+            raise
 
 
 def _remove(path: Path) -> None:

@@ -6,10 +6,9 @@ done here: the files' contents (`checkpoint`, `metrics`, `export`).
 """
 
 import json
-import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -25,8 +24,9 @@ from dsjax.coordinator import numbered
 from dsjax.errors import ConfigError
 from dsjax.eval_results import evaluated_rows, evaluation_marker, is_evaluated
 from dsjax.export_folder import check_replaceable, export_marker, is_exported
-from dsjax.folders import check_possible, made_and_locked
+from dsjax.folders import check_possible
 from dsjax.hosts import Hosts
+from dsjax.lock_file import LOCK_FILE, locked
 from dsjax.metrics import METRICS_FILE, read_metrics
 
 SHARED_WITHIN = 20.0
@@ -181,28 +181,35 @@ def claimed(run: Path, hosts: Hosts | None = None) -> Iterator[None]:
         yield
         return
     made = [place for place in (run.absolute(), *run.absolute().parents) if not place.exists()]
-    run.absolute().parent.mkdir(parents=True, exist_ok=True)
-    held = made_and_locked(
-        run,
+    refusal = (
         f"output_dir: got {str(run)!r}, in which another process is training, expected none; "
-        "wait for it, or choose another output_dir",
+        "wait for it, or choose another output_dir"
     )
+    checkpoints = [run / CHECKPOINTS] if made else []
+    with (
+        _removed_if_refused(made),
+        locked(run / LOCK_FILE, refusal),
+        _removed_if_refused(checkpoints),  # while it is locked: they could be another's
+    ):
+        hosts.barrier()
+        yield
 
-    def leave_nothing() -> None:
+
+@contextmanager
+def _removed_if_refused(folders: Sequence[Path]) -> Iterator[None]:
+    """Remove folders, as far as they are empty, if an error or a signal ends the block."""
+
+    def remove() -> None:
         with suppress(OSError):  # one that is not empty stays, and so do those above it
-            for folder in [run / CHECKPOINTS, *made] if made else []:
-                if folder.exists():
-                    folder.rmdir()
+            for folder in folders:
+                folder.rmdir()
 
     try:
-        with signals.undone(leave_nothing):
-            hosts.barrier()
+        with signals.undone(remove):
             yield
     except Exception:
-        leave_nothing()
+        remove()
         raise
-    finally:
-        os.close(held)
 
 
 def make_for_all(folder: Path, hosts: Hosts) -> None:

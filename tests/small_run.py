@@ -147,10 +147,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def states(folder: Path) -> dict[str, tuple[int, int]]:
-    """Time of change and size of everything in a folder: equal if nothing was touched."""
+    """Time of change and size of everything in a folder: equal if nothing was touched.
+
+    The folder's own time is left out: the file of its lock comes and goes.
+    """
     return {
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_size)
-        for path in [folder, *sorted(folder.rglob("*"))]
+        for path in sorted(folder.rglob("*"))
     }
 
 

@@ -32,6 +32,7 @@ LAYERS = (
         "launchers",
         "tensor_names",
         "checksums",
+        "lock_file",
     },
     {"config_yaml", "json_file", "rendezvous", "loss_scale", "rounding"},
     {"config", "hosts"},
