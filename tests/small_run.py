@@ -147,12 +147,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def states(folder: Path) -> dict[str, tuple[int, int]]:
-    """Time of change and size of everything in a folder: equal if nothing was touched.
+    """Time of change and size of every file in a folder: equal if nothing was touched.
 
-    The folder's own time is left out: the file of its lock comes and goes.
+    Of folders the name alone counts: in that of a run the file of its lock comes and goes.
     """
     return {
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_size)
+        if path.is_file()
+        else (0, 0)
         for path in sorted(folder.rglob("*"))
     }
 
