@@ -9,9 +9,10 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dsjax.continuation import differing_keys, identity
 from dsjax.coordinator import numbered
 from dsjax.errors import ConfigError
 from dsjax.eval_results import evaluated_rows, evaluation_marker, is_evaluated
-from dsjax.export_folder import check_replaceable, export_marker, is_exported
+from dsjax.export_folder import check_replaceable, export_marker, is_exported, read_marker
 from dsjax.folders import check_possible
 from dsjax.hosts import Hosts
 from dsjax.lock_file import LOCK_FILE, locked
@@ -58,32 +59,47 @@ class Earlier:
 def earlier_run(run: Path, config: RunConfig) -> Earlier:
     """Look at what lies in the output directory.
 
+    A run that ended before its first checkpoint left nothing to go on with and nothing to protect:
+    another configuration may begin in its place.
+
     Raises:
         ConfigError: another configuration's run, or a checkpoint that cannot be read.
     """
-    new = Earlier(0, datetime.now().isoformat(timespec="seconds"))
-    file = run / CONFIG_FILE
-    if file.is_file():
-        changed = differing_keys(earlier_config(file), config)
-        if changed:
-            raise ConfigError(
-                f"output_dir: got {str(run)!r}, which holds a run with other {', '.join(changed)}, "
-                "expected the same configuration; choose another output_dir, or remove that one"
-            )
-    if not (run / CHECKPOINTS).is_dir():
-        return new
-    reader = Checkpointer(run / CHECKPOINTS, config.checkpoint, read_only=True)
-    done = reader.latest()
-    meta = reader.meta(done) if done is not None else {}
-    reader.close()
+    file, folder = run / CONFIG_FILE, run / CHECKPOINTS
+    old = earlier_config(file) if file.is_file() else None
+    open_reader = partial(Checkpointer, folder, config.checkpoint, read_only=True)
+    done = None
+    if folder.is_dir():
+        with closing(open_reader()) as reader:
+            done = reader.latest()
+    if old is not None and (done is not None or _has_results(run, old)):
+        _check_same(old, config)
     if done is None:
-        return new
-    if not file.is_file():  # of what configuration, nobody knows
+        return Earlier(0, datetime.now().isoformat(timespec="seconds"))
+    if old is None:  # of what configuration, nobody knows
         raise ConfigError(
             f"output_dir: got {str(run)!r}, which holds checkpoints without {CONFIG_FILE}, "
             "expected a run's or a new directory; choose another output_dir"
         )
+    with closing(open_reader()) as reader:
+        meta = reader.meta(done)
     return Earlier(done, meta["started"], meta)
+
+
+def _check_same(old: RunConfig, new: RunConfig) -> None:
+    changed = differing_keys(old, new)
+    if changed:
+        raise ConfigError(
+            f"output_dir: got {new.output_dir!r}, which holds a run with other "
+            f"{', '.join(changed)}, expected the same configuration; choose another output_dir, or "
+            "remove that one"
+        )
+
+
+def _has_results(run: Path, config: RunConfig) -> bool:
+    """Whether a run came to its end, and left more than checkpoints."""
+    rows = read_metrics(run / METRICS_FILE)
+    return read_marker(export_path(config)) is not None or any("train_loss" in row for row in rows)
 
 
 def check_continues(
