@@ -71,21 +71,23 @@ class Stop:
     Attributes:
         hosts: the processes of the run, which stop together.
         step: the one after which the loop looks next.
-        came: when the first signal did.
+        number: of the first signal; None as long as none came.
+        came: when it did.
     """
 
     hosts: Hosts
     step: int
-    came: float | None = None
+    number: int | None = None
+    came: float = 0.0
 
     def receive(self, number: int) -> None:
         """Take a signal, in the thread of signals."""
         now = time.monotonic()
-        if self.came is not None:
+        if self.number is not None:
             if now - self.came > SAME_SIGNAL:
                 self.hosts.end_by(number)
             return
-        self.came = now
+        self.number, self.came = number, now
         self.hosts.ask_to_stop(number)
         when = "" if self.hosts.count == 1 else " or soon after, together with the other processes"
         said = f"stopping after step {self.step}{when}; again to stop now"
@@ -128,6 +130,9 @@ class Loop:
             with closing(self.checkpointer), profile:
                 state = self._steps(state, start, meter, log, progress, profile, stop)
             stopped = self.hosts.stop_wanted()
+        if stopped is None and stop.number is not None:
+            # It came while the processes agreed to go on, too late for their answer.
+            self.hosts.end_by(stop.number)
         if stopped is not None:
             done = int(state.step)
             place = self.checkpointer.directory / str(done)

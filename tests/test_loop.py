@@ -14,6 +14,7 @@ import pytest
 import small_run
 
 from dsjax import loop, train
+from dsjax.hosts import Hosts
 from dsjax.terminal import Progress
 
 LONG = 30
@@ -103,3 +104,31 @@ def test_a_signal_is_answered_at_once_and_obeyed_two_steps_later(
     assert saved.is_dir()
     assert f"stopping after step {done}; again to stop now\n" in said
     assert f"stopped by signal 15; step {done} is saved in {saved}\n" in said
+
+
+class EndedError(Exception):
+    """Stands for the end of the process."""
+
+
+def test_a_signal_during_the_last_exchange_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """What was announced is done, also where the processes have just agreed to go on."""
+    stop_wanted = Hosts.stop_wanted
+
+    def signalled_meanwhile(self: Hosts) -> int | None:
+        answer = stop_wanted(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while self._asked is None:
+            time.sleep(0.001)
+        return answer
+
+    def end_by(self: Hosts, number: int) -> None:
+        raise EndedError(number)
+
+    monkeypatch.setattr(Hosts, "stop_wanted", signalled_meanwhile)
+    monkeypatch.setattr(Hosts, "end_by", end_by)
+    with pytest.raises(EndedError, match="15"):
+        train.main(words(tmp_path, "training.max_steps=2"))
+    assert "stopping after step 2; again to stop now\n" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()

@@ -154,6 +154,34 @@ errors.run_command(train.main)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_signal_during_the_last_exchange_ends_all(lora: Path, process: int):
+    """One process has told the others that it goes on, and is asked to stop before it does."""
+    code = """
+import os, signal, sys, time
+from dsjax import errors, train
+from dsjax.hosts import Hosts
+stop_wanted = Hosts.stop_wanted
+def signalled_meanwhile(self):
+    answer = stop_wanted(self)
+    if self.index == SIGNALLED:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while self._asked is None:
+            time.sleep(0.001)
+    return answer
+Hosts.stop_wanted = signalled_meanwhile
+errors.run_command(train.main)
+"""
+    folder = lora.parent / f"last{process}"
+    words = ["-c", code.replace("SIGNALLED", str(process)), "--config", str(lora)]
+    run = several.start(lora.parent, [*words, f"output_dir={folder}"], 2, 2)
+    assert run.codes(300) == [143, 143]
+    assert "stopping after step 24" in run.said(process)
+    assert f"process {process} ended by SIGTERM" in run.said(1 - process)
+    assert newest(folder) == 24 and not (folder / "export").exists()
+
+
+@pytest.mark.slow
 def test_other_processes_and_meshes_continue(lora: Path, undisturbed: Path):
     folder = lora.parent / "elastic"
     chance = random.Random(5)
