@@ -17,12 +17,14 @@ if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -123,6 +125,26 @@ def check_dtype(config: RunConfig, parts: Assembly) -> None:
         )
 
 
+PATIENCE = 60.0
+"""Seconds that a process whose proof did not run waits to hear that no other's did either."""
+
+
+class Exported(NamedTuple):
+    """What became of an export.
+
+    Attributes:
+        written: whether anything was: an export with the same marker is kept as it is.
+        failure: why its proof did not run, for the caller to raise when all else is done.
+    """
+
+    written: bool
+    failure: Exception | None = None
+
+    def __str__(self) -> str:
+        """For messages: `exported merged to X, unproven`."""
+        return "" if self.failure is None else ", unproven; the reason follows"
+
+
 def export_trained(
     parts: Assembly,
     trainable: Params,
@@ -133,13 +155,15 @@ def export_trained(
     progress: Callable[[int, int], None] = lambda done, total: None,
     hosts: Hosts | None = None,
     field: str = "export.path",
-) -> bool:
+) -> Exported:
     """Write and prove an export, beside `out` first; what lies at `out` is replaced.
 
     Of several processes the first writes, and all prove the logits. The caller has made sure that
     `out` may be replaced (`check_replaceable`) before it did anything; here it is asked again. A
     merged export gives up the arrays: the proof loads what changed in their place, never beside
-    them.
+    them. Where the proof finds another model the export is refused. Where it cannot be computed,
+    for want of memory, the export stands, and its card and marker say so; the next run of the same
+    command tries again.
 
     Args:
         parts: the run's model.
@@ -152,12 +176,12 @@ def export_trained(
         hosts: this process among those of the run; None for a process alone.
         field: how messages call `out`.
 
-    Returns:
-        Whether anything was written: an export with the same marker is kept as it is.
+    Raises:
+        DifferentLogitsError: what was written is not the trained model.
     """
-    hosts = hosts or Hosts()
+    hosts, failure = hosts or Hosts(), None
     if hosts.decide(lambda: is_exported(out, marker)):
-        return False
+        return Exported(False)
     check = partial(check_own, out, marker["run"], field)
     with written_beside(out, field, hosts.primary, check) as directory:
         if marker["format"] == "peft":
@@ -170,12 +194,48 @@ def export_trained(
             if hosts.primary:
                 write_generation_config(directory, parts.source)
             hosts.barrier()  # written: all read it
-            logit_proof.prove(parts, trainable, frozen, directory, changes.keys())
-            hosts.barrier()  # read by all: it may take its name
+            proof = partial(logit_proof.prove, parts, trainable, frozen, directory, changes.keys())
+            failure = run_proof(proof, hosts)  # and all have read it: it may take its name
+        if failure is not None:
+            card = replace(card, unproven=_first_line(failure))
+            marker = {**marker, "proof": f"did not run: {card.unproven}"}
         if hosts.primary:
             write_model_card(directory, card)
             write_marker(directory, marker)
-    return True
+    return Exported(True, failure)
+
+
+def run_proof(proof: Callable[[], None], hosts: Hosts) -> Exception | None:
+    """Run the proof; returns what kept it from being computed on any process.
+
+    A process that fails alone ends all: the others wait in the middle of a computation for it.
+
+    Raises:
+        DifferentLogitsError: it ran, and found another model.
+        ConfigError: what was written cannot be opened.
+    """
+    failure = None
+    try:
+        proof()
+    except (ConfigError, OSError, logit_proof.DifferentLogitsError):
+        raise
+    except Exception as error:
+        failure = error
+        hosts.say(f"the proof of the export did not run: {_first_line(error)}")
+    try:
+        told = hosts.exchange(
+            "" if failure is None else _first_line(failure),
+            math.inf if failure is None else PATIENCE,
+        )
+    except TimeoutError:
+        assert failure is not None
+        raise failure from None
+    others = [RuntimeError(f"process {i}: {text}") for i, text in enumerate(told) if text]
+    return failure or next(iter(others), None)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 PARAMETER_TARGETS = (
@@ -239,9 +299,11 @@ def main(argv: Sequence[str]) -> int:
     frozen = load_frozen(parts, config.training.seed)
     check_frozen(frozen, meta["frozen"], run)
     facts = card_facts(config, parts, form, step, read_metrics(run / METRICS_FILE))
-    written = export_trained(parts, trainable, frozen, out, marker, facts, field="--out")
-    said = "exported" if written else "already there:"
-    print(f"{said} step {step} as {form} to {out}", file=sys.stderr)
+    done = export_trained(parts, trainable, frozen, out, marker, facts, field="--out")
+    said = "exported" if done.written else "already there:"
+    print(f"{said} step {step} as {form} to {out}{done}", file=sys.stderr)
+    if done.failure is not None:
+        raise done.failure
     return 0
 
 

@@ -9,6 +9,7 @@ there twice a second, so that no step waits for it. Not done here: moving arrays
 
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -99,22 +100,33 @@ class Hosts:
 
     # What all decide together: every process calls these in the same order.
 
-    def exchange(self, text: str) -> list[str]:
-        """Give a text, get those of all processes in their order, once all have called this."""
+    def exchange(self, text: str, within: float = math.inf) -> list[str]:
+        """Give a text, get those of all processes in their order, once all have called this.
+
+        Args:
+            text: of this process.
+            within: seconds to wait for the others. By default as long as it takes: the thread ends
+                a process whose others are gone.
+
+        Raises:
+            TimeoutError: some did not call this in time.
+        """
         if self.count == 1:
             return [text]
         self._rounds += 1
-        place = f"dsjax/round/{self._rounds}"
+        place, deadline = f"dsjax/round/{self._rounds}", time.monotonic() + within
         self._store.key_value_set(f"{place}/in/{self.index}", text)
         if self.primary:
             found: dict[str, str] = {}
             while len(found) < self.count:
+                _check_time(deadline)
                 time.sleep(_HURRY)
                 found = dict(self._store.key_value_dir_get(f"{place}/in/"))
             texts = [found[f"{place}/in/{index}"] for index in range(self.count)]
             self._store.key_value_set(f"{place}/out", json.dumps(texts))
             return texts
-        while True:  # no limit: the thread ends a process whose others are gone
+        while True:
+            _check_time(deadline)
             with suppress(jax.errors.JaxRuntimeError):
                 return json.loads(self._store.blocking_key_value_get(f"{place}/out", 1000))
 
@@ -293,6 +305,11 @@ class Hosts:
             self._stop_signal, self._stop_at = number, max(map(int, at.values())) + 1
             self._held = False
             self._lock.release()
+
+
+def _check_time(deadline: float) -> None:
+    if time.monotonic() > deadline:
+        raise TimeoutError
 
 
 def _told(error: BaseException) -> tuple[int, str]:

@@ -44,6 +44,10 @@ LITTLE_MEMORY = {
 before its loop begins: twice the model's size. Nor need a layer's matrices be there all at once."""
 
 
+class DifferentLogitsError(RuntimeError):
+    """What was written is not the trained model."""
+
+
 def prove(
     parts: Assembly, trainable: Params, frozen: Params, directory: Path, changed: Set[str]
 ) -> None:
@@ -60,7 +64,7 @@ def prove(
         changed: names of its tensors that training changed.
 
     Raises:
-        RuntimeError: the logits are further apart than rounding explains.
+        DifferentLogitsError: the logits are further apart than rounding explains.
     """
     expected = sample_logits(parts, trainable, frozen, "float32")
     section = parts.section.model_copy(update={"path": str(directory), "revision": None})
@@ -95,7 +99,7 @@ def _compare(merged: Assembly, arrays: Params, expected: np.ndarray, coarsest: s
         rounded = sample_logits(merged, {}, arrays, dtype)
         bound = min(1.0, max(bound, SLACK * distance(rounded, logits)))
     if not found <= bound:
-        raise RuntimeError(
+        raise DifferentLogitsError(
             f"{merged.source.directory}: logits differ from the trained model's by {found:.3g} of "
             f"their norm, expected at most {bound:.3g}"
         )

@@ -39,6 +39,11 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")""",
 }
 
+UNPROVEN = (
+    "**Not proven.** Every tensor was read back as it was written, but the logits were not "
+    "compared with the trained model's. The proof did not run: {}"
+)
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -54,6 +59,7 @@ class CardFacts:
         license: from `source_license`.
         needs: what a reader must be to load it; empty if any will do.
         stops: where generation has to stop; empty if the base model's files say so.
+        unproven: why the export's proof did not run; empty if it did.
     """
 
     base_model: str
@@ -65,6 +71,7 @@ class CardFacts:
     license: Mapping[str, str] = field(default_factory=dict)
     needs: str = ""
     stops: str = ""
+    unproven: str = ""
 
 
 def write_model_card(directory: Path, facts: CardFacts) -> Path:
@@ -81,6 +88,7 @@ def card_text(facts: CardFacts) -> str:
         f"---\n{_front_matter(facts)}---",
         f"# {name}, {facts.method}",
         f"Trained from `{facts.base_model}` with dsjax ({facts.method}, {facts.step:,} steps).",
+        *([UNPROVEN.format(facts.unproven)] if facts.unproven else []),
         f"## How to load\n\n```python\n{_snippet(facts)}\n```",
         *([facts.needs] if facts.needs else []),
         *([facts.stops] if facts.stops else []),

@@ -20,7 +20,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -64,7 +64,7 @@ from dsjax.metrics import (
     plot_loss,
     read_metrics,
 )
-from dsjax.partition import has_experts, report
+from dsjax.partition import Params, has_experts, report
 from dsjax.program import memory_of
 from dsjax.rendezvous import find_seat, split_seat
 from dsjax.run_folder import (
@@ -79,6 +79,7 @@ from dsjax.run_folder import (
 from dsjax.sharding import check_batch, portions, process_rows, undivided
 from dsjax.step import (
     StepConfig,
+    TrainState,
     abstract_state,
     init_state,
     lower_train_step,
@@ -223,25 +224,60 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
         state, stopped = loop.run(state, start, meter, log, progress)
         if stopped is not None:
             return 128 + stopped
+        state = release(state)  # it is saved; evaluation and proof need the room
         sums = meter.run_sums()
         marker = evaluation_marker(total, sums, data.eval_fingerprint)
-        failure = finish_evaluation(run, loop, state, log, progress, marker)
+        failures = [finish_evaluation(run, loop, state, log, progress, marker)]
         log.log_summary(total, meter.summary())
+    del loop, train_step, eval_step  # programs take room on the devices too
 
     # ---- 10. Results: the export, which nothing before it may prevent, and the picture
     if form is not None:
         check_disk(config, parts, step, form, False, hosts)  # others write there too
-        facts = card_facts(config, parts, form, total, read_metrics(run / METRICS_FILE))
-        out, name = export_path(config), identity(config, contents)
-        marker = export_marker(config, name, form, total, sums, evaluated_rows(run))
-        progress = Loading("writing", primary)
-        export_trained(parts, state.trainable, frozen, out, marker, facts, progress, hosts)
-        hosts.say(f"exported {form} to {out}")
+        failures += [export_run(config, parts, form, total, sums, contents, state, frozen, hosts)]
     if primary:
         plot_loss(run)
-    if failure is not None:
-        raise failure
+    hosts.barrier()  # what follows ends all
+    raise_failures(failures)
     return 0
+
+
+def export_run(
+    config: RunConfig,
+    parts: Assembly,
+    form: str,
+    total: int,
+    sums: Mapping[str, float],
+    contents: Mapping[str, str],
+    state: TrainState,
+    frozen: Params,
+    hosts: Hosts,
+) -> Exception | None:
+    """Export a finished run; returns why the proof did not run, for the caller to raise."""
+    run, out = Path(config.output_dir), export_path(config)
+    facts = card_facts(config, parts, form, total, read_metrics(run / METRICS_FILE))
+    name = identity(config, contents)
+    marker = export_marker(config, name, form, total, sums, evaluated_rows(run))
+    progress = Loading("writing", hosts.primary)
+    done = export_trained(parts, state.trainable, frozen, out, marker, facts, progress, hosts)
+    hosts.say(f"exported {form} to {out}{done}")
+    return done.failure
+
+
+def release(state: TrainState) -> TrainState:
+    """Give up what a finished run holds on the devices besides its weights."""
+    for array in jax.tree.leaves(state._replace(trainable={})):
+        array.delete()
+    return state
+
+
+def raise_failures(failures: Sequence[Exception | None]) -> None:
+    """Raise what went wrong in the last stages, none of which keeps the others from being done."""
+    found = [failure for failure in failures if failure is not None]
+    if len(found) > 1:
+        raise ExceptionGroup("evaluation and proof", found)
+    if found:
+        raise found[0]
 
 
 def same_start(config: RunConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -16,6 +17,7 @@ import pytest
 
 from dsjax import hosts as module
 from dsjax.errors import ConfigError
+from dsjax.export import run_proof
 from dsjax.hosts import Hosts
 
 SECONDS = 30
@@ -106,6 +108,41 @@ def until(reached: Callable[[], object]) -> None:
     while not reached():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def proves(hosts: Hosts, error: Exception | None) -> Exception | None:
+    """What a process hears of a proof that fails on it, or does not."""
+
+    def proof() -> None:
+        if error is not None:
+            raise error
+
+    try:
+        return run_proof(proof, hosts)
+    except Exception as raised:
+        return RuntimeError(f"raised {raised!r}")
+
+
+NO_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+
+@pytest.mark.parametrize("failing", [set(), {0, 1, 2}, {1}, {0, 2}])
+def test_all_hear_of_a_proof_that_did_not_run(make: Make, failing: set[int]):
+    errors = [NO_MEMORY if index in failing else None for index in range(3)]
+    heard = in_threads([partial(proves, h, e) for h, e in zip(make(3), errors, strict=True)])
+    first = f"process {min(failing, default=0)}: JaxRuntimeError: {NO_MEMORY}"
+    assert [str(e or first) for e in errors] == [first if e is None else str(e) for e in heard] or (
+        not failing and heard == [None] * 3
+    )
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_a_proof_that_fails_on_one_alone_waits_for_none(
+    make: Make, alone: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("dsjax.export.PATIENCE", 0.2)
+    heard = in_threads([partial(proves, make(2)[alone], NO_MEMORY)])
+    assert str(heard[0]) == f"raised {NO_MEMORY!r}"
 
 
 @pytest.mark.parametrize("seed", range(4))

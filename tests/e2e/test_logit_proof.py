@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A merged export whose weights are well written, and wrong, is refused; what is right passes."""
 
+import gc
+import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import small_run
@@ -11,6 +16,9 @@ import tiny
 from safetensors.numpy import load_file
 
 from dsjax import export, logit_proof, merge, train
+from dsjax.errors import ConfigError
+from dsjax.export_folder import MARKER
+from dsjax.loop import Loop
 
 TARGETS = {"llama_gqa": ["q_proj", "v_proj"], "deepseek_v3_fp8_mtp_hub": ["o_proj", "kv_b_proj"]}
 MESHES = {"llama_gqa": {}, "deepseek_v3_fp8_mtp_hub": {"expert": 2, "fsdp": 2, "data": 2}}
@@ -65,6 +73,134 @@ def test_a_float64_checkpoint_passes(tmp_path: Path) -> None:
     files = [*(tmp_path / "run/export").glob("*.safetensors")]
     arrays = [array for file in files for array in load_file(file).values()]
     assert {array.dtype.name for array in arrays} == {"float64"}
+
+
+BRIEF: dict[str, Any] = {
+    "training": {"max_steps": 2, "eval_steps": None},
+    "export": {"format": "merged"},
+}
+NO_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9.0G")
+WHERE: dict[str, tuple[str, int, Exception]] = {
+    "trained": ("sample_logits", 1, NO_MEMORY),
+    "merged": ("sample_logits", 2, MemoryError("on the host")),
+    "load": ("load_base", 1, KeyError("a fault of ours")),
+}
+"""What fails, at which call, and how."""
+
+
+def fail_at(name: str, call: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a function of the proof raise when it is called for so many times."""
+    real, calls = getattr(logit_proof, name), []
+
+    def fails(*given: Any, **named: Any) -> Any:
+        calls.append(given)
+        if len(calls) == call:
+            raise error
+        return real(*given, **named)
+
+    monkeypatch.setattr(logit_proof, name, fails)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of LoRA, of which the adapter alone is exported."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = small_run.write_inputs(folder, "lora", data={"eval": None}, **BRIEF)
+    assert train.main(["--config", str(config), "export.format=peft"]) == 0
+    return folder / "run"
+
+
+def export_words(run: Path, out: Path) -> list[str]:
+    return ["--run", str(run), "--out", str(out), "--format", "merged"]
+
+
+@pytest.mark.parametrize("place", WHERE)
+def test_a_proof_that_cannot_be_computed_leaves_the_export(
+    place: str,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, error = tmp_path / "out", WHERE[place][2]
+    with monkeypatch.context() as patched:
+        fail_at(*WHERE[place], patched)
+        with pytest.raises(type(error)) as raised:
+            export.main(export_words(finished, out))
+    assert raised.value is error
+    said, reason = capsys.readouterr().err, f"{type(error).__name__}: {error}".splitlines()[0]
+    assert f"the proof of the export did not run: {reason}\n" in said
+    assert f"exported step 2 as merged to {out}, unproven; the reason follows" in said
+    card, marker = (out / "README.md").read_text(), json.loads((out / MARKER).read_text())
+    assert "**Not proven.**" in card and reason in card and "allocating" not in card
+    assert marker["proof"] == f"did not run: {reason}"
+    unproven = small_run.contents(out)
+
+    # Started again, it tries again; the weights are the same, and nothing is left of the failure.
+    assert export.main(export_words(finished, out)) == 0
+    proven = small_run.contents(out)
+    assert {name for name in proven if proven[name] != unproven[name]} == {"README.md", MARKER}
+    assert "proof" not in json.loads((out / MARKER).read_text())
+    assert b"Not proven" not in proven["README.md"]
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [ConfigError("config.json: got ..."), OSError(5, "Input/output error", "model.safetensors")],
+    ids=["folder", "disk"],
+)
+def test_an_export_that_cannot_be_read_is_refused(
+    refusal: Exception, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at("load_base", 1, refusal, monkeypatch)
+    with pytest.raises(ConfigError):
+        export.main(export_words(finished, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_proof_has_the_room_of_the_optimizer_and_ends_the_run_by_what_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, run = small_run.write_inputs(tmp_path, "lora", **BRIEF), tmp_path / "run"
+    words = ["--config", str(config), "data.eval=null"]
+    loops: list[weakref.ref[Loop]] = []
+    optimizer: list[jax.Array] = []
+    steps = Loop.run
+
+    def keep(loop: Loop, *given: Any) -> Any:
+        loops.append(weakref.ref(loop))
+        state, stopped = steps(loop, *given)
+        optimizer.extend(jax.tree.leaves(state.opt_state))
+        return state, stopped
+
+    def look(*_: Any) -> None:
+        gc.collect()
+        assert loops[0]() is None  # and with it the compiled steps
+        assert len(optimizer) > 4 and all(array.is_deleted() for array in optimizer)
+        raise NO_MEMORY
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Loop, "run", keep)
+        patched.setattr(logit_proof, "prove", look)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+            train.main(words)
+    assert f"exported merged to {run / 'export'}, unproven" in capsys.readouterr().err
+    assert "Not proven" in (run / "export/README.md").read_text()
+    assert (run / "training_loss.png").is_file()
+    assert train.main(words) == 0
+    assert "Not proven" not in (run / "export/README.md").read_text()
+    assert train.main(words) == 0
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_a_failed_evaluation_and_a_failed_proof_are_both_told() -> None:
+    train.raise_failures([None, None])
+    with pytest.raises(MemoryError):
+        train.raise_failures([None, MemoryError()])
+    evaluation = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: in the evaluation")
+    with pytest.raises(ExceptionGroup) as raised:
+        train.raise_failures([evaluation, NO_MEMORY])
+    assert raised.value.exceptions == (evaluation, NO_MEMORY)
 
 
 def test_the_distance_is_that_of_the_middle_token() -> None:
