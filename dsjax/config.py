@@ -39,7 +39,8 @@ def _as_list(value: object) -> object:
 
 
 Positive = Annotated[int, Field(ge=1)]
-PositiveNumber = Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)]
+Rank = Annotated[int, Field(ge=1, le=2**16)]
+Scale = Annotated[int, Field(gt=0, le=10**9)] | Annotated[float, Field(gt=0, le=10**9)]
 Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 AxisSize = Literal[-1] | Positive
 Indices = list[Annotated[int, Field(ge=0)]]
@@ -89,9 +90,9 @@ class AdapterSection(_Section):
     path: Folder | None = None
     """PEFT adapter to continue from: a directory, or a URL of one. It then decides everything
     about the adapter; a key given here must agree with it."""
-    r: Positive = 16
+    r: Rank = 16
     """LoRA: rank."""
-    lora_alpha: PositiveNumber = 32
+    lora_alpha: Scale = 32
     """LoRA: the update is scaled by lora_alpha / r."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """LoRA: dropout on the adapter's input."""
@@ -101,15 +102,15 @@ class AdapterSection(_Section):
     routed experts; gate_proj in a list means the experts' too, mlp.gate_proj the dense layers'."""
     layers_to_transform: Layers | None = None
     """LoRA: indices of the layers that get an adapter; null: all."""
-    rank_pattern: dict[str, Positive] = {}
+    rank_pattern: dict[str, Rank] = {}
     """LoRA: another r for modules whose path ends in, or matches, the key."""
-    alpha_pattern: dict[str, PositiveNumber] = {}
+    alpha_pattern: dict[str, Scale] = {}
     """LoRA: another lora_alpha, as with rank_pattern."""
     use_rslora: bool = False
     """LoRA: scale by lora_alpha / sqrt(r)."""
     use_dora: Literal[False] = False
     """LoRA: learn magnitude and direction apart."""
-    num_virtual_tokens: Positive = 20
+    num_virtual_tokens: Rank = 20
     """Prefix-tuning: length of the learnt prefix."""
 
 

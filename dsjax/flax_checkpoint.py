@@ -12,7 +12,8 @@ here: loading parameters (`convert`), writing Hugging Face files (`export`).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +24,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from dsjax.errors import ConfigError
+from dsjax.errors import ConfigError, system_fault
 from dsjax.fp8 import FP8
-from dsjax.hf_files import HFSource, index_json, open_source
+from dsjax.hf_files import HFSource, index_json, is_weight_file, open_source
+from dsjax.json_file import parse_object, read_object
+from dsjax.models.config_fields import shown
 from dsjax.models.weight_rules import Entry
 from dsjax.safetensors_file import (
     SafetensorsWriter,
@@ -150,30 +153,44 @@ class FlaxSource:
         if place is None:
             return read_tensor(self.directory / UNMODELLED, self._unmodelled[name], index)
         path, *lead = place
-        stored = self._stores[path][(*lead, *(index or ()), ...)].read().result()
+        store = self._stores[path]
+        with _array_of(self.directory, path):
+            stored = store[(*lead, *(index or ()), ...)].read().result()
         return np.ascontiguousarray(stored.astype(self.tensors[name].dtype, copy=False))
 
     @cached_property
     def _stores(self) -> dict[str, Any]:
-        """An open array store per parameter."""
-        paths = sorted({place[0] for place in self.manifest["arrays"].values()})
-        root = self.directory / ARRAYS
+        """An open array store per parameter, as large and as exact as its tensors ask."""
+        held: dict[str, list[str]] = {}
+        for name, (path, *_) in self.manifest["arrays"].items():
+            held.setdefault(path, []).append(name)
         stores = {}
-        for path in paths:
-            kvstore = {"driver": "file", "path": str((root / path).absolute())}
-            try:
-                stores[path] = ts.open({"driver": "zarr", "kvstore": kvstore}).result()
-            except (ValueError, OSError) as error:
-                raise ConfigError(
-                    f"model.path: got {root} without a readable array {path} ({error}), expected "
-                    "what to-flax wrote; convert the source again"
-                ) from error
+        for path, names in sorted(held.items()):
+            with _array_of(self.directory, path):
+                stores[path] = _open_array(self.directory / ARRAYS / path)
+                self._check_array(stores[path], names)
         return stores
+
+    def _check_array(self, store: Any, names: Sequence[str]) -> None:
+        infos = [self.tensors[name] for name in names]
+        if store.dtype.numpy_dtype != exact_dtype([info.dtype for info in infos]):
+            raise ValueError(f"it holds {store.dtype.name}, {names[0]} is {infos[0].dtype}")
+        for info in infos:
+            _, *lead = self.manifest["arrays"][info.name]
+            inside = all(at < size for at, size in zip(lead, store.shape, strict=False))
+            if not inside or store.shape[len(lead) :] != info.shape:
+                size, place = list(store.shape), f"{info.name} {list(info.shape)} at {lead}"
+                raise ValueError(f"it has shape {size}, which does not hold {place}")
 
     @cached_property
     def _unmodelled(self) -> dict[str, TensorInfo]:
-        _, infos = read_header(self.directory / UNMODELLED)
-        return {info.name: info for info in infos}
+        file = self.directory / UNMODELLED
+        infos = {info.name: info for info in read_header(file)[1]} if file.is_file() else {}
+        for name in self.tensors.keys() - self.manifest["arrays"].keys():
+            found, wanted = infos.get(name), self.tensors[name]
+            if found is None or (found.dtype, found.shape) != (wanted.dtype, wanted.shape):
+                raise _damaged(file, f"it does not hold {name} {wanted.dtype}{list(wanted.shape)}")
+        return infos
 
     def raw_header(self, file: str) -> bytes:
         """The header of one of the source's weight files."""
@@ -203,25 +220,105 @@ def open_flax(path: str | Path) -> FlaxSource:
         ConfigError: its manifest or its arrays are damaged.
     """
     directory = Path(path).expanduser()
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text("utf-8"))
-        version = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"model.path: got a damaged {directory / MANIFEST} ({error}), expected what to-flax "
-            "wrote; convert the source again"
-        ) from error
-    if version != FORMAT:
-        raise ConfigError(
-            f"model.path: got {directory / MANIFEST} of format {version!r}, expected {FORMAT}; "
-            "convert the source again with this version"
-        )
-    tensors = {}
-    for file, header in manifest["files"].items():
-        for info in parse_header(header.encode(), file):
-            tensors[info.name] = info
+    manifest = _read_manifest(directory / MANIFEST)
+    tensors = {info.name: info for infos in _headers(manifest).values() for info in infos}
     config = _plain(directory).config
     return FlaxSource(directory, config, tensors, list(manifest["files"]), manifest)
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, so checked that it can be used as it is."""
+    manifest = read_object(file, "model.path")
+    version = manifest.get("format")
+    if type(version) is not int:
+        raise _damaged(file, "it has no format")
+    if version != FORMAT:
+        raise ConfigError(
+            f"model.path: got {file} of format {shown(version)}, expected {FORMAT}; "
+            "convert the source again with this version"
+        )
+    problem = _form_problem(manifest)
+    if problem:
+        raise _damaged(file, problem)
+    try:
+        headers = _headers(manifest)
+    except (ValueError, TypeError, KeyError) as error:
+        raise _damaged(file, f"a header of its files: {type(error).__name__}: {error}") from error
+    files = {info.name: file for file, infos in headers.items() for info in infos}
+    if len(files) < sum(map(len, headers.values())):
+        raise _damaged(file, "a tensor is in two of its files")
+    unknown = next((name for name in manifest["arrays"] if name not in files), None)
+    if unknown is not None:
+        raise _damaged(file, f"{unknown} is in none of its files")
+    index = manifest["index"]
+    if (
+        index is not None
+        and parse_object(index.encode(), file, "model.path").get("weight_map") != files
+    ):
+        raise _damaged(file, "its index is of other files")
+    return manifest
+
+
+def _form_problem(manifest: Mapping[str, Any]) -> str:
+    """What of a manifest is not of the form that `save_flax` writes; empty if all is."""
+    arrays, files = manifest.get("arrays"), manifest.get("files")
+    if not isinstance(files, dict) or not files:
+        return f"files: {shown(files)}"
+    if wrong := [n for n, text in files.items() if not (is_weight_file(n) and type(text) is str)]:
+        return f"files: {shown(wrong[0])}"
+    if not isinstance(arrays, dict):
+        return f"arrays: {shown(arrays)}"
+    if wrong := [place for place in arrays.values() if not _is_place(place)]:
+        return f"arrays: {shown(wrong[0])}"
+    if len({tuple(place) for place in arrays.values()}) < len(arrays):
+        return "arrays: two tensors at one place"
+    if not isinstance(manifest.get("index", 0), str | None):
+        return f"index: {shown(manifest.get('index'))}"
+    return ""
+
+
+def _is_place(place: Any) -> bool:
+    """Whether this is a parameter's path with indices into its stack."""
+    if not isinstance(place, list) or not place:
+        return False
+    path, *lead = place
+    is_name = isinstance(path, str) and 0 < len(path) < 256 and path != ".."
+    is_name = is_name and Path(path).name == path
+    return is_name and all(type(at) is int and 0 <= at < 2**31 for at in lead)
+
+
+def _headers(manifest: Mapping[str, Any]) -> dict[str, list[TensorInfo]]:
+    return {file: parse_header(text.encode(), file) for file, text in manifest["files"].items()}
+
+
+def _damaged(file: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"model.path: got a damaged {file} ({reason[:300]}), expected what to-flax wrote; convert "
+        "the source again"
+    )
+
+
+def _open_array(path: Path) -> Any:
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": str(path.absolute())},
+        # Trap: a piece that is not there would be read as zeros; Orbax writes those of zeros too.
+        "fill_missing_data_reads": False,
+    }
+    return ts.open(spec).result()
+
+
+@contextmanager
+def _array_of(directory: Path, path: str) -> Iterator[None]:
+    """Tell of what TensorStore meets in an array's folder by its name."""
+    place = directory / ARRAYS / path
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        fault = system_fault(error, place)
+        if fault is not None:
+            raise fault from error
+        raise _damaged(place, f"{type(error).__name__}: {error}".split("\n")[0]) from error
 
 
 def exact_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:

@@ -40,6 +40,7 @@ __all__ = [
     "SafetensorsWriter",
     "TensorInfo",
     "index_json",
+    "is_weight_file",
     "open_source",
     "shard_names",
 ]
@@ -221,7 +222,7 @@ def _read_weight_map(path: File) -> dict[str, str]:
             f"model.path: got {path} without a weight_map, expected tensor names with the files "
             "that hold them; download the index again"
         )
-    odd = {repr(file) for file in weight_map.values() if not _is_weight_file(file)}
+    odd = {repr(file) for file in weight_map.values() if not is_weight_file(file)}
     if odd:
         raise ConfigError(
             f"model.path: got {some(odd)} in {path}, expected names of .safetensors or .bin files "
@@ -313,7 +314,7 @@ def _no_weights(folder: Folder, names: Sequence[str]) -> str:
     )
 
 
-def _is_weight_file(name: object) -> bool:
+def is_weight_file(name: object) -> bool:
     """Whether an entry of an index names a weight file in the same directory."""
     return (
         isinstance(name, str)

@@ -117,7 +117,7 @@ mesh: 8
 """
     assert _refusal(_file(tmp_path, text), []).splitlines() == [
         'model.dtype: got "fp32", expected bfloat16, float32 or float16',
-        "adapter.r: got -1, expected an integer >= 1",
+        "adapter.r: got -1, expected an integer >= 1 and <= 65536",
         "adapter.lora_dropout: got 1, expected a number >= 0 and < 1",
         "adapter.rr: got an unknown key, expected a key of adapter; did you mean r?",
         "data.train: got [], expected text or a list of text, and not empty",
@@ -145,9 +145,9 @@ mesh: 8
         ("mesh.sequence=4", "got 4, which is not built yet, expected 1"),
         ("mesh.sequence=2", "got 2, which is not built yet, expected 1"),
         ("adapter.peft_type=lora", 'got "lora", expected LORA, PREFIX_TUNING or null'),
-        ("adapter.r=true", "got true, expected an integer >= 1"),
-        ("adapter.r='8'", 'got "8", expected an integer >= 1'),
-        ("adapter.lora_alpha=0", "got 0, expected a number > 0"),
+        ("adapter.r=true", "got true, expected an integer >= 1 and <= 65536"),
+        ("adapter.r='8'", 'got "8", expected an integer >= 1 and <= 65536'),
+        ("adapter.lora_alpha=0", "got 0, expected a number > 0 and <= 1000000000"),
         ("adapter.lora_dropout=-0.1", "got -0.1, expected a number >= 0 and < 1"),
         ("adapter.target_modules=[]", "got [], expected text or a list of text, and not empty"),
         (
@@ -156,7 +156,7 @@ mesh: 8
         ),
         (
             "adapter.rank_pattern={q_proj: 0}",
-            'got {"q_proj": 0}, expected a mapping from text to an integer >= 1',
+            'got {"q_proj": 0}, expected a mapping from text to an integer >= 1 and <= 65536',
         ),
         ("data.max_length=1", "got 1, expected an integer >= 2"),
         ("data.overlong=cut", 'got "cut", expected truncate, drop or error'),
@@ -397,6 +397,9 @@ def test_help_and_schema_name_every_key():
         for key, field in schema["$defs"][part["$ref"].rpartition("/")[2]]["properties"].items():
             assert f"  {section}.{key}: " in text
             assert field["description"]
-    assert "  adapter.lora_alpha: a number > 0 (default 32)\n      LoRA: the update is" in text
+    assert (
+        "  adapter.lora_alpha: a number > 0 and <= 1000000000 (default 32)\n      LoRA: the update"
+        in text
+    )
     assert "  model.path: text (required)" in text
     assert schema["additionalProperties"] is False

@@ -11,14 +11,17 @@ import json
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from dsjax.errors import ConfigError
+from dsjax.json_file import read_object
 
 ROUND_TRIP = "hello world, one two"
+CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.json"
+SETTINGS = (CONFIG, TEMPLATE, "special_tokens_map.json", "added_tokens.json")
 STRFTIME = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*\)""")
 
 
@@ -42,20 +45,26 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
             "beside its weights; copy its tokenizer files there, or train on rows of "
             "`data.format: tokens`, which need none"
         )
+    settings = {
+        name: read_object(folder / name, "model.path")
+        for name in SETTINGS
+        if (folder / name).is_file()
+    }
     try:
         # Trap: the class that tokenizer_config.json names (LlamaTokenizerFast) replaces the
         # byte-level pre-tokenizer in transformers 5 and drops spaces. This one leaves it alone.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        settings = _json(folder / "tokenizer_config.json")
+        _set_bos(tokenizer, settings.get(CONFIG, {}), folder)
+        _set_template(tokenizer, settings, folder)
+        _check_round_trip(tokenizer, folder)
+    except ConfigError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise ConfigError(
             f"model.path: got tokenizer files in {folder} that cannot be read "
-            f"({type(error).__name__}: {error}), expected valid tokenizer.json and "
+            f"({type(error).__name__}: {str(error)[:300]}), expected valid tokenizer.json and "
             "tokenizer_config.json; fetch them again"
         ) from error
-    _set_bos(tokenizer, settings)
-    _set_template(tokenizer, folder)
-    _check_round_trip(tokenizer, folder)
     return tokenizer
 
 
@@ -117,13 +126,18 @@ def backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     return tokenizer.backend_tokenizer
 
 
-def _set_bos(tokenizer: PreTrainedTokenizerFast, settings: dict) -> None:
+def _set_bos(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any], folder: Path) -> None:
     """Decide whether plain text starts with BOS.
 
     transformers 5 ignores `add_bos_token` of the file where tokenizer.json has a post-processor of
     its own (V3's is a plain ByteLevel), so the flag is read here.
     """
     flag = settings.get("add_bos_token")
+    if not isinstance(flag, bool | None):
+        raise ConfigError(
+            f"model.path: got {flag!r} as add_bos_token in {folder / CONFIG}, expected true, false "
+            "or null; correct it"
+        )
     inner = backend(tokenizer)
     inner.no_truncation()
     inner.no_padding()
@@ -133,15 +147,22 @@ def _set_bos(tokenizer: PreTrainedTokenizerFast, settings: dict) -> None:
     tokenizer.add_bos_token = bool(flag) and bos is not None
 
 
-def _set_template(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _set_template(
+    tokenizer: PreTrainedTokenizerFast, settings: dict[str, dict[str, Any]], folder: Path
+) -> None:
     """Find the chat template in the places where `transformers` does not look by itself."""
-    if tokenizer.chat_template is not None:
-        return
     for name in ("chat_template.jinja", "assets/chat_template.jinja"):
-        if (folder / name).is_file():
+        if tokenizer.chat_template is None and (folder / name).is_file():
             tokenizer.chat_template = (folder / name).read_text(encoding="utf-8")
-            return
-    tokenizer.chat_template = _json(folder / "chat_template.json").get("chat_template")
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = settings.get(TEMPLATE, {}).get("chat_template")
+    given = tokenizer.chat_template
+    several = list(given.values()) if isinstance(given, dict) else [given]
+    if given is not None and not all(isinstance(template, str) for template in several):
+        raise ConfigError(
+            f"model.path: got {str(given)[:100]!r} as chat_template in the tokenizer files in "
+            f"{folder}, expected text, or a name and text for each of several; correct it"
+        )
 
 
 def _check_round_trip(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -154,7 +175,3 @@ def _check_round_trip(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
             "expected the same text back; its tokenizer.json is damaged or was re-saved by a "
             "version that drops spaces: fetch the original"
         )
-
-
-def _json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

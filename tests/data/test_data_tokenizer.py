@@ -3,11 +3,16 @@
 
 import json
 from datetime import datetime
+from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from spoilt import spoilt
 from tokenizers import Tokenizer, pre_tokenizers, processors
 
-from dsjax.data import encode_text, find_tokenizer, load_tokenizer
+from dsjax.data import encode_chat, encode_text, find_tokenizer, load_tokenizer
 from dsjax.errors import ConfigError
 
 TEMPLATE = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
@@ -103,3 +108,89 @@ def test_a_template_s_date_is_the_run_s(tokenizer_folder, call):
     tokenizer = find_tokenizer(tokenizer_folder(template), "messages", datetime(2024, 7, 26, 23))
     text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     assert text == "Today: 26 Jul 2024[a]"
+
+
+SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.json")
+
+
+@pytest.mark.parametrize("name", [*SMALL_FILES, "added_tokens.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", ["[]", "null", "7", '"x"', "{", "[" * 90_000])
+def test_another_value_is_no_file_of_a_tokenizer(tokenizer_folder, name, content):
+    folder = tokenizer_folder(TEMPLATE)
+    (folder / name).write_text(content)
+    with pytest.raises(ConfigError, match="model.path: got") as caught:
+        load_tokenizer(folder)
+    assert str(folder) in str(caught.value) and len(str(caught.value)) < 1_000
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.json"])
+@pytest.mark.parametrize("template", [7, True, {"default": None}, ["x"]])
+def test_a_chat_template_is_text(tokenizer_folder, name, template):
+    folder = tokenizer_folder(None)
+    held = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+    (folder / name).write_text(json.dumps({**held, "chat_template": template}))
+    with pytest.raises(ConfigError, match=r"model\.path: got .*, expected"):
+        load_tokenizer(folder)
+
+
+def test_a_chat_template_that_is_no_text_at_all(tokenizer_folder):
+    folder = tokenizer_folder(None)
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"model\.path: got .* cannot be read \(UnicodeDecodeErr"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("flag", ["false", 0, [False]])
+def test_whether_text_begins_with_bos_is_a_flag(tokenizer_folder, flag):
+    folder = tokenizer_folder(None, add_bos_token=flag)
+    with pytest.raises(ConfigError, match=r"add_bos_token in .*, expected true, false or null"):
+        load_tokenizer(folder)
+
+
+def _tokenizer_files(folder: Path) -> dict[str, Any]:
+    """The content of each file, all of those that are there in one form or another."""
+    files = {name: json.loads((folder / name).read_text()) for name in ("tokenizer.json",)}
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    files["tokenizer_config.json"] = settings | {"add_bos_token": True, "chat_template": TEMPLATE}
+    files["special_tokens_map.json"] = {"bos_token": settings["bos_token"], "pad_token": "x"}
+    files["chat_template.json"] = {"chat_template": TEMPLATE}
+    return files
+
+
+def _is_loaded_or_refused(folder: Path, name: str, content: bytes) -> None:
+    before = (folder / name).read_bytes() if (folder / name).is_file() else None
+    (folder / name).write_bytes(content)
+    try:
+        tokenizer = load_tokenizer(folder)
+        if tokenizer.chat_template:
+            encode_chat(tokenizer, [{"role": "user", "content": "a b"}])
+        encode_text(tokenizer, "a b")
+    except ConfigError as error:
+        assert len(str(error)) < 1_000
+    finally:
+        (folder / name).unlink()
+        if before is not None:
+            (folder / name).write_bytes(before)
+
+
+def _spoil_files(folder: Path, examples: int) -> None:
+    files = _tokenizer_files(folder)
+    damaged = st.sampled_from(sorted(files)).flatmap(
+        lambda name: st.tuples(st.just(name), spoilt(files[name]))
+    )
+
+    @settings(max_examples=examples, suppress_health_check=[HealthCheck.too_slow])
+    @given(damaged)
+    def load(file: tuple[str, bytes]) -> None:
+        _is_loaded_or_refused(folder, *file)
+
+    load()
+
+
+def test_damaged_files_are_read_or_refused(tokenizer_folder):
+    _spoil_files(tokenizer_folder(None), 25)
+
+
+@pytest.mark.slow
+def test_many_damaged_files_are_read_or_refused(tokenizer_folder):
+    _spoil_files(tokenizer_folder(None), 400)
