@@ -17,7 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from dsjax import adapters
-from dsjax.checkpoint import Checkpointer
+from dsjax.checkpoint import Checkpointer, from_newest
 from dsjax.checksums import checksums
 from dsjax.config import AdapterSection, ModelSection, ObjectiveSection, RunConfig
 from dsjax.convert import Source, check_coverage, load_base, open_checkpoint
@@ -178,11 +178,15 @@ class Restored(NamedTuple):
 
 
 def restore_trained(run: Path, config: RunConfig, parts: Assembly) -> Restored:
-    """The trained arrays of a run's newest complete checkpoint.
+    """The trained arrays of a run's newest complete checkpoint; the run may be alive.
 
     Raises:
         ConfigError: the run has no complete checkpoint, or one of another model.
     """
+    return from_newest(lambda: _restore_newest(run, config, parts))
+
+
+def _restore_newest(run: Path, config: RunConfig, parts: Assembly) -> Restored:
     folder = run / CHECKPOINTS
     checkpointer = Checkpointer(folder, config.checkpoint, read_only=True)
     step = checkpointer.latest() if folder.is_dir() else None

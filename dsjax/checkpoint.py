@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ from jaxtyping import PyTree
 from dsjax.checksums import checksums, digest, named_leaves
 from dsjax.config import CheckpointSection
 from dsjax.errors import ConfigError, files_of, system_fault
+
+T = TypeVar("T")
 
 MOST_LINES = 8
 OURS = (MemoryError, jax.errors.JaxRuntimeError)
@@ -40,6 +42,23 @@ STRAGGLERS = (
     "sys.meta_path is None",  # at the very end, by what was never awaited
 )
 """How reads and writes that a failed one leaves behind report themselves."""
+
+
+class RemovedError(ConfigError):
+    """A checkpoint went away while it was read: the run that wrote it is alive."""
+
+
+def from_newest(read: Callable[[], T]) -> T:
+    """Read the newest checkpoint of a run that may be alive; once more if it went away meanwhile.
+
+    Args:
+        read: opens the run's checkpoints anew, and reads.
+    """
+    try:
+        return read()
+    except RemovedError as error:
+        print(f"{error}; now the newest is read", file=sys.stderr)
+        return read()
 
 
 class Checkpointer:
@@ -133,7 +152,7 @@ class Checkpointer:
         """Read what was saved beside the state.
 
         Raises:
-            ConfigError: it cannot be read, or is not as it was saved.
+            ConfigError: it cannot be read, or is not as it was saved, or (RemovedError) went away.
         """
         return self._record(step)["meta"]
 
@@ -164,7 +183,7 @@ class Checkpointer:
 
         Raises:
             ConfigError: the checkpoint holds other leaves, shapes or dtypes, or it cannot be read,
-                or what is read is not what was saved.
+                or what is read is not what was saved, or (RemovedError) it went away.
         """
         wanted = named_leaves(abstract_state)
         stored = self._record(step)["leaves"]
@@ -221,7 +240,7 @@ class Checkpointer:
             told = error.__cause__ if type(error) is Exception else error
             if isinstance(told, OURS):
                 raise
-            refused = system_fault(error, self.directory / str(step))
+            refused = self._removed(step) or system_fault(error, self.directory / str(step))
             if refused is not None:  # that is no damage, and deleting it would not help
                 raise refused from error
             reason = f"{type(told).__name__}: {str(told).strip()}".split("\n")[0][:200]
@@ -232,7 +251,26 @@ class Checkpointer:
             raise FileNotFoundError("the list of arrays is missing")
         return self._manager.restore(step, args=items)["state"]
 
+    def _removed(self, step: int) -> RemovedError | None:
+        """What to say if a run that is alive has removed a checkpoint, or is about to.
+
+        It does so file by file, and only when it has a newer one.
+        """
+        there = {int(path.name) for path in self.directory.glob("*") if path.name.isdecimal()}
+        newest = max(self._manager.all_steps(), default=step)
+        if step in there and max(there) <= newest:
+            return None
+        return RemovedError(
+            f"{self.directory / str(step)}: got a checkpoint that went away while it was read, "
+            "expected it to stay; that is so with a larger checkpoint.save_total_limit, or once "
+            "the run has ended"
+        )
+
     def _damaged(self, step: int, reason: str) -> ConfigError:
+        """What to say of a checkpoint that is not read as it was saved."""
+        removed = self._removed(step)
+        if removed is not None:
+            return removed
         older = [s for s in self._manager.all_steps() if s < step]
         then = f"continue from step {max(older)}" if older else "start anew"
         return ConfigError(

@@ -38,7 +38,7 @@ from dsjax.assembly import (
     load_trainable,
     restore_trained,
 )
-from dsjax.checkpoint import Checkpointer
+from dsjax.checkpoint import Checkpointer, from_newest
 from dsjax.command_line import CommandParser
 from dsjax.config import (
     AdapterSection,
@@ -97,7 +97,7 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     # The module for multi-token prediction has no part in what is measured.
     main = config.objective.model_copy(update={"mtp_loss_weight": 0.0})
     parts = assemble(config.model_copy(update={"objective": main}))
-    step, meta = newest_checkpoint(config)
+    step, meta = from_newest(lambda: newest_checkpoint(config))
     examples = read_examples(config, parts, datetime.fromisoformat(meta["started"]))
     if step is None:
         print(f"no checkpoint in {config.output_dir}: the model as configured", file=sys.stderr)

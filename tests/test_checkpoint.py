@@ -23,7 +23,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from dsjax import checkpoint
-from dsjax.checkpoint import Checkpointer
+from dsjax.checkpoint import Checkpointer, RemovedError, from_newest
 from dsjax.checksums import named_leaves
 from dsjax.config import CheckpointSection
 from dsjax.errors import ConfigError
@@ -235,6 +235,62 @@ DAMAGE = {
 }
 
 
+def test_a_checkpoint_that_goes_away_is_not_called_damaged(open_in, capsys):
+    """The limit of a run that is alive removes it; then the newest is read, once."""
+    writer = open_in(CheckpointSection(save_steps=1, save_total_limit=1))
+    writer.save(1, make_state(1), {"place": 1})
+    writer.wait()
+
+    def read_while(alive, before):
+        reader = open_in(read_only=True)
+        step = reader.latest()
+        meta = reader.meta(step) if before == "restore" else {}
+        if alive:
+            writer.save(step + 1, make_state(step + 1), {"place": step + 1})
+            writer.wait()
+        return step, meta or reader.meta(step), reader.restore(step, abstract(make_state(0)))
+
+    for before in ("meta", "restore"):
+        lives = iter([True, False])
+        step, meta, state = from_newest(lambda: read_while(next(lives), before))  # noqa: B023
+        assert meta == {"place": step}
+        assert_same(state, make_state(step))
+        said = capsys.readouterr().err
+        assert f"{writer.directory / str(step - 1)}: got a checkpoint that went away while" in said
+        assert said.endswith("; now the newest is read\n") and "damaged" not in said
+    for before in ("meta", "restore"):
+        with pytest.raises(RemovedError, match="went away while it was read, expected it to stay"):
+            from_newest(lambda: read_while(True, before))  # noqa: B023
+
+
+def test_a_checkpoint_that_is_half_removed_is_not_called_damaged(open_in, tmp_path):
+    """It is removed file by file, while a newer one is there; without one it is damaged."""
+    writer = open_in()
+    for step in (1, 2):
+        writer.save(step, make_state(step), {"place": step})
+        writer.wait()
+    newer = shutil.move(tmp_path / "checkpoints" / "2", tmp_path / "2")
+    one = tmp_path / "checkpoints" / "1"
+    files = sorted(path for path in one.rglob("*") if path.is_file())
+    refused = 0
+    for alive in (True, False):
+        for file in files:
+            reader, content = open_in(read_only=True), file.read_bytes()
+            assert reader.latest() == 1
+            if alive:
+                shutil.copytree(newer, one.with_name("2"))
+            file.unlink()
+            try:
+                assert_same(reader.restore(1, abstract(make_state(0))), make_state(1))
+            except ConfigError as error:
+                assert isinstance(error, RemovedError) == alive, file  # noqa: PT017
+                assert ("went away" in str(error)) == alive, file  # noqa: PT017
+                refused += 1
+            file.write_bytes(content)
+            shutil.rmtree(one.with_name("2"), ignore_errors=True)
+    assert refused > 4
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_checkpoint_is_refused_by_name(open_in, tmp_path, damage):
     saved(open_in, 3, 7).close()
@@ -331,7 +387,7 @@ SAVING_FOREVER = """
 import sys
 from pathlib import Path
 import jax, jax.numpy as jnp
-from dsjax.checkpoint import Checkpointer
+from dsjax.checkpoint import Checkpointer, RemovedError, from_newest
 from dsjax.config import CheckpointSection
 
 checkpointer = Checkpointer(Path(sys.argv[1]), CheckpointSection(save_steps=1, save_total_limit=1))

@@ -23,6 +23,7 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 from dsjax import export, train
+from dsjax.checkpoint import Checkpointer
 from dsjax.config import load_config, located
 from dsjax.errors import ConfigError
 
@@ -221,6 +222,29 @@ def test_interrupted_run_exports_its_newest_complete_checkpoint(trained: Path, t
     assert "4 steps" in (out / "README.md").read_text()
     finished = raw_tensors(trained / "run" / "export")
     assert [n for n, raw in raw_tensors(out).items() if raw != finished[n]] == Q_PROJ
+
+
+def test_a_run_that_removes_what_is_read_is_exported_at_its_newest_step(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """A run with `save_total_limit` goes on meanwhile."""
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    restored, reads = Checkpointer._restored, []
+
+    def removed_meanwhile(self: Checkpointer, step: int, *arguments: Any) -> Any:
+        reads.append(step)
+        if len(reads) == 1:
+            shutil.copytree(self.directory / str(step), self.directory / str(step + 1))
+            for path in (self.directory / str(step) / "state" / "d").iterdir():
+                path.unlink()
+        return restored(self, step, *arguments)
+
+    monkeypatch.setattr(Checkpointer, "_restored", removed_meanwhile)
+    export_here(run, tmp_path / "out", "merged")
+    said = capsys.readouterr().err
+    assert reads == [6, 7] and json.loads((tmp_path / "out" / MARKER).read_text())["step"] == 7
+    assert f"{run}/checkpoints/6: got a checkpoint that went away while it was read" in said
+    assert "exported step 7 as merged" in said and "damaged" not in said
 
 
 def test_twice_replaces_its_own(trained: Path, tmp_path: Path):
