@@ -10,11 +10,13 @@ state, training.
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from dsjax import adapters
 from dsjax.checkpoint import Checkpointer, from_newest
@@ -192,7 +194,7 @@ def _restore_newest(run: Path, config: RunConfig, parts: Assembly) -> Restored:
     step = checkpointer.latest() if folder.is_dir() else None
     if step is None:
         raise ConfigError(f"{folder}: got no complete checkpoint, expected one; train first")
-    meta = checkpointer.meta(step)
+    meta = read_meta(checkpointer, step)
     check_contents(parts.contents(), meta["contents"], run)
     shardings, leaves = parts.shardings, parts.partition.leaves
     abstract = {
@@ -202,6 +204,47 @@ def _restore_newest(run: Path, config: RunConfig, parts: Assembly) -> Restored:
     state = checkpointer.restore(step, {"trainable": abstract}, partial=True)
     checkpointer.close()
     return Restored(step, state["trainable"], meta)
+
+
+class _Sums(BaseModel, strict=True, extra="forbid"):
+    loss: float
+    weight: float
+    correct: float
+    tokens: int
+
+
+class _Meter(BaseModel, strict=True):
+    since_log: _Sums
+    run: _Sums
+
+
+class _Meta(BaseModel, strict=True):
+    """What a run saves beside its state (`loop`), as those who go on with it need it."""
+
+    started: Annotated[str, AfterValidator(datetime.fromisoformat)]
+    contents: dict[str, str]
+    frozen: dict[str, Annotated[list[str], Field(min_length=2, max_length=2)]]
+    meter: _Meter | None = None
+
+
+def read_meta(checkpointer: Checkpointer, step: int) -> dict[str, Any]:
+    """What a run saved beside its state.
+
+    Raises:
+        ConfigError: it is damaged, or is not what this version's runs save.
+    """
+    meta = checkpointer.meta(step)
+    try:
+        _Meta.model_validate(meta)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"{checkpointer.directory / str(step)}: got a checkpoint whose "
+            f"{'.'.join(map(str, first['loc']))} is not what this version saves ({first['msg']}), "
+            "expected one that it can go on with; finish the run with the version that began it, "
+            "or choose another output_dir"
+        ) from error
+    return meta
 
 
 def check_contents(found: Mapping[str, str], began: Mapping[str, str], run: Path) -> None:
@@ -214,9 +257,9 @@ def check_contents(found: Mapping[str, str], began: Mapping[str, str], run: Path
     """
     raise_all(
         f"{key}: got other contents ({found[key]}) than those with which the run in {str(run)!r} "
-        f"began ({began[key]}), expected the same; restore them, or choose another output_dir"
+        f"began ({began.get(key)}), expected the same; restore them, or choose another output_dir"
         for key in found
-        if found[key] != began[key]
+        if found[key] != began.get(key)
     )
 
 

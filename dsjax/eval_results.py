@@ -46,6 +46,6 @@ def evaluated_rows(run: Path) -> str:
 def _read(run: Path) -> dict[str, Any]:
     try:
         found = json.loads((run / EVAL_RESULTS).read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}  # not there, or damaged: it is made again
     return found if isinstance(found, dict) else {}

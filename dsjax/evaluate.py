@@ -36,6 +36,7 @@ from dsjax.assembly import (
     check_frozen,
     load_frozen,
     load_trainable,
+    read_meta,
     restore_trained,
 )
 from dsjax.checkpoint import Checkpointer, from_newest
@@ -134,7 +135,7 @@ def newest_checkpoint(config: RunConfig) -> tuple[int | None, dict[str, Any]]:
         return None, nothing
     checkpointer = Checkpointer(folder, config.checkpoint, read_only=True)
     step = checkpointer.latest()
-    meta = nothing if step is None else checkpointer.meta(step)
+    meta = nothing if step is None else read_meta(checkpointer, step)
     checkpointer.close()
     file = Path(config.output_dir) / "config.yaml"
     if step is not None and file.is_file():

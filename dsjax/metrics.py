@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, SupportsFloat, SupportsInt
 
 from dsjax.config import LoggingSection
-from dsjax.errors import files_of
+from dsjax.errors import ConfigError, files_of
+from dsjax.json_file import parse
 
 METRICS_FILE, PICTURE, BOARD = "metrics.jsonl", "training_loss.png", "tensorboard"
 TRAIN_KEYS = (
@@ -142,32 +143,47 @@ def _json_value(step: int, key: str, value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Return the whole lines of a `metrics.jsonl` as dicts; a missing file has none."""
-    if not path.exists():
-        return []
-    rows = [_parse(line) for line in path.read_bytes().splitlines(keepends=True)]
-    return [row for row in rows if row is not None]
+    """Return the whole lines of a `metrics.jsonl` as dicts; a missing file has none.
+
+    Raises:
+        ConfigError: a line is none that a run writes.
+    """
+    return [row for _, row in _lines(path)]
 
 
-def _parse(line: bytes) -> dict | None:
-    """Return a line's object; None if a kill left it half written."""
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Return each line with its values, but for the last where a kill left it half written."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    read = [(line, _parse(line)) for line in lines]
+    for number, (_, row) in enumerate(read[:-1], 1):
+        if row is None:
+            raise ConfigError(
+                f"{path}:{number}: got a line that is not one of a run's, expected an object with "
+                "a step and numbers; remove the line"
+            )
+    return [(line, row) for line, row in read if row is not None]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return a line's values; None if it is none of a run's."""
     if not line.endswith(b"\n"):
         return None
     try:
-        row = json.loads(line)
+        row = parse(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    losses = [row.get("loss"), row.get("eval_loss")]  # what is computed with
+    return row if all(type(loss) in (float, int, type(None)) for loss in losses) else None
 
 
 def cut_lines(path: Path, resume_step: int) -> None:
     """Remove the lines after `resume_step` (all, if it is 0) and half-written ones, atomically."""
     if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
-    parsed = [(line, _parse(line)) for line in lines]
-    kept = [line for line, row in parsed if row and resume_step and row["step"] <= resume_step]
-    if len(kept) < len(lines):
+    kept = [line for line, row in _lines(path) if resume_step and row["step"] <= resume_step]
+    if sum(map(len, kept)) < path.stat().st_size:
         beside = path.with_name(path.name + ".tmp")
         with beside.open("wb") as file:
             file.writelines(kept)

@@ -13,14 +13,17 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from spoilt import spoilt
 
 from dsjax import checkpoint
 from dsjax.checkpoint import Checkpointer, RemovedError, from_newest
@@ -451,3 +454,55 @@ def test_reads_that_a_failed_one_leaves_behind_are_not_reported(monkeypatch, sai
     late = SimpleNamespace(exc_value=RuntimeError(said))
     sys.unraisablehook(late)
     assert reports == ([late] if reported else [])
+
+
+def _files_of(folder: Path) -> dict[str, Any]:
+    """The content of the JSON files of a checkpoint by their paths."""
+    found = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with suppress(ValueError):
+            found[str(file.relative_to(folder))] = json.loads(file.read_bytes())
+    return found
+
+
+def _spoil_files(checkpointer: Checkpointer, examples: int) -> None:
+    folder, like = checkpointer.directory / "3", abstract(make_state(0))
+    files = _files_of(folder)
+    assert {"meta/metadata", "state/_METADATA"} <= files.keys()
+    damaged = st.sampled_from(sorted(files)).flatmap(
+        lambda name: st.tuples(st.just(name), spoilt(files[name]))
+    )
+
+    @settings(max_examples=examples)
+    @given(damaged)
+    def read(file: tuple[str, bytes]) -> None:
+        whole = (folder / file[0]).read_bytes()
+        (folder / file[0]).write_bytes(file[1])
+        try:
+            meta, state = checkpointer.meta(3), checkpointer.restore(3, like)
+        except ConfigError as error:
+            assert str(folder) in str(error) and len(str(error)) < 2_000
+        else:
+            assert meta == {"position": {"epoch": 0, "row": 3}}
+            assert_same(state, make_state(3))
+        finally:
+            (folder / file[0]).write_bytes(whole)
+
+    read()
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "7", "{", "{}", '{"record": []}', "[" * 90_000])
+def test_a_record_of_another_form_is_refused(open_in, content):
+    checkpointer = saved(open_in, 3)
+    (checkpointer.directory / "3" / "meta" / "metadata").write_text(content)
+    with pytest.raises(ConfigError, match="got a damaged checkpoint"):
+        checkpointer.meta(3)
+
+
+def test_damaged_files_are_read_as_they_were_or_refused(open_in):
+    _spoil_files(saved(open_in, 3), 10)
+
+
+@pytest.mark.slow
+def test_many_damaged_files_are_read_as_they_were_or_refused(open_in):
+    _spoil_files(saved(open_in, 3), 300)

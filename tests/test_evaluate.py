@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -13,7 +14,7 @@ import torch
 import yaml
 
 from dsjax import evaluate
-from dsjax.assembly import assemble, load_trainable
+from dsjax.assembly import assemble, load_trainable, read_meta
 from dsjax.checkpoint import Checkpointer
 from dsjax.config import CheckpointSection, load_config
 from dsjax.errors import ConfigError
@@ -189,3 +190,25 @@ def test_refusals_of_files(checkpoint: Path, rows: Path, config: Path):
 def test_an_unknown_option():
     with pytest.raises(ConfigError, match=r"--modell: got an option .* --model "):
         evaluate.main(["--modell", "m"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"started": None}, "whose started is not what this version saves"),
+        ({"started": "yesterday"}, "whose started is not"),
+        ({"contents": []}, "whose contents is not"),
+        ({"frozen": {"w": ["float32"]}}, "whose frozen.w is not"),
+        ({"meter": {"run": {"loss": "x"}}}, "whose meter."),
+    ],
+)
+def test_what_another_version_saved_beside_the_state_is_refused(tmp_path: Path, changes, part):
+    whole = {"started": "2026-11-26T09:30:00", "contents": {"model.path": "a"}, "frozen": {}}
+    checkpointer = Checkpointer(tmp_path / "checkpoints", CheckpointSection())
+    checkpointer.save(3, {"w": jnp.zeros(2)}, whole, force=True)
+    checkpointer.save(4, {"w": jnp.zeros(2)}, whole | changes, force=True)
+    assert read_meta(checkpointer, 3) == whole
+    with pytest.raises(ConfigError) as caught:
+        read_meta(checkpointer, 4)
+    assert f"{tmp_path}/checkpoints/4: got a checkpoint {part}" in str(caught.value)
+    checkpointer.close()

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dsjax import metrics
 from dsjax.config import LoggingSection
+from dsjax.errors import ConfigError
 from dsjax.metrics import Meter, MetricsLog, plot_loss, read_metrics
 
 SILENT = LoggingSection(report_to=[])
@@ -112,6 +113,19 @@ def test_resume_cuts_a_torn_last_line(tmp_path, torn):
         assert path.read_bytes() == whole
         log.log(3, train_values())
     assert [row["step"] for row in lines(tmp_path)] == [1, 1, 3]
+
+
+@pytest.mark.parametrize(
+    "line", [b"[1]", b"\xff", b'{"step": true}', b'{"step": 1, "loss": "x"}', b"[" * 90_000, b""]
+)
+def test_a_line_that_is_none_of_a_run_s_is_refused_by_its_number(tmp_path, line):
+    write_run(tmp_path, [1, 2])
+    path = tmp_path / "metrics.jsonl"
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + line + b"\n" + b"".join(rest))
+    for read in (read_metrics, lambda path: MetricsLog(tmp_path, SILENT, 2)):
+        with pytest.raises(ConfigError, match=rf"{path}:2: got a line that is not one of a run's"):
+            read(path)
 
 
 def test_resume_at_the_last_step_leaves_the_file_untouched(tmp_path):
