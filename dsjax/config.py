@@ -268,6 +268,9 @@ class ExportSection(_Section):
     dtype: Literal["fp8"] | None = None
     """What changed tensors of an FP8 checkpoint are written as; fp8: new FP8 blocks; null:
     bfloat16. Unchanged ones keep their bytes."""
+    min_kept: Annotated[float, Field(le=1)] | None = 0.9
+    """merged: part of what training changed in the logits that the rounded weights must keep, else
+    nothing is written; null: whatever they keep. It is printed, and stands in the model card."""
     path: Folder | None = None
     """Directory to write; null: export/ in `output_dir`."""
 

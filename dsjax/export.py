@@ -58,7 +58,7 @@ from dsjax.hf_files import SafetensorsWriter
 from dsjax.hosts import Hosts
 from dsjax.merge import changed_tensors, write_checkpoint
 from dsjax.metrics import METRICS_FILE, read_metrics
-from dsjax.model_card import CardFacts, source_license, write_model_card
+from dsjax.model_card import CardFacts, kept_text, source_license, write_model_card
 from dsjax.partition import Params
 from dsjax.rendezvous import refuse_several
 from dsjax.storage import is_url, written_to_url
@@ -155,6 +155,7 @@ def export_trained(
     progress: Callable[[int, int], None] = lambda done, total: None,
     hosts: Hosts | None = None,
     field: str = "export.path",
+    min_kept: float | None = None,
 ) -> Exported:
     """Write and prove an export, beside `out` first; what lies at `out` is replaced.
 
@@ -175,9 +176,11 @@ def export_trained(
         progress: told the bytes written so far and in all.
         hosts: this process among those of the run; None for a process alone.
         field: how messages call `out`.
+        min_kept: `export.min_kept`.
 
     Raises:
         DifferentLogitsError: what was written is not the trained model.
+        ConfigError: it keeps less than `min_kept` of what training changed.
     """
     hosts, failure = hosts or Hosts(), None
     if hosts.decide(lambda: is_exported(out, marker)):
@@ -195,18 +198,23 @@ def export_trained(
                 write_generation_config(directory, parts.source)
             hosts.barrier()  # written: all read it
             proof = partial(logit_proof.prove, parts, trainable, frozen, directory, changes.keys())
-            failure = run_proof(proof, hosts)  # and all have read it: it may take its name
+            kept, failure = run_proof(proof, hosts)  # and all have read it: it may take its name
+            if failure is None:
+                _check_kept(kept, min_kept, again_fp8, hosts)
+            card = replace(card, kept=kept)
         if failure is not None:
             card = replace(card, unproven=_first_line(failure))
             marker = {**marker, "proof": f"did not run: {card.unproven}"}
         if hosts.primary:
             write_model_card(directory, card)
-            write_marker(directory, marker)
+            write_marker(directory, marker, card.kept)
     return Exported(True, failure)
 
 
-def run_proof(proof: Callable[[], None], hosts: Hosts) -> Exception | None:
-    """Run the proof; returns what kept it from being computed on any process.
+def run_proof(
+    proof: Callable[[], float | None], hosts: Hosts
+) -> tuple[float | None, Exception | None]:
+    """Run the proof; returns what it did, or what kept it from being computed on any process.
 
     A process that fails alone ends all: the others wait in the middle of a computation for it.
 
@@ -214,9 +222,9 @@ def run_proof(proof: Callable[[], None], hosts: Hosts) -> Exception | None:
         DifferentLogitsError: it ran, and found another model.
         ConfigError: what was written cannot be opened.
     """
-    failure = None
+    kept = failure = None
     try:
-        proof()
+        kept = proof()
     except (ConfigError, OSError, logit_proof.DifferentLogitsError):
         raise
     except Exception as error:
@@ -231,11 +239,34 @@ def run_proof(proof: Callable[[], None], hosts: Hosts) -> Exception | None:
         assert failure is not None
         raise failure from None
     others = [RuntimeError(f"process {i}: {text}") for i, text in enumerate(told) if text]
-    return failure or next(iter(others), None)
+    return kept, failure or next(iter(others), None)
 
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+def _check_kept(kept: float | None, least: float | None, again_fp8: bool, hosts: Hosts) -> None:
+    """Say what merged weights keep of a training, and refuse them if it is too little.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if kept is None:
+        hosts.say(
+            "kept: not measured; training changed no logits beyond rounding, or the file's numbers "
+            "are finer than the run's"
+        )
+        return
+    hosts.say(kept_text(kept))
+    if least is not None and kept < least:
+        wider = "export.dtype=null, which writes bfloat16, " if again_fp8 else ""
+        raise ConfigError(
+            f"export.min_kept: got weights that keep {kept:.3g} of what training changed in the "
+            f"logits, expected at least {least:g}; rounding to the file's numbers takes the rest. "
+            f"Set {wider}export.format=peft, where there is an adapter, or train further; a lower "
+            "export.min_kept, or null, writes them nevertheless"
+        )
 
 
 PARAMETER_TARGETS = (
@@ -299,7 +330,10 @@ def main(argv: Sequence[str]) -> int:
     frozen = load_frozen(parts, config.training.seed)
     check_frozen(frozen, meta["frozen"], run)
     facts = card_facts(config, parts, form, step, read_metrics(run / METRICS_FILE))
-    done = export_trained(parts, trainable, frozen, out, marker, facts, field="--out")
+    least = config.export.min_kept
+    done = export_trained(
+        parts, trainable, frozen, out, marker, facts, field="--out", min_kept=least
+    )
     said = "exported" if done.written else "already there:"
     print(f"{said} step {step} as {form} to {out}{done}", file=sys.stderr)
     if done.failure is not None:

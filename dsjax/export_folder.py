@@ -58,9 +58,15 @@ def read_marker(out: Path) -> dict[str, Any] | None:
     return marker if isinstance(marker, dict) else None
 
 
-def write_marker(folder: Path, marker: Mapping[str, Any]) -> None:
-    """Mark a folder whose files are all written, and proven to be what they should be."""
-    text = json.dumps({**marker, "files": _contents(folder)})
+def write_marker(folder: Path, marker: Mapping[str, Any], kept: float | None = None) -> None:
+    """Mark a folder whose files are all written, and proven to be what they should be.
+
+    Args:
+        folder: the export.
+        marker: what it says it is.
+        kept: of what training changed, the part that merged weights keep.
+    """
+    text = json.dumps({**marker, "kept": kept, "files": _contents(folder)})
     (folder / MARKER).write_text(text + "\n", "utf-8")
 
 
@@ -71,7 +77,7 @@ def is_exported(out: Path, marker: Mapping[str, Any]) -> bool:
     sizes as they are. That takes as long as one copy, and only where there is nothing else to do.
     """
     found = read_marker(out) or {}
-    files = found.pop("files", None)
+    files, _ = found.pop("files", None), found.pop("kept", None)
     if found != marker or not isinstance(files, dict):
         return False
     return files.items() <= _contents(out).items()

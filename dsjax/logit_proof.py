@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dsjax.assembly import Assembly, assemble_model
-from dsjax.config import AdapterSection
+from dsjax.config import AdapterSection, ModelSection
 from dsjax.convert import load_base
 from dsjax.fp8 import FP8, raw_of
 from dsjax.models import entries_of
@@ -35,6 +35,10 @@ Unrelated logits are about 1.4 apart. FP8 blocks in a tiny random V3's attention
 SLACK = 4.0
 """How many times what rounding the activations does, rounding the changed weights may do."""
 
+LEAST = 1e-5
+"""Of the logits' norm: by so much float32 rounds them, and a run that moved them less learnt
+nothing that could be kept."""
+
 LITTLE_MEMORY = {
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion,"
     "while-loop-expensive-invariant-code-motion",
@@ -50,11 +54,13 @@ class DifferentLogitsError(RuntimeError):
 
 def prove(
     parts: Assembly, trainable: Params, frozen: Params, directory: Path, changed: Set[str]
-) -> None:
+) -> float | None:
     """Put what changed into the model as a user would load it: its logits must be the trained ones.
 
-    Tensors that did not change were read back and compared, so their arrays serve again; all others
-    are given up before the written ones are loaded, so that there is never more than one model.
+    The base comes between the two, of the arrays that are there, and of the source's for those that
+    trained. Tensors that did not change were read back and compared, so their arrays serve again;
+    all others are given up before the next ones are loaded, so that there is never more than one
+    model.
 
     Args:
         parts: the run's model.
@@ -63,35 +69,76 @@ def prove(
         directory: the merged checkpoint.
         changed: names of its tensors that training changed.
 
+    Returns:
+        `kept` of the logits; None also where the file's numbers are finer than the run's, and so
+        take nothing away, whereas the run's own rounding of the base would count as a loss.
+
     Raises:
         DifferentLogitsError: the logits are further apart than rounding explains.
     """
-    expected = sample_logits(parts, trainable, frozen, "float32")
+    trained = sample_logits(parts, trainable, frozen, "float32")
+    held = dict(trainable) | dict(frozen)
+    base, arrays = _loaded(parts, parts.section, held, set(trainable))
+    before = sample_logits(base, {}, arrays, "float32")
     section = parts.section.model_copy(update={"path": str(directory), "revision": None})
-    merged = assemble_model(section, AdapterSection(), [], parts.mesh)
-    merged = replace(merged, partition=merged.partition.all_frozen(parts.section.dtype))
-    leaves = merged.partition.leaves
-    touched = {entry.path for entry in entries_of(merged.model) if entry.hf in changed}
-    kept = {
-        path: array
-        for path, array in frozen.items()
-        if path in leaves and path not in touched and array.dtype == leaves[path].dtype
-    }
-    for path, array in (*trainable.items(), *frozen.items()):
-        if path not in kept:
-            array.delete()
+    touched = {entry.path for entry in entries_of(base.model) if entry.hf in changed}
+    merged, arrays = _loaded(parts, section, arrays, touched)
     written = raw_of(merged.source).tensors
-    missing = {path: leaf for path, leaf in leaves.items() if path not in kept}
-    arrays = kept | load_base(merged.source, merged.model, missing, merged.shardings)
     dtypes = {i.dtype.name for n, i in written.items() if n in changed} & ROUNDING.keys()
-    _compare(
-        merged, arrays, expected, max(dtypes | {parts.section.dtype}, key=ROUNDING.__getitem__)
-    )
+    coarsest = max(dtypes | {parts.section.dtype}, key=ROUNDING.__getitem__)
+    logits = _compare(merged, arrays, trained, coarsest)
     for array in arrays.values():
         array.delete()
+    if all(ROUNDING[name] < ROUNDING[parts.section.dtype] for name in dtypes):
+        return None
+    return kept(logits, trained, before)
 
 
-def _compare(merged: Assembly, arrays: Params, expected: np.ndarray, coarsest: str) -> None:
+def _loaded(
+    parts: Assembly, section: ModelSection, held: Params, other: Set[str]
+) -> tuple[Assembly, Params]:
+    """A checkpoint as a user would load it, with the arrays that are there.
+
+    Args:
+        parts: the run's model.
+        section: which checkpoint.
+        held: arrays on the devices; what does not serve again is given up.
+        other: paths of those that hold something else.
+    """
+    loaded = assemble_model(section, AdapterSection(), [], parts.mesh)
+    loaded = replace(loaded, partition=loaded.partition.all_frozen(parts.section.dtype))
+    leaves = loaded.partition.leaves
+    serves = {
+        path: array
+        for path, array in held.items()
+        if path in leaves and path not in other and array.dtype == leaves[path].dtype
+    }
+    for path, array in held.items():
+        if path not in serves:
+            array.delete()
+    missing = {path: leaf for path, leaf in leaves.items() if path not in serves}
+    return loaded, serves | load_base(loaded.source, loaded.model, missing, loaded.shardings)
+
+
+def kept(
+    exported: Float[np.ndarray, "T V"],
+    trained: Float[np.ndarray, "T V"],
+    base: Float[np.ndarray, "T V"],
+) -> float | None:
+    """What is left of what training changed: 1 - |exported - trained| / |trained - base|.
+
+    1 is all of it, 0 is as far from the trained model as the base is. Each distance is the middle
+    token's (`distance`): of a few tokens that went to other experts, one would decide alone. None
+    where training moved the logits by no more than float32 rounds them.
+    """
+    learnt = distance(base, trained)
+    return None if learnt <= LEAST else 1.0 - distance(exported, trained) / learnt
+
+
+def _compare(
+    merged: Assembly, arrays: Params, expected: np.ndarray, coarsest: str
+) -> Float[np.ndarray, "T V"]:
+    """Hold the logits of what was written against the trained model's; returns them."""
     logits = sample_logits(merged, {}, arrays, "float32")
     found, bound = distance(logits, expected), ROUNDING[coarsest]
     if found > bound and coarsest != "float32":
@@ -103,6 +150,7 @@ def _compare(merged: Assembly, arrays: Params, expected: np.ndarray, coarsest: s
             f"{merged.source.directory}: logits differ from the trained model's by {found:.3g} of "
             f"their norm, expected at most {bound:.3g}"
         )
+    return logits
 
 
 def distance(logits: Float[np.ndarray, "T V"], expected: Float[np.ndarray, "T V"]) -> float:

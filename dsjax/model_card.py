@@ -60,6 +60,8 @@ class CardFacts:
         needs: what a reader must be to load it; empty if any will do.
         stops: where generation has to stop; empty if the base model's files say so.
         unproven: why the export's proof did not run; empty if it did.
+        kept: of what training changed in the logits, the part that merged weights still give; None
+            for an adapter, and where there is nothing to compare.
     """
 
     base_model: str
@@ -72,6 +74,7 @@ class CardFacts:
     needs: str = ""
     stops: str = ""
     unproven: str = ""
+    kept: float | None = None
 
 
 def write_model_card(directory: Path, facts: CardFacts) -> Path:
@@ -92,6 +95,7 @@ def card_text(facts: CardFacts) -> str:
         f"## How to load\n\n```python\n{_snippet(facts)}\n```",
         *([facts.needs] if facts.needs else []),
         *([facts.stops] if facts.stops else []),
+        *([kept_text(facts.kept)] if facts.kept is not None else []),
         f"## Hyper-parameters\n\n{_pairs('key', 'value', facts.hyperparameters)}",
         *_loss_section(facts),
         f"## Versions\n\n{_pairs('framework', 'version', _versions())}",
@@ -100,6 +104,11 @@ def card_text(facts: CardFacts) -> str:
         note = "`base_model` above is no hub id; put the model's hub id there to publish this."
         parts.insert(3, note)
     return "\n\n".join(parts) + "\n"
+
+
+def kept_text(kept: float) -> str:
+    """Say what is left of a training in merged weights."""
+    return f"The merged weights keep {kept:.1%} of what training changed in the logits."
 
 
 def source_license(directory: Path, config: Mapping[str, object]) -> dict[str, str]:

@@ -232,11 +232,14 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
     del loop, train_step, eval_step  # programs take room on the devices too
 
     # ---- 10. Results: the export, which nothing before it may prevent, and the picture
-    if form is not None:
-        check_disk(config, parts, step, form, False, hosts)  # others write there too
-        failures += [export_run(config, parts, form, total, sums, contents, state, frozen, hosts)]
-    if primary:
-        plot_loss(run)
+    try:
+        if form is not None:
+            check_disk(config, parts, step, form, False, hosts)  # others write there too
+            done = export_run(config, parts, form, total, sums, contents, state, frozen, hosts)
+            failures.append(done)
+    finally:
+        if primary:
+            plot_loss(run)
     hosts.barrier()  # what follows ends all
     raise_failures(failures)
     return 0
@@ -259,7 +262,10 @@ def export_run(
     name = identity(config, contents)
     marker = export_marker(config, name, form, total, sums, evaluated_rows(run))
     progress = Loading("writing", hosts.primary)
-    done = export_trained(parts, state.trainable, frozen, out, marker, facts, progress, hosts)
+    least = config.export.min_kept
+    done = export_trained(
+        parts, state.trainable, frozen, out, marker, facts, progress, hosts, min_kept=least
+    )
     hosts.say(f"exported {form} to {out}{done}")
     return done.failure
 

@@ -79,7 +79,7 @@ def test_the_run_tells_how_even_the_experts_work_was(config: Path) -> None:
 
 
 def test_changed_tensors_may_become_fp8_again(config: Path, tmp_path: Path) -> None:
-    words = ["export.dtype=fp8", f"output_dir={tmp_path / 'run'}"]
+    words = ["export.dtype=fp8", "export.min_kept=null", f"output_dir={tmp_path / 'run'}"]
     assert train.main(["--config", str(config), *words]) == 0
     source, out = (tensors(f) for f in (config.parent / "model", tmp_path / "run/export"))
     assert set(out) == set(source)
@@ -96,3 +96,20 @@ def test_fp8_is_not_made_of_what_was_none(config: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="export.dtype: got fp8, expected null; the checkpoint"):
         train.main(["--config", str(config), *words, f"output_dir={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
+
+
+def test_fp8_that_loses_most_of_a_small_update_is_refused(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    words = ["export.dtype=fp8", "optimizer.learning_rate=1e-4", f"output_dir={run}"]
+    with pytest.raises(ConfigError, match=r"export\.min_kept: got .*, expected at least 0\.9"):
+        train.main(["--config", str(config), *words])
+    assert [path.name for path in run.iterdir() if "export" in path.name] == []
+    capsys.readouterr()
+
+    # What was trained is still there, and is written when told so, with what it keeps.
+    assert train.main(["--config", str(config), *words, "export.min_kept=null"]) == 0
+    told = re.search(r"keep (-?[\d.]+)% of what training changed", capsys.readouterr().err)
+    assert told and float(told[1]) < 90
+    assert told[0] in (run / "export/README.md").read_text("utf-8")

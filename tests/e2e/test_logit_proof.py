@@ -52,6 +52,13 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return config
 
 
+def test_what_is_kept_is_told(config: Path) -> None:
+    out = config.parent / "run/export"
+    kept = json.loads((out / "dsjax_export.json").read_text("utf-8"))["kept"]
+    assert 0.9 <= kept < 1.0
+    assert f"keep {kept:.1%} of what training changed" in (out / "README.md").read_text("utf-8")
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_merge_is_refused(
     config: Path, wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -203,7 +210,53 @@ def test_a_failed_evaluation_and_a_failed_proof_are_both_told() -> None:
     assert raised.value.exceptions == (evaluation, NO_MEMORY)
 
 
+@pytest.mark.parametrize(("dtype", "rate"), [("float32", 1e-12), ("bfloat16", 1e-5)])
+def test_what_is_lost_is_refused_and_nothing_is_said_so(
+    dtype: str, rate: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_run.write_inputs(
+        tmp_path, "lora", training={"max_steps": 1, "eval_steps": None}, data={"eval": None}
+    )
+    tiny.build_checkpoint(tmp_path / "model", "llama_gqa", dtype=dtype)
+    words = ["--config", str(config), "export.format=merged", f"optimizer.learning_rate={rate}"]
+    if dtype == "float32":
+        assert train.main(words) == 0
+        assert "training changed no logits beyond rounding" in capsys.readouterr().err
+        return
+    with pytest.raises(ConfigError, match=r"export\.min_kept: got .*, expected at least 0\.9"):
+        train.main(words)
+    assert [path.name for path in (tmp_path / "run").iterdir() if "export" in path.name] == []
+    assert train.main([*words, "export.min_kept=null"]) == 0
+    assert "of what training changed" in (tmp_path / "run/export/README.md").read_text("utf-8")
+
+
 def test_the_distance_is_that_of_the_middle_token() -> None:
     expected = np.ones((5, 4), np.float32)
     logits = expected * np.array([[1.0], [1.1], [1.2], [9.0], [1.0]], np.float32)
     assert logit_proof.distance(logits, expected) == pytest.approx(0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 1.0])
+def test_what_is_kept_is_a_part_of_what_training_changed(part: float) -> None:
+    base, learnt = np.random.default_rng(0).standard_normal((2, 32, 300)).astype(np.float32)
+    trained = base + 1e-2 * learnt
+    exported = base + part * (trained - base)
+    assert logit_proof.kept(exported, trained, base) == pytest.approx(part, abs=1e-4)
+
+
+def test_a_token_that_went_to_another_expert_does_not_decide_what_is_kept() -> None:
+    base, learnt, other = np.random.default_rng(0).standard_normal((3, 32, 300)).astype(np.float32)
+    trained = base + 1e-2 * learnt
+    trained[3] = other[3]  # by the training: nearly all of |trained - base|
+    nothing = base.copy()
+    nothing[3] = other[3]
+    assert logit_proof.kept(nothing, trained, base) == pytest.approx(0.0, abs=0.05)
+    most = base + 0.95e-2 * learnt
+    most[3], most[4] = other[3], other[4]  # token 4 by the rounding
+    assert logit_proof.kept(most, trained, base) == pytest.approx(0.95, abs=0.05)
+
+
+def test_there_is_no_part_of_nothing() -> None:
+    base = np.random.default_rng(0).standard_normal((32, 300)).astype(np.float32)
+    assert logit_proof.kept(base, base, base) is None
+    assert logit_proof.kept(base, base * (1 + 1e-6), base) is None
