@@ -183,6 +183,7 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
 
     # ---- 7. Parameters: from the files onto the devices
     frozen = load_frozen(parts, seed, Loading(primary=primary))
+    hosts.barrier()  # the first exchange between devices gives up on a late process after 30 s
     if start:
         check_frozen(frozen, earlier.meta["frozen"], run)
     began = {"started": started, "contents": contents, "frozen": frozen_sums(frozen)}
