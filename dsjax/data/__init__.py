@@ -9,9 +9,10 @@ Not here: devices and shardings (`dsjax.sharding`), losses (`dsjax.objectives`).
 The parts, in the order in which a row passes them: `sources` (patterns of paths, subsets),
 `files` (source -> rows with their origin; it reads JSON by `json_reader` and CSV by `csv_reader`),
 `columns` (the user's names), `formats` and `messages` (row -> messages, text or tokens),
-`readings` (the forms that a template may want), `template` (the template at work), `shown` (what
-it shows), `chat` (-> tokens), `examples` (tokens on disk, length policy, report), `held_out` (rows
-to evaluate on), `packing` (global plan), `loader` (batches).
+`readings` (the forms that a template may want), `template` (the template at work, within the
+`limits` of time and memory), `shown` (what it shows), `chat` (-> tokens), `examples` (tokens on
+disk, length policy, report), `held_out` (rows to evaluate on), `packing` (global plan), `loader`
+(batches).
 """
 
 from dsjax.data.chat import encode_chat

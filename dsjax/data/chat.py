@@ -29,7 +29,15 @@ from dsjax.data.messages import CLOSE, OPEN
 from dsjax.data.readings import check_null, check_tool_results, readings, without_ends
 from dsjax.data.shown import Piece, Place, find_pieces
 from dsjax.data.store import Example
-from dsjax.data.template import PROBE, Messages, RenderError, Template, stop_texts, turn_ending
+from dsjax.data.template import (
+    PROBE,
+    EndlessError,
+    Messages,
+    RenderError,
+    Template,
+    stop_texts,
+    turn_ending,
+)
 from dsjax.data.tokenizer import backend, bos_before, encode_text
 from dsjax.errors import ConfigError, raise_all
 
@@ -76,6 +84,8 @@ def chat_examples(tokenizer: PreTrainedTokenizerFast, chat: Chat, origin: str) -
     for reading in readings(chat):
         try:
             return _examples(Template(tokenizer, origin, reading.tools), reading)
+        except EndlessError:
+            raise
         except ConfigError as error:
             errors.append(error)
     # What a template leaves out says more than where it came to grief on another reading.

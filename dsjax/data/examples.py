@@ -31,7 +31,7 @@ from dsjax.data.formats import (
 )
 from dsjax.data.sources import Source, open_sources
 from dsjax.data.store import Example, ExampleStore
-from dsjax.data.template import turn_ending, without_end
+from dsjax.data.template import EndlessError, turn_ending, without_end
 from dsjax.data.tokenizer import encode_text
 from dsjax.errors import ConfigError, raise_all
 
@@ -182,6 +182,8 @@ class _Sink:
                 self._add(fields, forms, origin)
                 if len(self.problems) == SHOWN_PROBLEMS:
                     break
+        except EndlessError:
+            raise
         except ConfigError as error:
             self.problems.append(str(error))
         if self._number == before and not self.problems:
@@ -213,6 +215,8 @@ class _Sink:
             content = parse_row(fields, form, origin)
             made = _encode(content, self._tokenizer, origin)
             _check_vocabulary(made, self._vocab_size, origin)
+        except EndlessError:  # the next rows would take as long
+            raise
         except ConfigError as error:
             self.problems.append(str(error))
             return

@@ -15,10 +15,14 @@ import jinja2
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from dsjax.data.limits import LimitError, limited
 from dsjax.data.tokenizer import backend
 from dsjax.errors import ConfigError
 
 PROBE = "dsjax-probe-of-the-template"
+MOST_CHARACTERS = 10_000_000
+"""Of a rendered conversation: far more than any model reads, and tokenised in seconds."""
+
 ORDER = re.compile(r"alternat|\border\b")
 
 Messages = list[dict[str, Any]]
@@ -27,6 +31,10 @@ Tools = list[dict[str, Any]] | None
 
 class RenderError(ConfigError):
     """The template did not come to an end with these messages."""
+
+
+class EndlessError(ConfigError):
+    """The template had to be ended: other conversations would fare no better."""
 
 
 class Template:
@@ -61,6 +69,7 @@ class Template:
 
         Raises:
           RenderError: the template raises anything.
+          EndlessError: it takes too long, or too much memory, or its text has no end.
         """
         tools = tools or self.tools
         try:
@@ -72,10 +81,21 @@ class Template:
                 "thinking": thinking,
             }
             # Not `apply_chat_template`, which drops nulls and refuses a conversation of no message.
-            texts, _ = render_jinja_template([messages], **settings)
+            with limited():
+                texts, _ = render_jinja_template([messages], **settings)
+        except LimitError as error:
+            raise EndlessError(self._excess(str(error))) from None
         except Exception as error:  # templates are programs: RecursionError, MemoryError, ...
             raise RenderError(self._refusal(error)) from error
+        if len(texts[0]) > MOST_CHARACTERS:
+            raise EndlessError(self._excess(f"it makes {len(texts[0]):,} characters of it"))
         return texts[0]
+
+    def _excess(self, taken: str) -> str:
+        return (
+            f"{self.origin}: got a conversation that the chat template refuses ({taken}), expected "
+            f"one that it renders; correct the template in {self.tokenizer.name_or_path}"
+        )
 
     def _refusal(self, error: Exception) -> str:
         if isinstance(error, jinja2.TemplateSyntaxError):
