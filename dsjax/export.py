@@ -50,13 +50,13 @@ from dsjax.export_folder import (
     write_marker,
 )
 from dsjax.flax_checkpoint import is_flax_checkpoint, open_flax
-from dsjax.folders import check_apart, check_empty, written_beside
+from dsjax.folders import check_apart, check_empty, check_room, leftovers_of, written_beside
 from dsjax.fp8 import DequantisedSource
 from dsjax.gather import host_array
 from dsjax.generation_config import added_stop, write_generation_config
 from dsjax.hf_files import SafetensorsWriter
 from dsjax.hosts import Hosts
-from dsjax.merge import changed_tensors, write_checkpoint
+from dsjax.merge import changed_tensors, checkpoint_bytes, write_checkpoint
 from dsjax.metrics import METRICS_FILE, read_metrics
 from dsjax.model_card import CardFacts, kept_text, source_license, write_model_card
 from dsjax.partition import Params
@@ -123,6 +123,15 @@ def check_dtype(config: RunConfig, parts: Assembly) -> None:
             f"export.dtype: got fp8, expected null; the checkpoint {config.model.path!r} is not in "
             "FP8"
         )
+
+
+def export_bytes(config: RunConfig, parts: Assembly, form: str) -> int:
+    """Bytes of the tensors that an export writes; no array need be there yet."""
+    leaves = {path: parts.partition.leaves[path] for path in parts.partition.trainable}
+    if form == "peft":
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
+    changes = changed_tensors(parts.model, parts.spec, leaves, parts.partition.layer_masks)
+    return checkpoint_bytes(parts.source, changes, config.export.dtype == "fp8")
 
 
 PATIENCE = 60.0
@@ -325,6 +334,8 @@ def main(argv: Sequence[str]) -> int:
     step, trainable, meta = restore_trained(run, config, parts)
     name = identity(config, meta["contents"])
     check_own(out, name, "--out")
+    size = export_bytes(config, parts, form)
+    check_room(out, {"the export": size}, "--out", leftovers_of(out))
     sums = meta["meter"]["run"]
     marker = export_marker(config, name, form, step, sums, evaluated_rows(run))
     frozen = load_frozen(parts, config.training.seed)

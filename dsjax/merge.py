@@ -12,11 +12,10 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 
@@ -53,14 +52,15 @@ class Change:
 
 
 def changed_tensors(
-    model: Model, spec: Spec | None, trained: Mapping[str, jax.Array], masks: Mapping[str, Any]
+    model: Model, spec: Spec | None, trained: Mapping[str, Any], masks: Mapping[str, Any]
 ) -> dict[str, Change]:
     """Which of the checkpoint's tensors training changed, and how to compute each.
 
     Args:
         model: the abstract model, adapter attached.
         spec: its adapter; None in full training.
-        trained: the trained arrays by path.
+        trained: the trained arrays by path. Nothing of them but their paths is looked at before a
+            change is fetched, so that shapes serve as well to count what would be written.
         masks: `Partition.layer_masks`.
     """
     if spec is None:
@@ -74,13 +74,17 @@ def changed_tensors(
         return changes
     assert isinstance(spec, lora.LoraSpec), "a prefix has no merged form"
     pieces = lora.tensors(model, spec)
-    arrays = {path: trained[path] for path, _ in pieces.values()}
-    arrays = {path: np.asarray(a, np.float32) if is_here(a) else a for path, a in arrays.items()}
+
+    @cache
+    def array_of(path: str) -> Any:
+        array = trained[path]
+        return np.asarray(array, np.float32) if is_here(array) else array
+
     changes = {}
     for key in (key for key in pieces if key.endswith(".lora_A.weight")):
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         (path_a, at_a), (path_b, at_b) = pieces[key], pieces[key.replace("lora_A", "lora_B")]
-        low, high = (arrays[path_a], at_a), (arrays[path_b], at_b)
+        low, high = (partial(array_of, path_a), at_a), (partial(array_of, path_b), at_b)
         changes[f"{name}.weight"] = _with_update(low, high, spec.scaling_of(name))
     return changes
 
@@ -90,7 +94,7 @@ def _trains(entry: Entry, masks: Mapping[str, Any]) -> bool:
     return mask is None or bool(mask[entry.index])
 
 
-def _trained_rows(array: jax.Array, index: tuple[int, ...]) -> Change:
+def _trained_rows(array: Any, index: tuple[int, ...]) -> Change:
     def apply(source: np.ndarray, part: np.ndarray) -> np.ndarray:
         if np.array_equal(source.astype(part.dtype), part):
             return source  # what did not change keeps the precision of its file
@@ -107,16 +111,16 @@ def in_turn(first: Change, second: Change) -> Change:
     )
 
 
-Factor = tuple[Any, tuple[Any, ...]]
-"""An array and the index of a module's factor in it."""
+Factor = tuple[Callable[[], Any], tuple[Any, ...]]
+"""What gives an array, and the index of a module's factor in it."""
 
 
 def _with_update(low: Factor, high: Factor, scaling: float) -> Change:
     """The source plus scaling * high @ low."""
 
     def fetch(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-        array, (*lead, _, rank) = high
-        return host_part(*low), host_part(array, (*lead, *rows, rank))
+        (low_array, at), (high_array, (*lead, _, rank)) = low, high
+        return host_part(low_array(), at), host_part(high_array(), (*lead, *rows, rank))
 
     def apply(source: np.ndarray, factors: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         low_rI, high_Or = factors
@@ -148,6 +152,12 @@ class Output:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def checkpoint_bytes(source: Source, changes: Mapping[str, Change], quantised: bool = False) -> int:
+    """Bytes of all tensors that `write_checkpoint` writes for the same arguments."""
+    files = _outputs(source, changes, quantised)
+    return sum(out.nbytes for outs in files.values() for out in outs)
+
+
 def write_checkpoint(
     source: Source,
     directory: Path,
@@ -176,7 +186,7 @@ def write_checkpoint(
         return
     copy_aux_files(source, directory)
     _write_config(source, directory, files)
-    total, done = sum(out.nbytes for outs in files.values() for out in outs), 0
+    total, done = checkpoint_bytes(source, changes, quantised), 0
     checksums = {}
     for file, outs in files.items():
         entries = [(out.name, out.dtype, out.shape) for out in outs]

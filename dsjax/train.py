@@ -15,7 +15,6 @@ if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
 import json
-import math
 import os
 import shlex
 import sys
@@ -41,19 +40,19 @@ from dsjax.assembly import (
     load_frozen,
     load_trainable,
 )
-from dsjax.checkpoint import Checkpointer, half_written
+from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig, TrainingSection, load_config, split_arguments
 from dsjax.continuation import identity
 from dsjax.data import Loader, decode_sample, find_tokenizer, load_training
 from dsjax.data import unused_keys as unused_data_keys
 from dsjax.devices import GPU_MEMORY_SHARE, peak_flops
+from dsjax.disk_space import check_disk
 from dsjax.errors import run_command
 from dsjax.eval_results import evaluated_rows, evaluation_marker
 from dsjax.evaluation import lower_eval_step
 from dsjax.export import card_facts, check_dtype, export_trained
 from dsjax.export_folder import check_outputs, export_marker
-from dsjax.folders import check_room, leftovers_of, write_whole
-from dsjax.fp8 import DequantisedSource
+from dsjax.folders import write_whole
 from dsjax.hosts import Hosts, joined
 from dsjax.loop import Loop, finish_evaluation
 from dsjax.metrics import (
@@ -326,43 +325,6 @@ class Data:
     def digests(self) -> dict[str, str]:
         """What tells these rows from others."""
         return {"data.train": self.fingerprint, "data.eval": self.eval_fingerprint}
-
-
-def check_disk(
-    config: RunConfig,
-    parts: Assembly,
-    step: StepConfig,
-    form: str | None,
-    saves: bool,
-    hosts: Hosts,
-) -> None:
-    """Refuse to begin where a checkpoint, if one is to follow, and the export have no room.
-
-    Raises:
-        ConfigError: with the numbers.
-    """
-    if not hosts.primary:
-        return
-    run, needs = Path(config.output_dir), dict[Path, dict[str, int]]()
-    half_saved = half_written(run / CHECKPOINTS)
-    half_exported = () if form is None else leftovers_of(export_path(config))
-    if saves:
-        leaves = jax.tree.leaves(abstract_state(step))
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-        needs[run] = {"a checkpoint": size}
-    if form is not None:
-        source = parts.source.raw if isinstance(parts.source, DequantisedSource) else parts.source
-        size = sum(info.nbytes for info in source.tensors.values())
-        if form == "peft":
-            trained = [parts.partition.leaves[path] for path in parts.partition.trainable]
-            size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in trained)
-        place = run if config.export.path is None else export_path(config)
-        needs.setdefault(place, {})["the export"] = size
-    for place, wanted in needs.items():
-        field = "output_dir" if place == run else "export.path"
-        check_room(place, wanted, field, [*half_saved, *half_exported])
-    if saves:  # what is left of an export is removed only when the next one begins
-        check_room(run, {"a checkpoint": needs[run]["a checkpoint"]}, "output_dir", half_saved)
 
 
 def read_data(config: RunConfig, parts: Assembly, today: datetime) -> Data:

@@ -64,7 +64,7 @@ LAYERS = (
     {"assembly", "merge"},
     {"export_folder", "logit_proof", "eval_results"},
     {"export", "run_folder"},
-    {"pretrained", "loop", "planning"},
+    {"pretrained", "loop", "planning", "disk_space"},
     {"plan_search"},
     {"plan_report"},
     {"train", "evaluate", "generate", "plan"},
