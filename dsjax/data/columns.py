@@ -37,9 +37,11 @@ class Columns:
         rest = {key: value for key, value in fields.items() if key not in self._theirs}
         both = next((ours for ours in taken if rest.get(ours) is not None), None)
         if both is not None:
+            theirs = self._mapping[both]
             raise ConfigError(
-                f"{origin}: got {both} and {self._mapping[both]}, expected one of them, for "
-                f"data.column_mapping reads {both} from {self._mapping[both]}; remove one column"
+                f"{origin}: got {both} and {theirs}, expected one of them, for data.column_mapping "
+                f"reads {both} from {theirs}; to read {both} itself, take `{both}: {theirs}` out "
+                f"of data.column_mapping; to read {theirs}, remove the column {both} from the data"
             )
         return rest | taken
 

@@ -212,7 +212,7 @@ class _Sink:
             # Of each row by itself: a file may hold rows of several formats.
             form = detect_format(fields, origin) if form == "auto" else form
             forms[form] += 1
-            content = parse_row(fields, form, origin)
+            content = parse_row(fields, form, origin, chosen=self._section.format != "auto")
             made = _encode(content, self._tokenizer, origin)
             _check_vocabulary(made, self._vocab_size, origin)
         except EndlessError:  # the next rows would take as long

@@ -8,7 +8,7 @@ Every complaint starts with `FILE:LINE field`. Not here: one message by itself (
 templates and tokenizers (`chat`, `examples`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,13 +25,16 @@ MASKED = "masks are not read; give `labels` with -100 where nothing is trained"
 OTHER_MEANING = {
     **dict.fromkeys(("chosen", "rejected", "rejected_response", "kto_tag"), PREFERENCE),
     **dict.fromkeys(("rejected_messages", "rejected_answer", "ranking"), PREFERENCE),
-    "label": "classes and judgements cannot be trained on yet; rename the key if it is neither",
+    "label": "classes and judgements cannot be trained on yet; set data.format to text or "
+    "prompt_completion to train on the rest of the row and leave it unread",
     "functions": "tool definitions are read from `tools`; rename the key",
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), MEDIA),
     **dict.fromkeys(("weight", "loss_weight"), WEIGHTED),
     **dict.fromkeys(("mask", "loss_mask", "completion_mask", "assistant_masks"), MASKED),
 }
 """Keys of a row that make it mean something else than its other keys say -> what to do."""
+CHOSEN = {"text": ("label",), "prompt_completion": ("label",)}
+"""Those that are only not read where the user names the format: which columns matter is said."""
 
 
 class Chat(NamedTuple):
@@ -87,14 +90,14 @@ def detect_format(fields: dict[str, Any], origin: str) -> str:
     )
 
 
-def parse_row(fields: dict[str, Any], name: str, origin: str) -> Content:
-    """Read a row of a named format.
+def parse_row(fields: dict[str, Any], name: str, origin: str, chosen: bool = False) -> Content:
+    """Read a row of a named format, which the user may have `chosen`.
 
     Raises:
       ConfigError: a key is missing, a value has the wrong type, or a key would make the row mean
         something else; names origin and field.
     """
-    _check_meaning(fields, origin)
+    _check_meaning(fields, origin, CHOSEN.get(name, ()) if chosen else ())
     _check_nulls(fields, name, origin)
     keys, parse = FORMATS[name]
     missing = [key for key in keys if fields.get(key) is None]
@@ -112,9 +115,9 @@ def unread_keys(fields: dict[str, Any], name: str) -> list[str]:
     return [key for key, value in fields.items() if key not in read and is_given(value)]
 
 
-def _check_meaning(fields: dict[str, Any], origin: str) -> None:
+def _check_meaning(fields: dict[str, Any], origin: str, allowed: Sequence[str] = ()) -> None:
     for key, fix in OTHER_MEANING.items():
-        if is_given(fields.get(key)):
+        if key not in allowed and is_given(fields.get(key)):
             raise ConfigError(f"{origin} {key}: got {key}, expected a row without it; {fix}")
 
 

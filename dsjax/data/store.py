@@ -7,10 +7,10 @@ killed run; it lies where `tempfile` puts it (`TMPDIR`) and takes 12 bytes a tok
 Not here: what becomes an example (`examples`), who reads it when (`loader`).
 """
 
+import hashlib
 import os
 import tempfile
 import weakref
-import zlib
 from array import array
 from typing import NamedTuple
 
@@ -45,16 +45,17 @@ class ExampleStore:
         self._file = tempfile.TemporaryFile(prefix="dsjax-examples-")
         weakref.finalize(self, self._file.close)
         self._sizes = array("q")
-        self._digest = 0
+        self._digest = hashlib.blake2b(digest_size=16)
         self.lengths: Int64[np.ndarray, " N"] = np.zeros(0, np.int64)
         self._starts: Int64[np.ndarray, " N"] = np.zeros(0, np.int64)
 
     def append(self, example: Example) -> None:
         """Write one example at the end."""
+        self._digest.update(len(example.input_ids).to_bytes(8, "little"))
         with files_of(_PLACE):
             for field in example:
                 content = field.tobytes()
-                self._digest = zlib.crc32(content, self._digest)
+                self._digest.update(content)
                 self._file.write(content)
         self._sizes.append(len(example.input_ids))
 
@@ -68,7 +69,7 @@ class ExampleStore:
     @property
     def fingerprint(self) -> str:
         """Tells other examples, or another order of them, from these."""
-        return f"{len(self)} examples, crc32 {self._digest:08x}"
+        return f"{len(self)} examples, blake2b {self._digest.hexdigest()}"
 
     def __len__(self) -> int:
         return len(self.lengths)

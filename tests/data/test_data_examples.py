@@ -2,6 +2,7 @@
 """From rows to stored examples: text, tokens, length policies, the report, and all refusals."""
 
 import json
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from dsjax.config import DataSection
 from dsjax.data import decode_sample, load_examples
+from dsjax.data.store import Example, ExampleStore
 from dsjax.errors import ConfigError
 
 TOKENS = {"format": "tokens"}
@@ -295,3 +297,57 @@ def test_rows_from_parquet_train_as_the_same_rows_from_json_lines(tmp_path, toke
     section = DataSection(train=[str(table), str(lines)])
     first, second = (load_examples([file], section, tokenizers["qwen"]) for file in section.train)
     assert first.fingerprint == second.fingerprint
+
+
+@pytest.mark.parametrize("label", [0, 1, "positive", 0.5])
+@pytest.mark.parametrize(
+    ("form", "row"),
+    [("text", {"text": "a b"}), ("prompt_completion", {"prompt": "a", "completion": "b"})],
+)
+def test_a_label_is_not_read_where_the_format_is_named(load_rows, tokenizers, form, row, label):
+    rows = [row, {**row, "label": label}]
+    examples = load_rows(rows, tokenizers["v3"], format=form)
+    assert examples[0].input_ids.tolist() == examples[1].input_ids.tolist()
+    assert "data.train: keys that are not read: label (1 rows)" in examples.report.lines()
+    with pytest.raises(ConfigError, match="set data.format to text or prompt_completion"):
+        load_rows(rows, tokenizers["v3"])
+
+
+@pytest.mark.parametrize("key", ["chosen", "rejected", "images", "weight", "completion_mask"])
+def test_other_keys_of_another_meaning_are_refused_in_every_format(load_rows, tokenizers, key):
+    with pytest.raises(ConfigError, match=f"rows.jsonl:1 {key}: got {key}, expected a row without"):
+        load_rows([{"text": "a", key: [1]}], tokenizers["v3"], format="text")
+
+
+def test_a_label_beside_a_conversation_is_refused_in_every_format(load_rows, tokenizers):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(ConfigError, match="rows.jsonl:1 label: got label"):
+        load_rows([row | {"label": True}], tokenizers["v3"], format="messages")
+
+
+def test_other_rows_of_the_same_crc32_have_another_fingerprint():
+    drawn = np.random.default_rng(0).integers(0, 2**31, (200_000, 2), dtype=np.int32)
+    weights, seen = np.ones(2, np.float32), {}
+    for ids in drawn:
+        sum_of = zlib.crc32(ids.tobytes() * 2 + weights.tobytes())
+        if sum_of in seen:
+            break
+        seen[sum_of] = ids
+    stores = []
+    for tokens in (seen[sum_of], ids):
+        stores.append(ExampleStore())
+        stores[-1].append(Example(tokens, tokens, weights))
+        stores[-1].seal()
+    assert seen[sum_of].tolist() != ids.tolist()
+    assert stores[0].fingerprint != stores[1].fingerprint
+
+
+def test_a_fingerprint_tells_where_examples_end():
+    def store(*lengths: int) -> ExampleStore:
+        made = ExampleStore()
+        for length in lengths:
+            made.append(Example(*np.zeros((2, length), np.int32), np.zeros(length, np.float32)))
+        made.seal()
+        return made
+
+    assert store(1, 2).fingerprint == store(1, 2).fingerprint != store(2, 1).fingerprint

@@ -98,8 +98,12 @@ def test_a_mapping_loses_and_doubles_nothing(fields, mapping):
 
 
 def test_a_row_with_both_names_is_refused():
-    with pytest.raises(ConfigError, match="f:3: got text and body, expected one of them"):
+    with pytest.raises(ConfigError, match="f:3: got text and body, expected one of them") as caught:
         Columns({"text": "body"}).rename({"text": "a", "body": "b"}, "f:3")
+    assert str(caught.value).endswith(
+        "; to read text itself, take `text: body` out of data.column_mapping; to read body, remove "
+        "the column text from the data"
+    )
 
 
 def test_keys_of_hub_datasets_are_unused_without_one(tmp_path):
