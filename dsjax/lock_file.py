@@ -42,14 +42,23 @@ class Holder(NamedTuple):
 
     host: str
     pid: int
+    boot: str
 
     def __str__(self) -> str:
         return f"process {self.pid} of host {self.host}"
 
     @property
+    def is_of_here(self) -> bool:
+        """Whether it is, or was, a process of this host since that was started.
+
+        Containers that follow each other on several machines share a name, and often a number.
+        """
+        return (self.host, self.boot) == (socket.gethostname(), _boot_id())
+
+    @property
     def lives_here(self) -> bool:
         """Whether there is such a process on this host, where a lock goes with its process."""
-        if self.host != socket.gethostname():
+        if not self.is_of_here:
             return False
         try:
             os.kill(self.pid, 0)
@@ -90,8 +99,7 @@ def _acquire(file: Path, refusal: str) -> int:
         descriptor = _open(file)
         holder = _read(descriptor)
         if _lock(descriptor, file):
-            # Whoever held it may have removed the file between the opening and the lock.
-            if file.exists() and os.path.samestat(file.stat(), os.fstat(descriptor)):
+            if _is_at(file, descriptor):
                 _tell_left(file, holder)
                 _sign(descriptor)
                 return descriptor
@@ -152,17 +160,32 @@ def _lock(descriptor: int, file: Path) -> bool:
     return True
 
 
+def _is_at(file: Path, descriptor: int) -> bool:
+    """Whether the file was not removed, by whoever held it, between the opening and the lock."""
+    try:
+        return os.path.samestat(file.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _boot_id() -> str:
+    """What Linux calls the time since this machine was started; elsewhere nothing."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
+    return ""
+
+
 def _read(descriptor: int) -> Holder | None:
     """Who holds the file, or did; None if it does not say."""
     with suppress(OSError, ValueError):
-        host, pid = os.pread(descriptor, 400, 0).decode().removesuffix("\n").split(" ")
+        host, pid, boot = os.pread(descriptor, 400, 0).decode().removesuffix("\n").split(" ")
         if 0 < int(pid) < 2**31:
-            return Holder(host, int(pid))
+            return Holder(host, int(pid), boot)
     return None
 
 
 def _sign(descriptor: int) -> None:
-    text = f"{socket.gethostname()} {os.getpid()}\n"
+    text = f"{socket.gethostname()} {os.getpid()} {_boot_id()}\n"
     with suppress(OSError):  # a full disk: locked it is all the same
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text.encode(), 0)
@@ -171,6 +194,6 @@ def _sign(descriptor: int) -> None:
 
 def _tell_left(file: Path, holder: Holder | None) -> None:
     """Tell who did not remove the file: where hosts do not see each other's locks it may live."""
-    if holder is not None and (holder.host != socket.gethostname() or holder.lives_here):
+    if holder is not None and (holder.lives_here or not holder.is_of_here):
         told = f"{file} was left by {holder}: it was killed, or its lock is not seen from here"
         print(f"{told}; make sure that it has ended", file=sys.stderr)

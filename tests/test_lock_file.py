@@ -26,6 +26,7 @@ from dsjax.lock_file import LOCK_FILE, locked
 from dsjax.run_folder import claimed
 
 ROOT = Path(__file__).parents[1]
+HERE = socket.gethostname(), lock_file._boot_id()
 HOLDS = """
 import fcntl, sys, time
 from pathlib import Path
@@ -82,7 +83,7 @@ def test_a_process_that_lives_here_is_not_waited_for(tmp_path: Path, stopped: bo
         process.wait()
     assert file.exists()  # which holds nothing
     with locked(file, "no"):
-        assert file.read_text() == f"{socket.gethostname()} {os.getpid()}\n"
+        assert file.read_text() == f"{HERE[0]} {os.getpid()} {HERE[1]}\n"
     assert not file.exists()
 
 
@@ -109,7 +110,9 @@ def claims(folder: Path) -> dict[Path, Callable]:
     }
 
 
-@pytest.mark.parametrize("text", ["elsewhere 4711\n", "", "half", "\xff\xfe", "here -1\n", "a b c"])
+@pytest.mark.parametrize(
+    "text", ["elsewhere 4711 x\n", "", "half", "\xff\xfe", "here -1 x\n", "a b c d", "here 1"]
+)
 def test_another_host_is_waited_for_and_then_named(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -145,23 +148,35 @@ def test_a_lock_that_is_freed_meanwhile_is_taken(
     file = tmp_path / LOCK_FILE
     with held_elsewhere(file) as process:
         assert process.stdin is not None
-        file.write_text("elsewhere 4711\n")
+        file.write_text("elsewhere 4711 x\n")
         end = process.kill if killed else process.stdin.close
         threading.Timer(0.3, end).start()
         with seconds_at_most(30), locked(file, "no"):
-            assert file.read_text() == f"{socket.gethostname()} {os.getpid()}\n"
+            assert file.read_text() == f"{HERE[0]} {os.getpid()} {HERE[1]}\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_of_the_same_name_and_number_elsewhere_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A pod that comes back on another machine has the name and number of the one that is gone."""
+    monkeypatch.setattr(lock_file, "PATIENCE", 0.4)
+    file = tmp_path / LOCK_FILE
+    with held_elsewhere(file):
+        file.write_text(f"{HERE[0]} {os.getpid()} another-boot\n")
+        with pytest.raises(ConfigError, match="and still was after 0.4 s"), locked(file, "no"):
+            pass
 
 
 def test_who_left_it_on_another_host_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Some mounted buckets keep a lock on the host that took it: the name is all that is seen."""
     file = tmp_path / LOCK_FILE
-    file.write_text("elsewhere 4711\n")
+    file.write_text("elsewhere 4711 x\n")
     with locked(file, "no"):
         pass
     told = f"{file} was left by process 4711 of host elsewhere: it was killed, or its lock is not"
     assert capsys.readouterr().err.startswith(told)
-    file.write_text(f"{socket.gethostname()} {2**22 + 1}\n")  # above the largest there is
+    file.write_text(f"{HERE[0]} {2**22 + 1} {HERE[1]}\n")  # above the largest there is
     with locked(file, "no"):
         pass
     assert capsys.readouterr().err == ""
@@ -236,7 +251,7 @@ def test_never_do_two_hold_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_what_a_kill_leaves_is_nobody_s_file(tmp_path: Path):
-    (tmp_path / LOCK_FILE).write_text("elsewhere 4711\n")
+    (tmp_path / LOCK_FILE).write_text("elsewhere 4711 x\n")
     check_empty(tmp_path)
     with written_beside(tmp_path, check=lambda: check_empty(tmp_path)) as folder:
         (folder / "a").touch()
