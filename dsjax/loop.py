@@ -297,6 +297,13 @@ def expert_values(loads_LE: np.ndarray, tokens: int, chosen: int) -> dict[str, f
     }
 
 
+def no_evaluation(config: RunConfig) -> str:
+    """The words of a command that leave out the evaluation of a run."""
+    key = "data.eval" if config.data.eval is not None else "data.val_size"
+    steps = " training.eval_steps=null" if config.training.eval_steps else ""
+    return f"{key}=null{steps}"
+
+
 def finish_evaluation(
     run: Path,
     loop: Loop,
@@ -322,7 +329,9 @@ def finish_evaluation(
             write_results(run, marker, values)
     except Exception as error:
         if hosts.count > 1:
-            hosts.say("the evaluation failed; with data.eval=null the run ends without")
+            hosts.say(
+                f"the evaluation failed; with {no_evaluation(loop.config)} the run ends without"
+            )
             raise
         hosts.say("the evaluation failed; the reason follows, after what is left to do")
         return error

@@ -44,11 +44,13 @@ class Earlier:
         step: the optimizer steps that are done.
         started: when the first of its starts was.
         meta: what its newest checkpoint holds beside the state.
+        val_size: of its configuration.
     """
 
     step: int
     started: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+    val_size: int | float | None = None
 
     @property
     def sums(self) -> Mapping[str, float]:
@@ -83,7 +85,7 @@ def earlier_run(run: Path, config: RunConfig) -> Earlier:
         )
     with closing(open_reader()) as reader:
         meta = reader.meta(done)
-    return Earlier(done, meta["started"], meta)
+    return Earlier(done, meta["started"], meta, old.data.val_size)
 
 
 def _check_same(old: RunConfig, new: RunConfig) -> None:
@@ -100,6 +102,22 @@ def _has_results(run: Path, config: RunConfig) -> bool:
     """Whether a run came to its end, and left more than checkpoints."""
     rows = read_metrics(run / METRICS_FILE)
     return read_marker(export_path(config)) is not None or any("train_loss" in row for row in rows)
+
+
+def split_as_before(config: RunConfig, earlier: Earlier, hosts: Hosts) -> RunConfig:
+    """The configuration by which a run's rows are parted as when it began.
+
+    A start that leaves out `data.val_size` leaves out the evaluation, and nothing else: what was
+    held out stays out of the training, which is told. Any other gets what it gave, the same object.
+    """
+    data, held = config.data, earlier.val_size
+    if held is None or data.val_size is not None or data.eval is not None:
+        return config
+    hosts.say(
+        f"data.val_size: the rows that the run began to hold out ({held}) stay out of its "
+        "training, and are not evaluated"
+    )
+    return config.model_copy(update={"data": data.model_copy(update={"val_size": held})})
 
 
 def check_continues(
@@ -119,6 +137,8 @@ def check_continues(
             goes.
     """
     run = Path(config.output_dir)
+    if earlier.meta:  # first: another content makes another run of it, whose export is in the way
+        check_contents(contents, earlier.meta["contents"], run)
     if form is not None:
         check_replaceable(export_path(config), config, identity(config, contents))
     if earlier.step > total:
@@ -126,8 +146,6 @@ def check_continues(
             f"training.max_steps: got {total} steps, expected at least the {earlier.step} that the "
             f"run in {str(run)!r} has done; choose another output_dir"
         )
-    if earlier.meta:
-        check_contents(contents, earlier.meta["contents"], run)
 
 
 def earlier_config(file: Path) -> RunConfig:

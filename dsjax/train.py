@@ -20,7 +20,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -68,12 +68,14 @@ from dsjax.program import memory_of
 from dsjax.rendezvous import find_seat, split_seat
 from dsjax.run_folder import (
     CONFIG_FILE,
+    Earlier,
     check_continues,
     claimed,
     earlier_run,
     export_path,
     is_complete,
     make_for_all,
+    split_as_before,
 )
 from dsjax.sharding import check_batch, portions, process_rows, undivided
 from dsjax.step import (
@@ -155,7 +157,7 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
     run = Path(config.output_dir)
     earlier = earlier_run(run, config)
     start, started = earlier.step, hosts.decide(lambda: earlier.started)
-    data = read_data(config, parts, datetime.fromisoformat(started))
+    config, data = read_as_before(config, earlier, parts, datetime.fromisoformat(started), hosts)
     total = data.train.total_steps(config.training.num_train_epochs, config.training.max_steps)
     contents = {**parts.contents(), "data.train": data.fingerprint}
     hosts.agree({**contents, **data.digests()})
@@ -347,6 +349,15 @@ def read_data(config: RunConfig, parts: Assembly, today: datetime) -> Data:
         lines, other = lines + held_out.report.lines(), held_out.fingerprint
     sample = decode_sample(examples[0], tokenizer)
     return Data(loader, evaluation, lines, sample, examples.fingerprint, other)
+
+
+def read_as_before(
+    config: RunConfig, earlier: Earlier, parts: Assembly, today: datetime, hosts: Hosts
+) -> tuple[RunConfig, Data]:
+    """`read_data`, and the configuration by which it was read, which goes on with the run."""
+    split = split_as_before(config, earlier, hosts)
+    data = read_data(split, parts, today)
+    return split, data if split is config else replace(data, eval=None, eval_fingerprint="")
 
 
 def _portions(training: TrainingSection, parts: Assembly) -> int:

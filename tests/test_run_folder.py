@@ -14,8 +14,15 @@ from dsjax.checkpoint import Checkpointer
 from dsjax.config import LoggingSection, RunConfig
 from dsjax.errors import ConfigError
 from dsjax.export_folder import MARKER
+from dsjax.hosts import Hosts
 from dsjax.metrics import METRICS_FILE, TRAIN_KEYS, MetricsLog, read_metrics
-from dsjax.run_folder import CONFIG_FILE, earlier_run
+from dsjax.run_folder import (
+    CONFIG_FILE,
+    Earlier,
+    check_continues,
+    earlier_run,
+    split_as_before,
+)
 
 
 @pytest.fixture
@@ -97,3 +104,19 @@ def test_lines_of_the_attempt_are_not_mixed_with_the_new_ones(tmp_path: Path):
         assert not log.evaluated(2)
         log.log(1, dict.fromkeys(TRAIN_KEYS, 0.5))
     assert [row.get("loss") for row in read_metrics(file)] == [0.5]
+
+
+def test_other_contents_are_named_before_the_export_that_they_make_another_s(config: RunConfig):
+    export(Path(config.output_dir), config)
+    began = Earlier(3, "2026-01-01T00:00:00", {"contents": {"adapter.path": "a"}})
+    with pytest.raises(ConfigError, match=r"^adapter.path: got other contents \(b\) than those"):
+        check_continues(began, config, "merged", 4, {"adapter.path": "b"})
+
+
+@pytest.mark.parametrize("began", [None, 8, 0.25])
+def test_a_start_without_the_held_out_rows_parts_them_as_before(config: RunConfig, began):
+    earlier = Earlier(3, "2026-01-01T00:00:00", {}, began)
+    assert split_as_before(config, earlier, Hosts()).data.val_size == began
+    for keys in ({"val_size": 5}, {"eval": ["rows.jsonl"]}):
+        given = config.model_copy(update={"data": config.data.model_copy(update=keys)})
+        assert split_as_before(given, earlier, Hosts()) is given

@@ -6,6 +6,7 @@ a copy of it, in this process for speed: its eight devices are another mesh than
 """
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -19,10 +20,12 @@ import yaml
 
 from dsjax import assembly, evaluate, export, train
 from dsjax.checkpoint import Checkpointer
-from dsjax.config import CheckpointSection
+from dsjax.config import CheckpointSection, load_config
 from dsjax.errors import ConfigError
 from dsjax.export import card_facts
 from dsjax.export_folder import MARKER
+from dsjax.hosts import Hosts
+from dsjax.loop import Loop
 from dsjax.run_folder import claimed
 from dsjax.safetensors_file import read_header
 
@@ -193,6 +196,51 @@ def test_more_steps_continue_a_finished_run(again, run: Path):
     assert yaml.safe_load((run / "config.yaml").read_text())["training"]["max_steps"] == 14
 
 
+class Several(Hosts):
+    """A process alone that takes itself for one of two."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+
+    def exchange(self, text: str) -> list[str]:
+        """Its own text, which all agree on."""
+        return [text]
+
+
+@pytest.mark.parametrize("key", ["data.eval", "data.val_size"])
+def test_a_training_whose_evaluation_always_fails_ends_without_it(
+    again, run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys, key: str
+):
+    """By the words that the message gives: the key that the user set, and its companion."""
+    shutil.rmtree(run)
+    given = [f"output_dir={run}", "training.max_steps=4", "training.eval_steps=2"]
+    given += ["data.eval=null", "data.val_size=8"] if key == "data.val_size" else []
+    evaluate_at = Loop.evaluate
+
+    def fail_at_the_end(self: Loop, state: Any, step: int, *arguments: Any) -> dict[str, Any]:
+        if step == self.total:
+            raise RuntimeError("no such kernel")
+        return evaluate_at(self, state, step, *arguments)
+
+    monkeypatch.setattr(Loop, "evaluate", fail_at_the_end)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        train.train(load_config(finished, given), Several())
+    assert not (run / "export").exists()
+    said = re.search("evaluation failed; with (.*) the run ends without\n", capsys.readouterr().err)
+    assert said is not None and said[1] == f"{key}=null training.eval_steps=null"
+    lines = small_run.metrics(run)
+    for _ in range(2):
+        words = {word.partition("=")[0]: word for word in [*given, *said[1].split()]}
+        told = again(*words.values())
+        stay = "data.val_size: the rows that the run began to hold out (8) stay out of its training"
+        assert (stay in told) == (key == "data.val_size")
+        assert (run / "export").is_dir() and not (run / "eval_results.json").exists()
+        assert small_run.metrics(run) == lines
+    assert "nothing to do" in told
+    held_out = yaml.safe_load((run / "config.yaml").read_text())["data"]["val_size"]
+    assert held_out == (8 if key == "data.val_size" else None)
+
+
 def test_a_directory_in_which_a_run_is_going_on_is_refused(again, run: Path):
     shutil.rmtree(run / "export")
     with claimed(run):
@@ -346,6 +394,35 @@ def test_a_changed_number_beside_the_sample_is_found_on_the_devices(
     message = refused(again, f"model.path={other}")
     assert message.startswith("model.path: got a checkpoint whose ") and ".mlp." in message
     assert "expected the same weights" in message
+
+
+def test_an_adapter_may_be_moved_and_not_be_another(
+    again, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """What the adapter says and holds counts, not where it lies nor by whom it was saved."""
+    again("export.format=peft")
+    adapter, second = shutil.copytree(run / "export", tmp_path / "adapter"), tmp_path / "second"
+    words = [f"output_dir={second}", "data.eval=null", "training.eval_steps=null"]
+    assert again(f"adapter.path={adapter}", "training.max_steps=2", *words)
+    moved = Path(shutil.move(adapter, tmp_path / "elsewhere"))
+    settings = json.loads((moved / "adapter_config.json").read_text())
+    before = small_run.contents(second)
+    for change in ("a number", "a setting"):
+        other = shutil.copytree(moved, tmp_path / change.replace(" ", "_"))
+        if change == "a number":
+            change_a_number(other, lambda name: "lora_B" in name)
+        else:
+            text = json.dumps(settings | {"lora_alpha": 2 * settings["lora_alpha"]})
+            (other / "adapter_config.json").write_text(text)
+        message = refused(again, f"adapter.path={other}", "training.max_steps=3", *words)
+        assert message.startswith("adapter.path: got other contents ("), message
+        assert small_run.contents(second) == before
+    targets = settings["target_modules"][::-1]  # PEFT saves a set
+    saved_again = {"peft_version": "9.9", **settings, "base_model_name_or_path": "/elsewhere"}
+    saved_again["target_modules"] = targets
+    (moved / "adapter_config.json").write_text(json.dumps(saved_again, indent=4))
+    said = again(f"adapter.path={moved}", "training.max_steps=3", *words)
+    assert "resuming after step 2 of 3" in said
 
 
 def restored_contents(run: Path) -> dict[str, str]:
