@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from deepseek_variants import file_tensors
+from peft import EvaConfig
 from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import DeepseekOcr2TextConfig
 from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
 
@@ -148,11 +149,23 @@ def test_a_block_of_queries_after_the_other_gives_the_same(
 
 
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers.:UserWarning")
+@pytest.mark.filterwarnings("ignore:lora with eva initialization used with:UserWarning")
 @pytest.mark.parametrize(
     ("variant", "fields"),
     [
         ("llama_gqa", {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}),
         ("qwen3", {"r": 3, "target_modules": ["q_proj", "lm_head"], "use_rslora": True}),
+        ("llama_gqa", {"r": 4, "target_modules": ["o_proj"], "init_lora_weights": "orthogonal"}),
+        (
+            "llama_gqa",
+            {
+                "r": 4,
+                "target_modules": ["o_proj"],
+                "init_lora_weights": "eva",
+                "eva_config": EvaConfig(),
+            },
+        ),
+        ("llama_gqa", {"r": 4, "target_modules": ["o_proj"], "init_lora_weights": "mica"}),
         ("qwen2", None),
     ],
 )
