@@ -135,8 +135,8 @@ def _set_bos(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any], folde
     flag = settings.get("add_bos_token")
     if not isinstance(flag, bool | None):
         raise ConfigError(
-            f"model.path: got {flag!r} as add_bos_token in {folder / CONFIG}, expected true, false "
-            "or null; correct it"
+            f"model.path: got {str(flag)[:100]!r} as add_bos_token in {folder / CONFIG}, expected "
+            "true, false or null; correct it"
         )
     inner = backend(tokenizer)
     inner.no_truncation()
