@@ -61,6 +61,9 @@ PLANS: list[tuple[str, str, str, list[str]]] = [
 ]
 """Title, recipe, topology, overrides."""
 
+EVALUATED = "data.eval=rows.jsonl"
+"""On every command line, so that a plan holds the evaluation too; plans read no rows."""
+
 HEAD = "# Plans, by the platforms' compilers, nothing measured (docs/plans.md):\n"
 
 
@@ -71,15 +74,15 @@ def main() -> int:
     parser.add_argument("--only", default="")
     words = parser.parse_args()
     sections = read_sections()
+    here = machine.describe()
+    head = _HEAD.format(cpu=here["cpu"], cores=here["cores"], gib=here["memory_gib"])
     for title, recipe, topology, overrides in PLANS:
         on_gpu = not topology.startswith(("cpu", "v"))
         python = words.cuda_python if on_gpu else sys.executable
         if python is not None and words.only in f"{recipe} {topology}":
             sections[title] = _section(python, recipe, topology, overrides)
-    here = machine.describe()
-    head = _HEAD.format(cpu=here["cpu"], cores=here["cores"], gib=here["memory_gib"])
-    known = [(title, sections[title]) for title, *_ in PLANS if title in sections]
-    PAGE.write_text(head + "".join(f"\n## {title}\n\n{text}" for title, text in known))
+            known = [(title, sections[title]) for title, *_ in PLANS if title in sections]
+            PAGE.write_text(head + "".join(f"\n## {title}\n\n{text}" for title, text in known))
     for recipe in {plan[1] for plan in PLANS}:
         _write_head(ROOT / f"configs/{recipe}.yaml", sections)
     return 0
@@ -119,7 +122,7 @@ def _write_head(recipe: Path, sections: dict[str, str]) -> None:
 
 def _section(python: str, recipe: str, topology: str, overrides: list[str]) -> str:
     command = ["python", "-m", "dsjax.plan", "--config", f"configs/{recipe}.yaml"]
-    command += ["--topology", topology, *overrides]
+    command += ["--topology", topology, *overrides, EVALUATED]
     print(" ".join(command), file=sys.stderr, flush=True)
     began = time.monotonic()
     with (
@@ -164,7 +167,8 @@ script from `tests/model_configs`.
 **Nothing here ran on a TPU or a GPU.** Memory is what the compilers assign. Times are a roofline:
 every unit at its published peak, everything overlapped, so a real step takes longer; see
 [throughput.md](throughput.md). GPU plans count on 92 % of a GPU's memory, which training asks for
-(`XLA_PYTHON_CLIENT_MEM_FRACTION`).
+(`XLA_PYTHON_CLIENT_MEM_FRACTION`). `evaluation's peak` stands where the command names `data.eval`,
+whose rows a plan does not read: the evaluation is compiled too, and has to fit as the step does.
 
 `--json` prints a plan for programs, `--verbose` every array with its sharding, `--search` finds the
 largest batch and the cheapest remat policy that fit, `--suggest` the smallest slices.
