@@ -318,7 +318,8 @@ def _array_of(directory: Path, path: str) -> Iterator[None]:
         fault = system_fault(error, place)
         if fault is not None:
             raise fault from error
-        raise _damaged(place, f"{type(error).__name__}: {error}".split("\n")[0]) from error
+        said = str(error).split("\n")[0].partition(" [tensorstore_spec=")[0]  # all of its settings
+        raise _damaged(place, f"{type(error).__name__}: {said}") from error
 
 
 def exact_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:

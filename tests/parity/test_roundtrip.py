@@ -149,7 +149,7 @@ def test_training_from_either_form_is_the_same(
             "data": {"train": [str(data)], "format": "tokens", "packing": False},
             "training": {"max_steps": 3, "batch_size": 4},
             "logging": {"logging_steps": 1, "report_to": []},
-            "export": {"format": "merged"},
+            "export": {"format": "merged", "min_kept": None},
         }
         losses.append([step["loss"] for step in runs.train(run_cli, config, directory)])
         exports.append(runs.read_tensors(directory / "run" / "export"))

@@ -134,7 +134,7 @@ def test_a_pickle_that_would_run_code(desk: Desk):
         (lambda m: (m / "tokenizer.json").write_text("{}"), ["model.path: got tokenizer files"]),
         (
             lambda m: (m / "tokenizer_config.json").write_text("{"),
-            ["model.path: got tokenizer files"],
+            ["model.path: got invalid JSON in", "tokenizer_config.json", "expected a JSON object"],
         ),
     ],
     ids=["absent", "damaged", "damaged_config"],

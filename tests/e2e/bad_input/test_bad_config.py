@@ -247,9 +247,10 @@ def test_another_run_in_the_output_directory(desk: Desk):
     other = desk.folder / "other"
     other.mkdir()
     (other / "config.yaml").write_text(desk.yaml.read_text().replace("r: 4", "r: 5"))
+    (other / "metrics.jsonl").write_text('{"step": 3, "train_loss": 2.0}\n')
     message = desk.refusal(f"output_dir={other}")
     assert_says(message, "output_dir: got", "other adapter.r", "choose another output_dir")
-    assert [file.name for file in other.iterdir()] == ["config.yaml"]
+    assert sorted(file.name for file in other.iterdir()) == ["config.yaml", "metrics.jsonl"]
 
 
 def test_something_else_in_the_output_directory(desk: Desk):
