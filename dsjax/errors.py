@@ -45,6 +45,11 @@ class ConfigError(ValueError):
     """The configuration, data, checkpoint or adapter is wrong; the message names what and how."""
 
 
+def printable(name: str) -> str:
+    """Somebody's name for something, in one line: escaped where it holds control characters."""
+    return name if name.isprintable() else repr(name)
+
+
 def raise_all(problems: Iterable[str]) -> None:
     """Raise one ConfigError that holds every problem; return if there is none."""
     lines = list(problems)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from dsjax.data.messages import is_given, read_message, read_tools, string, wrong
-from dsjax.errors import ConfigError
+from dsjax.errors import ConfigError, printable
 
 IGNORED_LABEL = -100
 PREFERENCE = "preferences cannot be trained on yet; make rows of the answers to imitate"
@@ -85,7 +85,7 @@ def detect_format(fields: dict[str, Any], origin: str) -> str:
             _check_nulls(fields, name, origin)
     known = "; ".join(f"{name}: {' + '.join(keys)}" for name, (keys, _) in FORMATS.items())
     raise ConfigError(
-        f"{origin}: got the keys {', '.join(sorted(fields)) or 'none'}, expected those of a known "
+        f"{origin}: got the keys {_names(fields)}, expected those of a known "
         f"format ({known}); rename the keys"
     )
 
@@ -103,10 +103,15 @@ def parse_row(fields: dict[str, Any], name: str, origin: str, chosen: bool = Fal
     missing = [key for key in keys if fields.get(key) is None]
     if missing:
         raise ConfigError(
-            f"{origin}: got the keys {', '.join(sorted(fields)) or 'none'}, expected also "
+            f"{origin}: got the keys {_names(fields)}, expected also "
             f"{', '.join(missing)} for the format {name}"
         )
     return parse(fields, origin)
+
+
+def _names(fields: dict[str, Any]) -> str:
+    """The keys of a row in one line, whatever characters they have."""
+    return ", ".join(printable(key) for key in sorted(fields)) or "none"
 
 
 def unread_keys(fields: dict[str, Any], name: str) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dsjax.errors import ConfigError, nearest
+from dsjax.errors import ConfigError, nearest, printable
 from dsjax.json_file import parse
 
 ROLES = {
@@ -123,8 +123,8 @@ def _check_keys(turn: dict[str, Any], where: str) -> None:
         if key not in _KEYS and is_given(value):
             fix = _FIXES.get(key) or nearest(str(key), _KEYS)
             raise ConfigError(
-                f"{where}.{key}: got a key that is none of a message's, expected only those that "
-                f"are ({', '.join(_KEYS)}); {fix}"
+                f"{where}.{printable(key)}: got a key that is none of a message's, expected only "
+                f"those that are ({', '.join(_KEYS)}); {fix}"
             )
 
 
@@ -234,7 +234,7 @@ def _check_parts(given: dict[str, Any], known: Sequence[str], where: str) -> Non
     for key, value in given.items():
         if key not in known and is_given(value):
             raise ConfigError(
-                f"{where}.{key}: got a key that is none of a call's, expected only "
+                f"{where}.{printable(key)}: got a key that is none of a call's, expected only "
                 f"{', '.join(known)}; {nearest(str(key), known)}"
             )
 

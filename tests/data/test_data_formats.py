@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What rows mean, format by format, and rows that are refused with file, line and field."""
 
+from typing import Any
+
 import pytest
 
 from dsjax.data.formats import Chat, Text, Tokens, detect_format, parse_row
@@ -269,3 +271,18 @@ def test_nulls_where_a_format_needs_a_value_are_named(fields, message):
     with pytest.raises(ConfigError) as caught:
         parse_row(fields, name, "f:1")
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"\x0bmessages": "[]"},
+        {"te\nxt": "a"},
+        {"messages": [{"role": "user", "content": "a", "na\rme": 1}]},
+    ],
+    ids=["csv", "row", "message"],
+)
+def test_a_refusal_is_one_line_whatever_a_key_is(fields: dict[str, Any]):
+    with pytest.raises(ConfigError) as error:
+        parse_row(fields, detect_format(fields, "f:1"), "f:1")
+    assert len(str(error.value).splitlines()) == 1

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dsjax.data.formats import Chat, parse_row, unread_keys
 from dsjax.data.messages import read_message, read_tools
-from dsjax.errors import ConfigError
+from dsjax.errors import ConfigError, printable
 
 USER = {"role": "user", "content": "q"}
 ASSISTANT = {"role": "assistant", "content": "a"}
@@ -169,7 +169,8 @@ def check_extra_keys(extra: dict[str, Any]) -> None:
     if said:
         with pytest.raises(ConfigError) as caught:
             read(ASSISTANT | extra)
-        assert any(str(caught.value).startswith(f"f:1 messages[0].{key}: got") for key in said)
+        starts = tuple(f"f:1 messages[0].{printable(key)}: got" for key in said)
+        assert str(caught.value).startswith(starts)
     else:
         assert read(ASSISTANT | extra) == (ASSISTANT, None)
 
