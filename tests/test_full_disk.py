@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_run
+import tiny
 
 from dsjax import train
 from dsjax.checkpoint import Checkpointer
@@ -190,10 +191,11 @@ def test_what_a_killed_run_left_does_not_stop_it(tmp_path: Path, monkeypatch: py
 @pytest.mark.slow
 def test_a_run_goes_on_where_the_disk_was_full(tmp_path: Path):
     config = small_run.write_inputs(tmp_path, "full")
+    tiny.build_checkpoint(tmp_path / "model", "llama_gqa", vocab_size=4096)
     whole = tmp_path / "whole"
     small_run.finish(config, f"output_dir={whole}")
     command = [sys.executable, "-m", "dsjax.train", "--config", str(config)]
-    # A checkpoint's file has some 700 KiB, all others less than 300.
+    # Three leaves of a checkpoint have 864 KiB each; how leaves share files is chance.
     done = subprocess.run(
         ["bash", "-c", 'ulimit -f 400; exec "$@"', "-", *command],
         capture_output=True,
