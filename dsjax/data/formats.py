@@ -35,6 +35,11 @@ OTHER_MEANING = {
 """Keys of a row that make it mean something else than its other keys say -> what to do."""
 CHOSEN = {"text": ("label",), "prompt_completion": ("label",)}
 """Those that are only not read where the user names the format: which columns matter is said."""
+JUDGED = (
+    "whether a completion is a good one cannot be trained on yet; make rows of those to imitate, "
+    "and leave the key out"
+)
+"""Of a `label` that is true or false beside a completion, as KTO's rows have it."""
 
 
 class Chat(NamedTuple):
@@ -98,6 +103,8 @@ def parse_row(fields: dict[str, Any], name: str, origin: str, chosen: bool = Fal
         something else; names origin and field.
     """
     _check_meaning(fields, origin, CHOSEN.get(name, ()) if chosen else ())
+    if name == "prompt_completion" and str(fields.get("label")).lower() in ("true", "false"):
+        raise _other_meaning(origin, "label", JUDGED)
     _check_nulls(fields, name, origin)
     keys, parse = FORMATS[name]
     missing = [key for key in keys if fields.get(key) is None]
@@ -123,7 +130,11 @@ def unread_keys(fields: dict[str, Any], name: str) -> list[str]:
 def _check_meaning(fields: dict[str, Any], origin: str, allowed: Sequence[str] = ()) -> None:
     for key, fix in OTHER_MEANING.items():
         if key not in allowed and is_given(fields.get(key)):
-            raise ConfigError(f"{origin} {key}: got {key}, expected a row without it; {fix}")
+            raise _other_meaning(origin, key, fix)
+
+
+def _other_meaning(origin: str, key: str, fix: str) -> ConfigError:
+    return ConfigError(f"{origin} {key}: got {key}, expected a row without it; {fix}")
 
 
 def _check_nulls(fields: dict[str, Any], name: str, origin: str) -> None:
