@@ -67,6 +67,11 @@ def nearest(name: str, candidates: Iterable[str], most: int = 8) -> str:
     return f"known: {', '.join(known[:most])}{more}"
 
 
+def first_line(error: BaseException) -> str:
+    """Give an error's type, and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
 @contextmanager
 def renamed(names: Mapping[str, str]) -> Iterator[None]:
     """Tell a block's ConfigErrors under the names that the user typed (`--model`)."""

@@ -40,13 +40,14 @@ from dsjax.assembly import (
 from dsjax.command_line import CommandParser
 from dsjax.config import AdapterSection, MeshSection, RunConfig, load_config
 from dsjax.continuation import identity
-from dsjax.errors import ConfigError, run_command
+from dsjax.errors import ConfigError, first_line, run_command
 from dsjax.eval_results import evaluated_rows
 from dsjax.export_folder import (
     check_free,
     check_own,
     export_marker,
     is_exported,
+    is_too_little,
     write_marker,
 )
 from dsjax.flax_checkpoint import is_flax_checkpoint, open_flax
@@ -138,6 +139,18 @@ PATIENCE = 60.0
 """Seconds that a process whose proof did not run waits to hear that no other's did either."""
 
 
+class Proof(NamedTuple):
+    """What the proof of merged weights found.
+
+    Attributes:
+        kept: of what training changed, the part that they keep; None: not measured.
+        failure: what kept it from being computed; None: it was.
+    """
+
+    kept: float | None = None
+    failure: Exception | None = None
+
+
 class Exported(NamedTuple):
     """What became of an export.
 
@@ -191,8 +204,8 @@ def export_trained(
         DifferentLogitsError: what was written is not the trained model.
         ConfigError: it keeps less than `min_kept` of what training changed.
     """
-    hosts, failure = hosts or Hosts(), None
-    if hosts.decide(lambda: is_exported(out, marker)):
+    hosts, proof = hosts or Hosts(), Proof()
+    if hosts.decide(lambda: is_exported(out, marker, min_kept)):
         return Exported(False)
     check = partial(check_own, out, marker["run"], field)
     with written_beside(out, field, hosts.primary, check) as directory:
@@ -206,24 +219,20 @@ def export_trained(
             if hosts.primary:
                 write_generation_config(directory, parts.source)
             hosts.barrier()  # written: all read it
-            proof = partial(logit_proof.prove, parts, trainable, frozen, directory, changes.keys())
-            kept, failure = run_proof(proof, hosts)  # and all have read it: it may take its name
-            if failure is None:
-                _check_kept(kept, min_kept, again_fp8, hosts)
-            card = replace(card, kept=kept)
-        if failure is not None:
-            card = replace(card, unproven=_first_line(failure))
+            prove = partial(logit_proof.prove, parts, trainable, frozen, directory, changes.keys())
+            proof = run_proof(prove, hosts)  # and all have read it: it may take its name
+            _check_kept(proof, min_kept, again_fp8, hosts)
+        if proof.failure is not None:
+            card = replace(card, unproven=first_line(proof.failure))
             marker = {**marker, "proof": f"did not run: {card.unproven}"}
         if hosts.primary:
-            write_model_card(directory, card)
-            write_marker(directory, marker, card.kept)
-    return Exported(True, failure)
+            write_model_card(directory, replace(card, kept=proof.kept))
+            write_marker(directory, marker, proof.kept)
+    return Exported(True, proof.failure)
 
 
-def run_proof(
-    proof: Callable[[], float | None], hosts: Hosts
-) -> tuple[float | None, Exception | None]:
-    """Run the proof; returns what it did, or what kept it from being computed on any process.
+def run_proof(prove: Callable[[], float | None], hosts: Hosts) -> Proof:
+    """Run the proof; what kept it from being computed on any process, keeps it on all.
 
     A process that fails alone ends all: the others wait in the middle of a computation for it.
 
@@ -233,34 +242,34 @@ def run_proof(
     """
     kept = failure = None
     try:
-        kept = proof()
+        kept = prove()
     except (ConfigError, OSError, logit_proof.DifferentLogitsError):
         raise
     except Exception as error:
         failure = error
-        hosts.say(f"the proof of the export did not run: {_first_line(error)}")
+        hosts.say(f"the proof of the export did not run: {first_line(error)}")
     try:
         told = hosts.exchange(
-            "" if failure is None else _first_line(failure),
+            "" if failure is None else first_line(failure),
             math.inf if failure is None else PATIENCE,
         )
     except TimeoutError:
         assert failure is not None
         raise failure from None
     others = [RuntimeError(f"process {i}: {text}") for i, text in enumerate(told) if text]
-    return kept, failure or next(iter(others), None)
+    failure = failure or next(iter(others), None)
+    return Proof(kept if failure is None else None, failure)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
-
-
-def _check_kept(kept: float | None, least: float | None, again_fp8: bool, hosts: Hosts) -> None:
+def _check_kept(proof: Proof, least: float | None, again_fp8: bool, hosts: Hosts) -> None:
     """Say what merged weights keep of a training, and refuse them if it is too little.
 
     Raises:
         ConfigError: it is.
     """
+    kept = proof.kept
+    if proof.failure is not None:
+        return
     if kept is None:
         hosts.say(
             "kept: not measured; training changed no logits beyond rounding, or the file's numbers "
@@ -268,7 +277,7 @@ def _check_kept(kept: float | None, least: float | None, again_fp8: bool, hosts:
         )
         return
     hosts.say(kept_text(kept))
-    if least is not None and kept < least:
+    if is_too_little(kept, least):
         wider = "export.dtype=null, which writes bfloat16, " if again_fp8 else ""
         raise ConfigError(
             f"export.min_kept: got weights that keep {kept:.3g} of what training changed in the "

@@ -70,17 +70,23 @@ def write_marker(folder: Path, marker: Mapping[str, Any], kept: float | None = N
     (folder / MARKER).write_text(text + "\n", "utf-8")
 
 
-def is_exported(out: Path, marker: Mapping[str, Any]) -> bool:
+def is_exported(out: Path, marker: Mapping[str, Any], min_kept: float | None) -> bool:
     """Whether a folder holds this very export, whole: every file as it was when it was proven.
 
     The files are read from end to end, for a damaged disk or a hand that edits leaves names and
     sizes as they are. That takes as long as one copy, and only where there is nothing else to do.
+    What keeps less than `min_kept` was written when less was asked for, and is not this export.
     """
     found = read_marker(out) or {}
-    files, _ = found.pop("files", None), found.pop("kept", None)
-    if found != marker or not isinstance(files, dict):
+    files, kept = found.pop("files", None), found.pop("kept", None)
+    if found != marker or not isinstance(files, dict) or is_too_little(kept, min_kept):
         return False
     return files.items() <= _contents(out).items()
+
+
+def is_too_little(kept: float | None, min_kept: float | None) -> bool:
+    """Whether merged weights keep less of a training than was asked for; None: not measured."""
+    return kept is not None and min_kept is not None and kept < min_kept
 
 
 def _contents(folder: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ from dsjax.assembly import Assembly
 from dsjax.checkpoint import Checkpointer
 from dsjax.config import RunConfig
 from dsjax.data import Loader
-from dsjax.errors import ConfigError
+from dsjax.errors import ConfigError, first_line
 from dsjax.eval_results import evaluated_rows, is_evaluated, write_results
 from dsjax.evaluation import StoppedError, evaluate_loss, to_devices
 from dsjax.hosts import Hosts
@@ -333,6 +333,6 @@ def finish_evaluation(
                 f"the evaluation failed; with {no_evaluation(loop.config)} the run ends without"
             )
             raise
-        hosts.say("the evaluation failed; the reason follows, after what is left to do")
+        hosts.say(f"the evaluation failed: {first_line(error)}; what is left to do is done first")
         return error
     return None

@@ -291,7 +291,7 @@ def is_complete(
     if form is not None:
         name = identity(config, contents)
         marker = export_marker(config, name, form, total, earlier.sums, evaluated_rows(run))
-        return is_exported(export_path(config), marker)
+        return is_exported(export_path(config), marker, config.export.min_kept)
     rows = read_metrics(run / METRICS_FILE)
     return any("train_loss" in row and row["step"] == total for row in rows)
 

@@ -118,7 +118,7 @@ def proves(hosts: Hosts, error: Exception | None) -> Exception | None:
             raise error
 
     try:
-        return run_proof(proof, hosts)[1]
+        return run_proof(proof, hosts).failure
     except Exception as raised:
         return RuntimeError(f"raised {raised!r}")
 

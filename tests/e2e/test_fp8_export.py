@@ -113,3 +113,9 @@ def test_fp8_that_loses_most_of_a_small_update_is_refused(
     told = re.search(r"keep (-?[\d.]+)% of what training changed", capsys.readouterr().err)
     assert told and float(told[1]) < 90
     assert told[0] in (run / "export/README.md").read_text("utf-8")
+
+    # That is no export as it is asked for now, and stays where it is.
+    written = small_run.contents(run / "export")
+    with pytest.raises(ConfigError, match=r"export\.min_kept: got .*, expected at least 0\.9"):
+        train.main(["--config", str(config), *words])
+    assert small_run.contents(run / "export") == written
