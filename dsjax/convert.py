@@ -24,7 +24,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from dsjax import flax_checkpoint, fp8, hf_files
 from dsjax.errors import ConfigError, raise_all
-from dsjax.folders import check_apart, check_empty, written_beside
+from dsjax.folders import check_apart, check_empty, check_room, leftovers_of, written_beside
 from dsjax.models import Model, base_shapes, build, carried_of, entries_of
 from dsjax.models.weight_rules import Entry, coverage_problems, entry_shape
 from dsjax.partition import Leaf, Params
@@ -364,6 +364,8 @@ def to_flax(src: str, dst: str, progress: Callable[[int, int], None] = lambda do
     leaves = _leaves_as_stored(source, entries)
     device = SingleDeviceSharding(jax.devices()[0])
     shardings = dict.fromkeys(leaves, device)
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
+    check_room(Path(dst), {"the checkpoint": size}, "output directory", leftovers_of(Path(dst)))
     params = _load_entries(source, entries, leaves, shardings, progress)
     with written_beside(Path(dst), check=lambda: check_empty(dst)) as directory:
         flax_checkpoint.save_flax(source, directory, entries, params, carried)

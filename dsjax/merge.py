@@ -23,6 +23,7 @@ from dsjax import fp8
 from dsjax.adapters import Spec, lora
 from dsjax.convert import EMBEDDING, HEAD, row_pieces
 from dsjax.flax_checkpoint import safetensors_name
+from dsjax.folders import check_room
 from dsjax.gather import host_part, is_here
 from dsjax.hf_files import SAFETENSORS_INDEX, SafetensorsWriter, index_json, open_source
 from dsjax.json_file import read_object
@@ -177,6 +178,7 @@ def write_checkpoint(
         primary: whether this is the process that writes; the others help it to the arrays.
 
     Raises:
+        ConfigError: the disk has no room for it.
         RuntimeError: reading it again gave other bytes than were written.
     """
     files = _outputs(source, changes, quantised)
@@ -184,9 +186,10 @@ def write_checkpoint(
         for out in (out for outs in files.values() for out in outs):
             out.follow()
         return
+    total, done = checkpoint_bytes(source, changes, quantised), 0
+    check_room(directory, {"the checkpoint": total}, "output directory")
     copy_aux_files(source, directory)
     _write_config(source, directory, files)
-    total, done = checkpoint_bytes(source, changes, quantised), 0
     checksums = {}
     for file, outs in files.items():
         entries = [(out.name, out.dtype, out.shape) for out in outs]

@@ -19,7 +19,8 @@ import pytest
 import small_run
 import tiny
 
-from dsjax import train
+import dsjax
+from dsjax import convert, export, train
 from dsjax.checkpoint import Checkpointer
 from dsjax.config import CheckpointSection, LoggingSection
 from dsjax.data.store import Example, ExampleStore
@@ -154,6 +155,28 @@ def test_a_run_that_has_no_room_is_refused_before_it_takes_long(
     with pytest.raises(ConfigError, match=message):
         train.main(words)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_is_not_begun_where_it_has_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = tiny.build_checkpoint(tmp_path / "model", "llama_gqa")
+    convert.to_flax(str(model), str(tmp_path / "flax"))
+    loaded = dsjax.load_pretrained(str(model), dtype="float32")
+    usage, needed, out = shutil.disk_usage(tmp_path), 83_280 * 4, tmp_path / "out"
+    write = {
+        "to-flax": lambda: convert.to_flax(str(model), str(out)),
+        "to-hf": lambda: export.to_hf(str(tmp_path / "flax"), str(out)),
+        "save_pretrained": lambda: dsjax.save_pretrained(loaded, str(out)),
+    }
+    for begin in write.values():
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+        with pytest.raises(ConfigError, match="^output directory: got .* for the checkpoint; free"):
+            begin()
+        assert {path.name for path in tmp_path.iterdir()} == {"model", "flax"}
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+        begin()
+        shutil.rmtree(out)
 
 
 def test_what_a_killed_run_left_does_not_stop_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
