@@ -102,9 +102,9 @@ def parse_row(fields: dict[str, Any], name: str, origin: str, chosen: bool = Fal
       ConfigError: a key is missing, a value has the wrong type, or a key would make the row mean
         something else; names origin and field.
     """
-    _check_meaning(fields, origin, CHOSEN.get(name, ()) if chosen else ())
     if name == "prompt_completion" and str(fields.get("label")).lower() in ("true", "false"):
         raise _other_meaning(origin, "label", JUDGED)
+    _check_meaning(fields, origin, CHOSEN.get(name, ()) if chosen else ())
     _check_nulls(fields, name, origin)
     keys, parse = FORMATS[name]
     missing = [key for key in keys if fields.get(key) is None]

@@ -320,12 +320,13 @@ def test_other_keys_of_another_meaning_are_refused_in_every_format(load_rows, to
 
 
 @pytest.mark.parametrize("label", [True, False, "False"])
-def test_a_judgement_of_a_completion_is_refused_where_the_format_is_named(
-    load_rows, tokenizers, label
+@pytest.mark.parametrize("form", ["auto", "prompt_completion"])
+def test_a_judgement_of_a_completion_is_refused_also_where_the_format_is_named(
+    load_rows, tokenizers, label, form
 ):
     row = {"prompt": "a", "completion": "b", "label": label}
     with pytest.raises(ConfigError, match="rows.jsonl:1 label: got .*; whether a completion"):
-        load_rows([row], tokenizers["v3"], format="prompt_completion")
+        load_rows([row], tokenizers["v3"], format=form)
 
 
 def test_a_label_beside_a_conversation_is_refused_in_every_format(load_rows, tokenizers):

@@ -239,7 +239,7 @@ def test_an_empty_instruction_leaves_no_line_break(instruction, extra, asked):
         ("chosen", "a", "preferences cannot be trained on yet"),
         ("rejected", [ASSISTANT], "preferences cannot be trained on yet"),
         ("functions", [{"name": "f"}], "tool definitions are read from `tools`"),
-        ("label", False, "classes and judgements cannot be trained on yet"),
+        ("label", 0, "classes and judgements cannot be trained on yet"),
         ("kto_tag", True, "preferences cannot be trained on yet"),
         ("images", ["x.png"], "only text can be trained on"),
         ("video", "x.mp4", "only text can be trained on"),
