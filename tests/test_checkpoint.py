@@ -140,6 +140,15 @@ def test_saves_when_due_or_forced_and_never_twice(open_in):
     assert_same(checkpointer.restore(7, abstract(make_state(0))), make_state(7))
 
 
+def test_a_step_that_another_process_has_saved_is_not_replaced(open_in):
+    ours, theirs = open_in(), open_in()  # both have looked before either saves
+    theirs.save(3, make_state(3), {})
+    theirs.wait()
+    with pytest.raises(ConfigError, match=r"/3: got a checkpoint of step 3 that is there already"):
+        ours.save(3, make_state(8), {})
+    assert_same(theirs.restore(3, abstract(make_state(0))), make_state(3))
+
+
 def test_keeps_the_newest(open_in, tmp_path):
     checkpointer = open_in(CheckpointSection(save_steps=1, save_total_limit=2))
     for step in (1, 2, 3, 10, 11):

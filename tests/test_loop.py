@@ -132,3 +132,12 @@ def test_a_signal_during_the_last_exchange_ends_the_run(
         train.main(words(tmp_path, "training.max_steps=2"))
     assert "stopping after step 2; again to stop now\n" in capsys.readouterr().err
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+
+
+def test_the_share_of_lost_updates_is_logged(tmp_path: Path):
+    brief = {"max_steps": 2, "eval_steps": None, "gradient_accumulation_steps": 1}
+    config = small_run.write_inputs(tmp_path, "full", training=brief, data={"eval": None})
+    keys = ["model.param_dtype=bfloat16", "optimizer.learning_rate=1e-5", "export.format=null"]
+    assert train.main(["--config", str(config), "logging.logging_steps=1", *keys]) == 0
+    first, second = (row["updates_lost"] for row in small_run.metrics(tmp_path / "run"))
+    assert first == 0 and 0.1 < second < 1  # the first has learning rate 0: none is wanted

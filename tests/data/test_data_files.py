@@ -222,7 +222,8 @@ def test_hub_datasets_try_splits_in_order(monkeypatch):
     )
 
 
-def test_nulls_that_arrow_filled_in_are_dropped_at_every_depth(tmp_path):
+@pytest.mark.parametrize("place", ["a file", "the hub"])
+def test_nulls_that_arrow_filled_in_are_dropped_at_every_depth(tmp_path, monkeypatch, place):
     rows = [
         {
             "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "calls": calls}],
@@ -234,9 +235,13 @@ def test_nulls_that_arrow_filled_in_are_dropped_at_every_depth(tmp_path):
             ([{"arguments": {"zone": "CET"}, "id": "7"}], {"zone": {"enum": ["a", None]}}, "x"),
         )
     ]
-    path = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    assert [fields for _, fields in read_rows(str(path), "data.train[0]", ())] == rows
+    table = pyarrow.Table.from_pylist(rows)
+    name = "owner/rows"
+    if place == "a file":
+        name = str(tmp_path / "rows.parquet")
+        pyarrow.parquet.write_table(table, name)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset(table))
+    assert [fields for _, fields in read_rows(name, "data.train[0]", ("train",))] == rows
 
 
 def test_nulls_that_the_user_wrote_stay(tmp_path):

@@ -39,6 +39,7 @@ def test_batches_without_a_trained_token_have_no_loss(config, capsys):
     said = capsys.readouterr().err
     assert "16 without a trained token" in said and " is nan" not in said
     assert said.count("had a batch without one trained token") == 1
+    assert "\nonly 4 steps: 32 rows, 8 in each step; for more, raise training.num_train" in said
     lines = read_metrics(Path(yaml.safe_load(config.read_text())["output_dir"]) / "metrics.jsonl")
     steps, summary = lines[:4], lines[4]
     assert [line["loss"] is None for line in steps] == [False, True, True, False]

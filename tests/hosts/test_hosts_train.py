@@ -86,6 +86,13 @@ def test_two_processes_train_what_one_trains(lora: Path, undisturbed: Path):
     assert len(starts) == 12  # by one process
 
 
+def test_devices_talk_once_all_have_read_the_weights(lora: Path, tmp_path: Path):
+    script = str(Path(__file__).with_name("late.py"))
+    words = [script, "--config", str(lora), f"output_dir={tmp_path}/run"]
+    run = several.start(tmp_path, words, 2, devices=2)
+    assert run.codes() == [0, 0], [run.said(i)[-3000:] for i in range(2)]
+
+
 def test_a_signal_to_one_stops_all_at_the_same_step(lora: Path, undisturbed: Path):
     folder = lora.parent / "stopped"
     run = several.train(lora, f"output_dir={folder}", processes=2, devices=2)

@@ -224,6 +224,17 @@ def test_devices_and_batches_that_do_not_fit(desk: Desk, words: list[str], parts
     assert_says(desk.refusal(*words), *parts)
 
 
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("optimizer.warmup_steps=2", ["warmup_steps: got 2 in a run of 2 steps", "expected fewer"]),
+        ("optimizer.learning_rate=0", ["learning_rate: got 0.0", "no step would change a weight"]),
+    ],
+)
+def test_a_run_that_would_change_nothing(desk: Desk, word: str, parts: list[str]):
+    assert_says(desk.refusal(word), *parts)
+
+
 def test_an_output_directory_that_is_a_file(desk: Desk):
     desk.run.write_text("notes")
     assert_says(desk.refusal(), f"output_dir: got the file {desk.run}", "expected a folder")
