@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -389,7 +390,7 @@ def test_a_changed_number_beside_the_sample_is_found_on_the_devices(
     other = shutil.copytree(finished.parent / "model", tmp_path / "other")
     change_a_number(other, lambda name: "mlp" in name)
     unfinish(run)
-    recorded = restored_contents(run)["model.path"]
+    recorded = restored_meta(run)["contents"]["model.path"]
     monkeypatch.setattr(assembly, "source_digest", lambda source: recorded)
     message = refused(again, f"model.path={other}")
     assert message.startswith("model.path: got a checkpoint whose ") and ".mlp." in message
@@ -425,14 +426,27 @@ def test_an_adapter_may_be_moved_and_not_be_another(
     assert "resuming after step 2 of 3" in said
 
 
-def restored_contents(run: Path) -> dict[str, str]:
-    """What the newest checkpoint says the run reads."""
+def restored_meta(run: Path) -> dict[str, Any]:
+    """What the newest checkpoint says of the run."""
     reader = Checkpointer(run / "checkpoints", CheckpointSection(), read_only=True)
     step = reader.latest()
     assert step is not None
-    contents = reader.meta(step)["contents"]
+    meta = reader.meta(step)
     reader.close()
-    return contents
+    return meta
+
+
+def test_templates_show_the_day_on_which_the_run_began(again, run: Path, monkeypatch):
+    """Another day would make other tokens of the same rows, which are refused."""
+    days, read = [], train.read_data
+
+    def note_day(config: Any, parts: Any, today: datetime) -> Any:
+        days.append(today)
+        return read(config, parts, today)
+
+    monkeypatch.setattr(train, "read_data", note_day)
+    again()
+    assert days == [datetime.fromisoformat(restored_meta(run)["started"])]
 
 
 def test_all_differences_are_named(again):
