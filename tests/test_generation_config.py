@@ -102,7 +102,7 @@ def test_an_export_does_not_fail_by_files_that_the_run_did_not_read(tmp_path: Pa
     [
         ("{", "got invalid JSON in {0} (Expecting property name"),
         ("[]", "got a JSON list in {0}, expected a JSON object"),
-        ("[" * 5_000, "got invalid JSON in {0} (nested deeper"),
+        ("[" * 5_000 + "]" * 5_000, "got invalid JSON in {0} (nested deeper"),
         ('{"eos_token_id": -1}', "{0} eos_token_id: got -1, expected an integer >= 0"),
         ('{"eos_token_id": [1, true]}', "{0} eos_token_id: got [1, True], expected an integer"),
         ('{"eos_token_id": "</s>"}', "{0} eos_token_id: got '</s>', expected"),
