@@ -79,7 +79,9 @@ def is_exported(out: Path, marker: Mapping[str, Any], min_kept: float | None) ->
     """
     found = read_marker(out) or {}
     files, kept = found.pop("files", None), found.pop("kept", None)
-    if found != marker or not isinstance(files, dict) or is_too_little(kept, min_kept):
+    if found != marker or not isinstance(files, dict) or not isinstance(kept, float | None):
+        return False
+    if is_too_little(kept, min_kept):
         return False
     return files.items() <= _contents(out).items()
 
