@@ -212,16 +212,9 @@ def export_trained(
         if marker["format"] == "peft":
             write_peft(directory, parts, trainable, hosts.primary)
         else:
-            masks = parts.partition.layer_masks
-            changes = changed_tensors(parts.model, parts.spec, trainable, masks)
-            again_fp8 = marker.get("dtype") == "fp8"
-            write_checkpoint(parts.source, directory, changes, progress, again_fp8, hosts.primary)
-            if hosts.primary:
-                write_generation_config(directory, parts.source)
-            hosts.barrier()  # written: all read it
-            prove = partial(logit_proof.prove, parts, trainable, frozen, directory, changes.keys())
-            proof = run_proof(prove, hosts)  # and all have read it: it may take its name
-            _check_kept(proof, min_kept, again_fp8, hosts)
+            fp8 = marker.get("dtype") == "fp8"
+            proof = _write_merged(directory, parts, trainable, frozen, fp8, progress, hosts)
+            _check_kept(proof, min_kept, fp8, hosts)
         if proof.failure is not None:
             card = replace(card, unproven=first_line(proof.failure))
             marker = {**marker, "proof": f"did not run: {card.unproven}"}
@@ -229,6 +222,25 @@ def export_trained(
             write_model_card(directory, replace(card, kept=proof.kept))
             write_marker(directory, marker, proof.kept)
     return Exported(True, proof.failure)
+
+
+def _write_merged(
+    directory: Path,
+    parts: Assembly,
+    trainable: Params,
+    frozen: Params,
+    fp8: bool,
+    progress: Callable[[int, int], None],
+    hosts: Hosts,
+) -> Proof:
+    """Write merged weights, and prove them once all processes see them; gives up the arrays."""
+    changes = changed_tensors(parts.model, parts.spec, trainable, parts.partition.layer_masks)
+    write_checkpoint(parts.source, directory, changes, progress, fp8, hosts.primary)
+    if hosts.primary:
+        write_generation_config(directory, parts.source)
+    hosts.barrier()  # written: all read it
+    prove = partial(logit_proof.prove, parts, trainable, frozen, directory, changes.keys())
+    return run_proof(prove, hosts)  # and all have read it: it may take its name
 
 
 def run_proof(prove: Callable[[], float | None], hosts: Hosts) -> Proof:

@@ -7,7 +7,6 @@ So as long as the second reads, there may be none. They end once they have talke
 step, which does not matter here.
 """
 
-import sys
 import time
 from typing import Any, NoReturn
 
@@ -48,5 +47,4 @@ def end_after_talk(frozen: Any) -> NoReturn:
 if __name__ == "__main__":
     train.load_frozen, train.frozen_sums = load_late, end_after_talk
     train.compile_step = train.compile_evaluation = lambda *_: None
-    print(sys.argv, file=sys.stderr)
     run_command(train.main)
