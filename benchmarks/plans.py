@@ -162,7 +162,7 @@ Whether a run fits is asked of the platform's own compiler, which needs neither 
 weights: `python -m dsjax.plan` compiles the very step that training runs, for a slice that is not
 there. Written by `python benchmarks/plans.py`, on a machine without an accelerator ({cores} cores
 of an {cpu}, {gib} GiB of memory); the commands below read the model's config.json from the hub, the
-script from `tests/model_configs`.
+script from `tests/model_configs`. Seconds count whatever else that machine did meanwhile.
 
 **Nothing here ran on a TPU or a GPU.** Memory is what the compilers assign. Times are a roofline:
 every unit at its published peak, everything overlapped, so a real step takes longer; see
