@@ -8,9 +8,11 @@ kill leaves the old one, or none, never half of the new. Not done here: what goe
 import functools
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from dsjax import signals
 from dsjax.errors import ConfigError, files_of
@@ -20,6 +22,9 @@ from dsjax.storage import is_url, written_to_url
 _SOURCE_FILES = ("config.json", "adapter_config.json")
 """What makes a folder a model's or an adapter's."""
 
+_LOOKS = 3
+"""At a folder that another run may remove between finding and asking: what is so stays so."""
+
 
 def check_empty(path: str | Path, field: str = "output directory") -> None:
     """Refuse to write where something else lies, or where nothing can."""
@@ -27,22 +32,39 @@ def check_empty(path: str | Path, field: str = "output directory") -> None:
         raise ConfigError(written_to_url(str(path), field))
     folder = Path(path)
     check_possible(folder, field)
-    if folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir()):
-        raise ConfigError(f"{field}: got {str(path)!r}, which is not empty; expected a new folder")
+    with suppress(FileNotFoundError):
+        if any(name != LOCK_FILE for name in os.listdir(folder)):
+            raise ConfigError(
+                f"{field}: got {str(path)!r}, which is not empty; expected a new folder"
+            )
 
 
 def check_possible(folder: Path, field: str) -> None:
     """Refuse a folder that could not be made, or not be written to."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     dangling = [place for place in (folder, *folder.absolute().parents) if _is_dangling(place)]
     if dangling:
         link = f"the link {dangling[0]} to {os.readlink(dangling[0])!r}, which is not there"
         raise ConfigError(f"{field}: got {link}, expected a folder; make it, or remove the link")
-    if not there.is_dir():
-        got = f"{str(folder)!r} under the file {there}" if there != folder else f"the file {there}"
-        raise ConfigError(f"{field}: got {got}, expected a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{field}: got {str(folder)!r}, expected a folder; {there} is read-only")
+    for _ in range(_LOOKS):
+        there, status = _standing(folder)
+        if not stat.S_ISDIR(status.st_mode):
+            under = f"{str(folder)!r} under the file {there}"
+            got = under if there != folder else f"the file {there}"
+            raise ConfigError(f"{field}: got {got}, expected a folder")
+        if os.access(there, os.W_OK | os.X_OK):
+            return
+    raise ConfigError(f"{field}: got {str(folder)!r}, expected a folder; {there} is read-only")
+
+
+def _standing(folder: Path) -> tuple[Path, os.stat_result]:
+    """Find a folder, or the nearest above it that is there, and what it is.
+
+    In one look, since a run that is refused removes the folders that it made.
+    """
+    for place in (folder, *folder.absolute().parents):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return place, place.stat()
+    raise FileNotFoundError(folder)
 
 
 def _is_dangling(path: Path) -> bool:
@@ -60,17 +82,25 @@ def check_room(
         field: what the message begins with.
         leftovers: folders that are removed before anything is written, if they are there.
     """
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    usage, needed = shutil.disk_usage(there), sum(needs.values())
+    there, status, usage = _disk_of(folder)
+    needed = sum(needs.values())
     if not usage.total:  # a mounted bucket, which has no size
         return
-    free = usage.free + sum(_bytes_in(path, there.stat().st_dev) for path in leftovers)
+    free = usage.free + sum(_bytes_in(path, status.st_dev) for path in leftovers)
     if needed > free:
         parts = " and ".join(f"{size / 2**20:,.1f} MiB for {what}" for what, size in needs.items())
         raise ConfigError(
             f"{field}: got {free / 2**20:,.1f} MiB free at {there}, expected at least {parts}; "
             "free some space there, or choose another place"
         )
+
+
+def _disk_of(folder: Path) -> tuple[Path, os.stat_result, Any]:
+    for _ in range(_LOOKS):
+        with suppress(FileNotFoundError):  # removed since it was found
+            there, status = _standing(folder)
+            return there, status, shutil.disk_usage(there)
+    raise FileNotFoundError(folder)
 
 
 def _bytes_in(folder: Path, device: int) -> int:

@@ -30,6 +30,7 @@ PATIENCE = 120.0
 lease has run out, after 90 s by default."""
 
 _POLL = 1.0
+_TRIES = 100  # to make a folder that others remove at the same time
 _HELD = (errno.EWOULDBLOCK, errno.EACCES, errno.ESTALE)  # the last: removed since it was opened
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -127,12 +128,14 @@ def _acquire(file: Path, refusal: str) -> int:
 
 
 def _open(file: Path) -> int:
-    while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    """Open a file, made if need be with the folders above it, which others make and remove."""
+    for again in reversed(range(_TRIES)):
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             return os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # the folder was removed in between
-            continue
+        except (FileNotFoundError, FileExistsError):  # was there, or was not, a moment ago
+            if not again:
+                raise
         except OSError as error:
             if error.errno not in (errno.ELOOP, errno.EISDIR):
                 raise
@@ -140,6 +143,7 @@ def _open(file: Path) -> int:
                 f"{file}: got a link or a folder, expected a file that is locked, or none; "
                 "remove it"
             ) from error
+    raise AssertionError("the last try returns or raises")
 
 
 def _lock(descriptor: int, file: Path) -> bool:

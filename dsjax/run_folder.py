@@ -173,10 +173,12 @@ def check_shared(run: Path, hosts: Hosts, within: float = SHARED_WITHIN) -> None
     places = (run.absolute(), *run.absolute().parents)
 
     def leave() -> tuple[int, str]:
-        above = next(number for number, place in enumerate(places) if place.exists())
         name = f".dsjax-{uuid.uuid4().hex}"
-        (places[above] / name).touch()
-        return above, name
+        for above, place in enumerate(places):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                (place / name).touch()
+                return above, name
+        raise FileNotFoundError(run)
 
     above, name = hosts.decide(leave)
     # Where the working directory is not as deep as process 0's, the folder may be another's.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder is there whole or not at all, whatever happens while it is written."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -168,3 +169,44 @@ def test_a_link_to_nowhere_is_no_folder(below: str, tmp_path: Path) -> None:
     )
     (tmp_path / "nowhere").mkdir()
     check_possible(link / below, "output_dir")
+
+
+@pytest.mark.parametrize("after", ["the look", "the question"])
+def test_a_folder_that_another_run_removes_meanwhile_is_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    """What it stood in is asked then: it is no file, and not read-only."""
+    folder, stat, ask = tmp_path / "run", Path.stat, os.access
+    folder.mkdir()
+
+    def looked(path: Path, **options: bool) -> os.stat_result:
+        found = stat(path, **options)
+        if path == folder and after == "the look" and options.get("follow_symlinks", True):
+            folder.rmdir()
+        return found
+
+    def asked(path: Path, mode: int) -> bool:
+        if path == folder and after == "the question":
+            folder.rmdir()
+        return ask(path, mode)
+
+    monkeypatch.setattr(Path, "stat", looked)
+    monkeypatch.setattr(os, "access", asked)
+    check_possible(folder, "output_dir")
+    assert not os.path.lexists(folder)
+
+
+def test_the_room_is_where_a_folder_stood_that_another_run_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, usage = tmp_path / "run", shutil.disk_usage
+    folder.mkdir()
+
+    def removed(path: Path) -> object:
+        if path == folder:
+            folder.rmdir()
+        return usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", removed)
+    check_room(folder, {"it": 0}, "--out")
+    assert not folder.exists()

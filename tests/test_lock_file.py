@@ -223,6 +223,33 @@ def test_a_link_or_folder_of_that_name_is_refused(tmp_path: Path, folder: bool):
     assert not (tmp_path / "thesis.tex").exists()
 
 
+@pytest.mark.parametrize("gone", [FileExistsError, FileNotFoundError], ids=["it", "above it"])
+def test_a_folder_that_another_removes_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: type[OSError]
+):
+    """It stood when it was to be made and was gone when looked at, or the one above it was."""
+    folder, make, failures = tmp_path / "above" / "run", os.mkdir, [gone, gone]
+
+    def above(folder: Path) -> bool:
+        return gone is FileExistsError or folder.parent.exists()
+
+    def removed_meanwhile(path: Path, mode: int = 0o777) -> None:
+        if failures and Path(path) == folder and above(folder):
+            raise failures.pop()
+        make(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", removed_meanwhile)
+    with locked(folder / LOCK_FILE, "no"):
+        assert (folder / LOCK_FILE).exists() and not failures
+
+
+def test_a_file_in_the_place_of_the_folder_is_the_system_s(tmp_path: Path):
+    (tmp_path / "run").write_text("a thesis")
+    with pytest.raises(FileExistsError), locked(tmp_path / "run" / LOCK_FILE, "no"):
+        pass
+    assert (tmp_path / "run").read_text() == "a thesis"
+
+
 def test_never_do_two_hold_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The file comes and goes, and its folder with it, while others open it."""
     run = tmp_path / "deep" / "run"
