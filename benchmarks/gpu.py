@@ -132,7 +132,7 @@ def _kernel(kernel: str, segment: Any, scale: float) -> Callable[..., Any]:
     import jax
     import jax.numpy as jnp
 
-    from dsjax.models.attention import KERNELS, Tokens, attend
+    from dsjax.models.ops.attention import KERNELS, Tokens, attend
 
     if kernel == "ours":
         return lambda q, k, v: KERNELS["gpu"](q, k, v, segment, scale, "kernel")

@@ -71,11 +71,12 @@ def measure(
     """Compile the real step of a run, run it, and read the device's memory."""
     import jax
 
-    from dsjax.assembly import assemble
     from dsjax.config import RunConfig
-    from dsjax.program import memory_of
-    from dsjax.step import init_state, lower_train_step, step_config
-    from dsjax.throughput import token_flops
+    from dsjax.distributed.compiled import memory_of
+    from dsjax.training.flops import token_flops
+    from dsjax.training.setup import assemble
+    from dsjax.training.state import init_state, step_config
+    from dsjax.training.step import lower_train_step
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
@@ -160,7 +161,7 @@ def _batch(rows: int, length: int, vocabulary: int, mesh: Any) -> Any:
     import numpy as np
 
     from dsjax.data import Batch
-    from dsjax.evaluation import to_devices
+    from dsjax.training.evaluation import to_devices
 
     ids = np.random.default_rng(0).integers(0, vocabulary, (rows, length), np.int32)
     targets = np.concatenate([ids[:, 1:], np.zeros_like(ids[:, :1])], axis=1)

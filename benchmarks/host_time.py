@@ -105,18 +105,20 @@ def run_loop(folder: Path, words: argparse.Namespace, kind: str) -> dict[str, An
     import jax
 
     from dsjax import train
-    from dsjax.assembly import CHECKPOINTS, assemble, load_frozen, load_trainable
-    from dsjax.checkpoint import Checkpointer
-    from dsjax.evaluation import to_devices
-    from dsjax.hosts import Hosts
-    from dsjax.loop import Loop
-    from dsjax.metrics import Meter, MetricsLog
-    from dsjax.step import init_state, step_config
-    from dsjax.terminal import Progress
+    from dsjax.distributed.processes import Hosts
+    from dsjax.training import run_data
+    from dsjax.training.checkpoint import CHECKPOINTS, Checkpointer
+    from dsjax.training.console import Progress
+    from dsjax.training.evaluation import to_devices
+    from dsjax.training.loop import Loop
+    from dsjax.training.meter import Meter
+    from dsjax.training.metrics_log import MetricsLog
+    from dsjax.training.setup import assemble, load_frozen, load_trainable
+    from dsjax.training.state import init_state, step_config
 
     config = _config(folder, words, kind)
     parts = assemble(config)
-    data, total = train.read_data(config, parts, datetime.now()), config.training.max_steps
+    data, total = run_data.read_data(config, parts, datetime.now()), config.training.max_steps
     assert total is not None
     step = step_config(config, parts.partition, parts.mesh, total)
     frozen = load_frozen(parts, 0)
@@ -171,7 +173,7 @@ def _idle(seconds: float) -> Callable[..., Any]:
     import jax.numpy as jnp
 
     from dsjax.objectives.sft import Sums
-    from dsjax.step import StepReport
+    from dsjax.training.state import StepReport
 
     one, count = jnp.float32(1.0), jnp.int32(1)
     told = StepReport(Sums(one, one, one, count), one, one, one, count, None)
@@ -186,11 +188,11 @@ def _idle(seconds: float) -> Callable[..., Any]:
 
 def loader_alone(folder: Path, words: argparse.Namespace) -> dict[str, Any]:
     """How long the loader needs for a batch when nobody else works."""
-    from dsjax import train
-    from dsjax.assembly import assemble
+    from dsjax.training import run_data
+    from dsjax.training.setup import assemble
 
     config = _config(folder, words, "sleep")
-    data = train.read_data(config, assemble(config), datetime.now())
+    data = run_data.read_data(config, assemble(config), datetime.now())
     batches = data.train.iterate(0, words.input_steps + WARM_UP)
     for _ in range(WARM_UP):
         next(batches)

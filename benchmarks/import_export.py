@@ -90,7 +90,7 @@ def measure(task: str, folder: Path) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from dsjax import assembly, convert, export  # noqa: F401  (their memory is the libraries')
+    from dsjax.export import command as export  # noqa: F401  (their memory is the libraries')
 
     jnp.zeros(8).block_until_ready()
     return {"import": _import, "export": _export, "to-flax": _to_flax, "to-hf": _to_hf}[task](
@@ -122,7 +122,7 @@ def _run_config(folder: Path) -> Any:
 
 
 def _load(folder: Path, jax: Any) -> tuple[Any, Any, dict, dict]:
-    from dsjax.assembly import assemble, load_frozen, load_trainable
+    from dsjax.training.setup import assemble, load_frozen, load_trainable
 
     config = _run_config(folder)
     parts = assemble(config)
@@ -142,8 +142,9 @@ def _import(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
 
 
 def _export(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
-    from dsjax.export import card_facts, export_trained
-    from dsjax.export_folder import export_marker
+    from dsjax.export.folder import export_marker
+    from dsjax.export.model_card import card_facts
+    from dsjax.export.run import export_trained
 
     config, parts, frozen, trainable = _load(folder, jax)
     for path, array in trainable.items():
@@ -158,7 +159,7 @@ def _export(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
 
 
 def _to_flax(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
-    from dsjax.convert import to_flax
+    from dsjax.weights.convert import to_flax
 
     with machine.PeakMemory() as memory:
         to_flax(str(folder / "model"), str(folder / OUTPUTS["to-flax"]))
@@ -166,7 +167,7 @@ def _to_flax(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
 
 
 def _to_hf(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
-    from dsjax.export import to_hf
+    from dsjax.weights.convert import to_hf
 
     with machine.PeakMemory() as memory:
         to_hf(str(folder / "flax"), str(folder / OUTPUTS["to-hf"]))

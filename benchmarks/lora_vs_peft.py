@@ -52,11 +52,12 @@ def measure_dsjax(words: argparse.Namespace) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from dsjax.assembly import assemble, load_frozen, load_trainable
     from dsjax.config import RunConfig
     from dsjax.data import Batch
-    from dsjax.evaluation import to_devices
-    from dsjax.step import abstract_state, init_state, make_train_step, step_config
+    from dsjax.training.evaluation import to_devices
+    from dsjax.training.setup import assemble, load_frozen, load_trainable
+    from dsjax.training.state import abstract_state, init_state, step_config
+    from dsjax.training.step import make_train_step
 
     jax.numpy.zeros(8).block_until_ready()
     with machine.PeakMemory() as memory:

@@ -15,10 +15,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dsjax.fp8 import FP8, SCALE, read_format
-from dsjax.hf_files import SAFETENSORS_INDEX, SafetensorsWriter, index_json, shard_names
 from dsjax.models import base_shapes, build, entries_of
 from dsjax.models.weight_rules import entry_shape
+from dsjax.weights.fp8 import FP8, SCALE, read_format
+from dsjax.weights.hf_directory import SAFETENSORS_INDEX, SafetensorsWriter, index_json, shard_names
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 QUANTISED = re.compile(r"_proj(_with_mqa)?\.weight$")

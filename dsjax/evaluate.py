@@ -5,8 +5,8 @@
     python -m dsjax.evaluate --model DIR [--adapter DIR] --data FILE [--data FILE ...]
 
 With `--config`: `data.eval`, with the newest checkpoint of the run in `output_dir` if it has one,
-else with the model as configured; stderr says which. Not done here: the sums (`evaluation`),
-generation.
+else with the model as configured; stderr says which. Not done here: the sums
+(`training.evaluation`), generation.
 """
 
 if __name__ == "__main__":
@@ -29,18 +29,6 @@ from typing import Any, get_args
 import jax
 from absl import flags
 
-from dsjax.assembly import (
-    CHECKPOINTS,
-    Assembly,
-    assemble,
-    check_frozen,
-    load_frozen,
-    load_trainable,
-    read_meta,
-    restore_trained,
-)
-from dsjax.checkpoint import Checkpointer, from_newest
-from dsjax.command_line import CommandParser
 from dsjax.config import (
     AdapterSection,
     DataSection,
@@ -49,15 +37,19 @@ from dsjax.config import (
     TrainingSection,
     load_config,
 )
-from dsjax.continuation import differing_keys
+from dsjax.config.command_line import CommandParser
 from dsjax.data import Examples, Loader, find_tokenizer, load_evaluation
+from dsjax.distributed.bootstrap import refuse_several
+from dsjax.distributed.mesh import check_batch
+from dsjax.distributed.sharding import Params
 from dsjax.errors import ConfigError, raise_all, renamed, run_command
-from dsjax.evaluation import evaluate_loss, make_eval_step
-from dsjax.partition import Params
-from dsjax.rendezvous import refuse_several
-from dsjax.sharding import check_batch
-from dsjax.step import step_config
-from dsjax.terminal import Loading
+from dsjax.training.checkpoint import CHECKPOINTS, Checkpointer, from_newest
+from dsjax.training.console import Loading
+from dsjax.training.continuation import differing_keys
+from dsjax.training.evaluation import evaluate_loss, make_eval_step
+from dsjax.training.restore import check_frozen, read_meta, restore_trained
+from dsjax.training.setup import Assembly, assemble, load_frozen, load_trainable
+from dsjax.training.state import step_config
 
 OPTIONS = {
     "model.path": "--model",

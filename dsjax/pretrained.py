@@ -2,7 +2,7 @@
 """The library's two calls: load a model, save a model.
 
 In: a Hugging Face checkpoint and perhaps a PEFT adapter. Out: a callable NNX module; and back. Not
-done here: anything that those two steps do themselves (`assembly`, `export`).
+done here: anything that those two steps do themselves (`training.setup`, `export`).
 """
 
 from dataclasses import replace
@@ -11,15 +11,16 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from dsjax.assembly import assemble_model, load_frozen, load_trainable
 from dsjax.config import AdapterSection, MeshSection, ModelSection
+from dsjax.distributed.mesh import complete_mesh, make_mesh
 from dsjax.errors import ConfigError
-from dsjax.export import write_peft
-from dsjax.folders import check_apart, check_empty, written_beside
-from dsjax.merge import changed_tensors, in_turn, write_checkpoint
+from dsjax.export.merge import changed_tensors, in_turn
+from dsjax.export.peft import write_peft
 from dsjax.models import Model
-from dsjax.partition import take
-from dsjax.sharding import complete_mesh, make_mesh
+from dsjax.training.partition import take
+from dsjax.training.setup import assemble_model, load_frozen, load_trainable
+from dsjax.weights.folders import check_apart, check_empty, written_beside
+from dsjax.weights.write import write_checkpoint
 
 
 def load_pretrained(

@@ -5,7 +5,7 @@ In: what to do about a signal. Out: it is done at once, in a thread of its own: 
 handlers between two instructions of the main thread alone, which may be minutes away. `end` leaves
 by `os._exit`, since to tear the interpreter down beside a running compilation is a segmentation
 fault. Not done here: what a training run does about a signal (`loop`), telling the other processes
-(`hosts`).
+(`distributed.processes`).
 """
 
 import os

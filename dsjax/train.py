@@ -3,10 +3,10 @@
 
     python -m dsjax.train --config FILE [section.key=value ...]
 
-Several processes, one a host, run it together (`rendezvous`, `hosts`). The run in ten stages:
-devices, model, data, earlier run, announcement, step, parameters, state, loop, results. Nothing is
-written before every input has been checked; running the same command again resumes, or finishes
-what is missing.
+Several processes, one a host, run it together (`distributed`). The run in ten stages: devices,
+model, data, earlier run, announcement, step, parameters, state, loop, results. Nothing is written
+before every input has been checked; running the same command again resumes, or finishes what is
+missing.
 """
 
 if __name__ == "__main__":
@@ -18,9 +18,7 @@ import json
 import os
 import shlex
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,66 +27,48 @@ import jax
 from absl import flags
 
 import dsjax
-from dsjax import adapters, optimizer
+from dsjax import adapters
 from dsjax import config as configuration
-from dsjax.assembly import (
-    CHECKPOINTS,
-    Assembly,
-    assemble,
-    check_frozen,
-    frozen_sums,
-    load_frozen,
-    load_trainable,
-)
-from dsjax.checkpoint import Checkpointer
-from dsjax.config import RunConfig, TrainingSection, load_config, split_arguments
-from dsjax.continuation import identity
-from dsjax.data import Loader, decode_sample, find_tokenizer, load_training
-from dsjax.data import unused_keys as unused_data_keys
-from dsjax.devices import GPU_MEMORY_SHARE, peak_flops
-from dsjax.disk_space import check_disk
+from dsjax.config import RunConfig, load_config, split_arguments
+from dsjax.data import Loader
+from dsjax.distributed.bootstrap import find_seat, split_seat
+from dsjax.distributed.devices import GPU_MEMORY_SHARE, peak_flops
+from dsjax.distributed.processes import Hosts, joined
+from dsjax.distributed.sharding import Params
 from dsjax.errors import run_command
-from dsjax.eval_results import evaluated_rows, evaluation_marker
-from dsjax.evaluation import lower_eval_step
-from dsjax.export import card_facts, check_dtype, export_trained
-from dsjax.export_folder import check_outputs, export_marker
-from dsjax.folders import write_whole
-from dsjax.hosts import Hosts, joined
-from dsjax.loop import Loop, finish_evaluation
-from dsjax.metrics import (
-    METRICS_FILE,
-    PICTURE,
-    Meter,
-    MetricsLog,
-    plot_loss,
-    read_metrics,
-)
-from dsjax.partition import Params, has_experts, report
-from dsjax.program import memory_of
-from dsjax.rendezvous import find_seat, split_seat
-from dsjax.run_folder import (
+from dsjax.export.disk_space import check_disk
+from dsjax.export.folder import check_continues, check_outputs, export_marker, is_complete
+from dsjax.export.model_card import card_facts
+from dsjax.export.run import check_dtype, export_trained
+from dsjax.training import optimizer
+from dsjax.training.announcement import announce
+from dsjax.training.checkpoint import CHECKPOINTS, Checkpointer
+from dsjax.training.compilation import compile_evaluation, compile_step
+from dsjax.training.console import Loading, Progress
+from dsjax.training.continuation import identity
+from dsjax.training.eval_results import evaluated_rows, evaluation_marker
+from dsjax.training.flops import token_flops
+from dsjax.training.loop import Loop, finish_evaluation
+from dsjax.training.loss_plot import plot_loss
+from dsjax.training.meter import Meter
+from dsjax.training.metrics_log import METRICS_FILE, PICTURE, MetricsLog, read_metrics
+from dsjax.training.restore import check_frozen, frozen_sums
+from dsjax.training.run_data import read_as_before
+from dsjax.training.run_dir import (
     CONFIG_FILE,
-    Earlier,
-    check_continues,
     claimed,
     earlier_run,
     export_path,
-    is_complete,
     make_for_all,
-    split_as_before,
 )
-from dsjax.sharding import check_batch, portions, process_rows, undivided
-from dsjax.step import (
-    StepConfig,
+from dsjax.training.setup import Assembly, assemble, load_frozen, load_trainable
+from dsjax.training.state import (
     TrainState,
     abstract_state,
     init_state,
-    lower_train_step,
-    state_bytes,
     step_config,
 )
-from dsjax.terminal import Loading, Progress, banner, trainable_table
-from dsjax.throughput import token_flops
+from dsjax.weights.folders import write_whole
 
 USAGE = """usage: python -m dsjax.train --config FILE [section.key=value ...]
 
@@ -313,153 +293,12 @@ def export_form(config: RunConfig, parts: Assembly) -> str | None:
     return form
 
 
-@dataclass(frozen=True)
-class Data:
-    """What a run reads."""
-
-    train: Loader
-    eval: Loader | None
-    lines: list[str]
-    sample: str
-    fingerprint: str
-    eval_fingerprint: str
-
-    def digests(self) -> dict[str, str]:
-        """What tells these rows from others."""
-        return {"data.train": self.fingerprint, "data.eval": self.eval_fingerprint}
-
-
-def read_data(config: RunConfig, parts: Assembly, today: datetime) -> Data:
-    """Tokenise all rows, as of the run's first day, and plan their order.
-
-    Raises:
-        ConfigError: a row, a file, or a batch that the devices do not divide.
-    """
-    training, section = config.training, config.data
-    check_batch(training.batch_size, _portions(training, parts), parts.mesh)
-    tokenizer = find_tokenizer(parts.source.directory, section.format, today)
-    vocabulary = parts.model.config.vocab_size
-    rows = process_rows(parts.mesh, training.batch_size)
-    examples, held_out = load_training(section, training.seed, tokenizer, vocabulary)
-    loader = Loader(examples, section, training.batch_size, training.seed, rows)
-    lines, evaluation, other = examples.report.lines(), None, ""
-    if held_out is not None:
-        ordered = section.model_copy(update={"shuffle": False})
-        evaluation = Loader(held_out, ordered, training.batch_size, training.seed, rows)
-        lines, other = lines + held_out.report.lines(), held_out.fingerprint
-    sample = decode_sample(examples[0], tokenizer)
-    return Data(loader, evaluation, lines, sample, examples.fingerprint, other)
-
-
-def read_as_before(
-    config: RunConfig, earlier: Earlier, parts: Assembly, today: datetime, hosts: Hosts
-) -> tuple[RunConfig, Data]:
-    """`read_data`, and the configuration by which it was read, which goes on with the run."""
-    split = split_as_before(config, earlier, hosts)
-    data = read_data(split, parts, today)
-    return split, data if split is config else replace(data, eval=None, eval_fingerprint="")
-
-
-def _portions(training: TrainingSection, parts: Assembly) -> int:
-    return portions(training.gradient_accumulation_steps, training.batch_size, parts.mesh)
-
-
-def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
-    """Print what the run is; returns the table of what trains."""
-    trained, everything = parts.partition.counts()
-    training, loader = config.training, data.train
-    step = step_config(config, parts.partition, parts.mesh, total)
-    held = sum(state_bytes(step, training.batch_size, loader.sequence_length).values())
-    facts = {
-        "model": f"{config.model.path} ({parts.model.config.model_type})",
-        "parameters": f"{everything:,}, of which {trained:,} train",
-        "compute": f"{config.model.dtype}, remat {training.gradient_checkpointing}",
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "mesh": ", ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items() if size > 1)
-        or "1 device",
-        "memory": f"{held / 2**20:,.1f} MiB per device, gradients and activations apart",
-        "rows": f"{loader.rows_in_epoch:,} of {loader.sequence_length:,} tokens per epoch",
-        "batch": f"{training.batch_size} rows in {_portions(training, parts)} portions",
-        "evaluation": _evaluation_text(data.eval),
-        "steps": f"{total:,} ({loader.epoch(total):.2f} epochs)",
-        "output": config.output_dir,
-    }
-    banner(facts)
-    few = (
-        []
-        if training.max_steps
-        else optimizer.few_steps(total, loader.rows_in_epoch, training.batch_size)
-    )
-    for line in data.lines + undivided(parts.partition.leaves, parts.mesh) + few:
-        print(line, file=sys.stderr)
-    if parts.carried:
-        shown = ", ".join(parts.carried[:8]) + (", ..." if len(parts.carried) > 8 else "")
-        kept = f"{len(parts.carried)} tensors are kept but not computed with: {shown}"
-        print(kept, file=sys.stderr)
-    longest = parts.model.config.max_position_embeddings
-    if loader.sequence_length > longest:
-        print(
-            f"rows of {loader.sequence_length} tokens are longer than the model's "
-            f"max_position_embeddings ({longest})",
-            file=sys.stderr,
-        )
-    unused = adapters.unused_keys(config.adapter, parts.spec)
-    unused += optimizer.unused_keys(config.optimizer) + unused_data_keys(config.data)
-    if config.objective.aux_loss_alpha and not has_experts(parts.partition.leaves):
-        unused.append("objective.aux_loss_alpha")
-    if parts.spec is not None and config.model.param_dtype is not None:
-        unused.append("model.param_dtype")
-    if unused:
-        print(f"not used by this kind of training: {', '.join(unused)}", file=sys.stderr)
-    print(f"one row, the trained part marked:\n{data.sample}", file=sys.stderr)
-    return trainable_table(report(parts.partition), everything)
-
-
-def _evaluation_text(loader: Loader | None) -> str:
-    if loader is None:
-        return "none"
-    batches = loader.steps_in_epoch()
-    return f"{loader.rows_in_epoch:,} of {loader.sequence_length:,} tokens in {batches:,} batches"
-
-
 def speed_limits(parts: Assembly, config: RunConfig, loader: Loader) -> tuple[float, float | None]:
     """FLOPs that a training token needs, and the devices' peak, None if unknown."""
     remat = config.training.gradient_checkpointing
     flops = token_flops(parts.model, parts.partition, loader.sequence_length, remat)
     peak = peak_flops(jax.devices()[0].device_kind, config.model.dtype)
     return flops.needed, None if peak is None else peak * jax.device_count()
-
-
-def compile_step(step: StepConfig, loader: Loader, hosts: Hosts) -> Any:
-    """Compile the step ahead of the loop, so that its time and memory are seen as what they are."""
-    lowered = lower_train_step(step, loader.batch_size, loader.sequence_length)
-    return _compiled(lowered, "the step", 0, hosts)
-
-
-def compile_evaluation(step: StepConfig, loader: Loader, hosts: Hosts) -> Any:
-    """Compile the evaluation ahead as well: what it lacks shows before hours of training."""
-    rows, length = loader.batch_size, loader.sequence_length
-    beside = state_bytes(step, rows, length)["optimizer"]
-    return _compiled(lower_eval_step(step, rows, length), "the evaluation", beside, hosts)
-
-
-def _compiled(lowered: Any, name: str, beside: int, hosts: Hosts) -> Any:
-    """Compile for the devices that are here, and say what it took and takes.
-
-    Args:
-        lowered: the program.
-        name: what it is.
-        beside: bytes of a device that are in use besides.
-        hosts: who says it.
-    """
-    began = time.monotonic()
-    compiled = lowered.compile()
-    peak = beside + memory_of(compiled, jax.devices()[0].platform).peak
-    hosts.say(
-        f"compiled {name} in {time.monotonic() - began:.1f} s; it needs {peak / 2**30:.2f} GiB "
-        "per device"
-    )
-    return compiled
 
 
 if __name__ == "__main__":

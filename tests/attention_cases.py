@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.models.attention import Tokens, attend
+from dsjax.models.ops.attention import Tokens, attend
 
 Arrays = tuple[jax.Array, ...]
 

@@ -22,10 +22,12 @@ from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
 from dsjax.config import MeshSection, RunConfig
 from dsjax.data import Batch
+from dsjax.distributed.mesh import make_mesh
+from dsjax.distributed.sharding import Leaf, Params, leaf_shardings
 from dsjax.models import build, predict_ahead
-from dsjax.partition import Leaf, Params, decide, put
-from dsjax.sharding import leaf_shardings, make_mesh
-from dsjax.step import StepConfig, StepReport, TrainState, init_state, make_train_step, step_config
+from dsjax.training.partition import decide, put
+from dsjax.training.state import StepConfig, StepReport, TrainState, init_state, step_config
+from dsjax.training.step import make_train_step
 
 SHAPE: dict[str, Any] = {
     "model_type": "llama",

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts the matrix products of a traced program: scans by their length, dead ones left out.
 
-In: a run and a batch of tests/in_memory.py. Out: FLOPs of the step that `dsjax.step` makes for
-them. Unlike XLA's own count it multiplies a scanned body by the scan's length; unlike
-`dsjax.throughput` it knows nothing of models and policies. Not here: products inside of kernels.
+In: a run and a batch of tests/in_memory.py. Out: FLOPs of the step that `dsjax.training.step` makes
+for them. Unlike XLA's own count it multiplies a scanned body by the scan's length; unlike
+`dsjax.training.flops` it knows nothing of models and policies. Not here: products inside of
+kernels.
 """
 
 import math
@@ -13,7 +14,7 @@ import in_memory
 from jax.interpreters import partial_eval
 
 from dsjax.data import Batch
-from dsjax.step import make_train_step
+from dsjax.training.step import make_train_step
 
 
 def step_flops(run: in_memory.Run, batch: Batch) -> int:

@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from spoilt import spoilt
 
-from dsjax import checkpoint
-from dsjax.checkpoint import Checkpointer, RemovedError, from_newest
-from dsjax.checksums import named_leaves
 from dsjax.config import CheckpointSection
+from dsjax.distributed.checksums import named_leaves
 from dsjax.errors import ConfigError
+from dsjax.training import checkpoint
+from dsjax.training.checkpoint import Checkpointer, RemovedError, from_newest
 
 EVERY = CheckpointSection(save_steps=1, save_total_limit=None)
 
@@ -399,7 +399,7 @@ SAVING_FOREVER = """
 import sys
 from pathlib import Path
 import jax, jax.numpy as jnp
-from dsjax.checkpoint import Checkpointer, RemovedError, from_newest
+from dsjax.training.checkpoint import Checkpointer, RemovedError, from_newest
 from dsjax.config import CheckpointSection
 
 checkpointer = Checkpointer(Path(sys.argv[1]), CheckpointSection(save_steps=1, save_total_limit=1))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dsjax.command_line import CommandParser
+from dsjax.config.command_line import CommandParser
 from dsjax.errors import ConfigError
 
 CONVERT = Path(__file__).resolve().parents[1] / "tools" / "convert_weights.py"

@@ -8,13 +8,12 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dsjax import config_rules
-from dsjax.config import RunConfig, load_config, to_yaml
-from dsjax.config_yaml import parse_yaml, read_yaml, set_overrides, to_text
+from dsjax.config import RunConfig, load_config, rules, to_yaml
+from dsjax.config.yaml_file import parse_yaml, read_yaml, set_overrides, to_text
 from dsjax.errors import ConfigError
 
 SMALLEST = {"model": {"path": "m"}, "data": {"train": "rows.jsonl"}, "output_dir": "run"}
-KEYS = config_rules.keys(RunConfig)
+KEYS = rules.keys(RunConfig)
 
 
 def _set(text: str) -> object:

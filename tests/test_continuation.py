@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from dsjax import config_rules
-from dsjax.config import RunConfig
-from dsjax.continuation import (
+from dsjax.config import RunConfig, rules
+from dsjax.training.continuation import (
     BY_CONTENT,
     FREE,
     FREE_SECTIONS,
@@ -17,9 +16,7 @@ from dsjax.continuation import (
     identity,
 )
 
-KEYS = [
-    f"{section}.{key}" for section, inside in config_rules.keys(RunConfig).items() for key in inside
-]
+KEYS = [f"{section}.{key}" for section, inside in rules.keys(RunConfig).items() for key in inside]
 BASE: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "t"}, "output_dir": "o"}
 
 
@@ -63,7 +60,7 @@ def other_value(key: str) -> RunConfig:
 
 
 def test_each_key_is_said_to_stay_or_to_be_free_once():
-    assert config_rules.sections(RunConfig).keys() >= set(FREE_SECTIONS)
+    assert rules.sections(RunConfig).keys() >= set(FREE_SECTIONS)
     listed = [*FREE, *BY_CONTENT, *LASTING, *(k for k in KEYS if k.split(".")[0] in FREE_SECTIONS)]
     assert sorted(listed) == sorted({*KEYS, "output_dir"})
 

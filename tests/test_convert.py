@@ -14,12 +14,16 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsjax import convert, hf_files
 from dsjax.config import MeshSection
+from dsjax.distributed import arrays
+from dsjax.distributed.mesh import make_mesh
+from dsjax.distributed.sharding import Params, leaf_shardings
 from dsjax.errors import ConfigError
 from dsjax.models import build, entries_of
-from dsjax.partition import Params, decide
-from dsjax.sharding import leaf_shardings, make_mesh
+from dsjax.training.partition import decide
+from dsjax.weights import hf_directory
+from dsjax.weights import load as loading
+from dsjax.weights.convert import to_flax
 
 MESHES = {
     "one device": {"fsdp": 1},
@@ -46,9 +50,9 @@ def _load(
     dtype: str = "float32",
     only: tuple[str, ...] = (),
 ) -> Params:
-    source = convert.open_checkpoint(str(checkpoint))
+    source = loading.open_checkpoint(str(checkpoint))
     model = build(source.config, "float32")
-    convert.check_coverage(source, model)
+    loading.check_coverage(source, model)
     section = MeshSection(**mesh)
     devices = jax.devices()[: section.data * section.fsdp * section.tensor]
     leaves = {
@@ -57,7 +61,7 @@ def _load(
         if not only or path.endswith(only)
     }
     shardings = leaf_shardings(leaves, make_mesh(section, devices))
-    params = convert.load_base(source, model, leaves, shardings)
+    params = loading.load_base(source, model, leaves, shardings)
     for path, array in params.items():
         assert (array.sharding, array.dtype, array.shape) == (
             shardings[path],
@@ -95,7 +99,7 @@ def test_pieces_give_the_whole(
     mesh: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Less than a row of down_proj, two rows of q_proj, all of a norm: pieces of every kind.
-    monkeypatch.setattr(convert, "PIECE_BYTES", 2 * 48 * 4)
+    monkeypatch.setattr(arrays, "PIECE_BYTES", 2 * 48 * 4)
     only = ("q_proj.weight", "down_proj.weight", "q_proj.bias", "model.norm.weight")
     if mesh == "one device":
         only = (*only, "input_layernorm.weight", "lm_head.weight")
@@ -103,16 +107,16 @@ def test_pieces_give_the_whole(
 
 
 def test_no_piece_is_larger_than_said(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(arrays, "PIECE_BYTES", 4096)
     sizes = []
-    read = hf_files.HFSource.read
+    read = hf_directory.HFSource.read
 
-    def spy(source: hf_files.HFSource, name: str, index: tuple[slice, ...] | None = None):
+    def spy(source: hf_directory.HFSource, name: str, index: tuple[slice, ...] | None = None):
         values = read(source, name, index)
         sizes.append(values.nbytes)
         return values
 
-    monkeypatch.setattr(hf_files.HFSource, "read", spy)
+    monkeypatch.setattr(hf_directory.HFSource, "read", spy)
     _load(checkpoint, {"fsdp": 1}, only=("embed_tokens.weight", "up_proj.weight"))
     assert 3000 < max(sizes) <= 4096
     assert sum(sizes) == 4 * (281 * 48 + 2 * 80 * 48)
@@ -155,8 +159,8 @@ def _change(folder: Path, change: Change, **config: object) -> None:
 
 
 def _coverage(folder: Path) -> list[str]:
-    source = convert.open_checkpoint(str(folder))
-    return convert.check_coverage(source, build(source.config, "float32"))
+    source = loading.open_checkpoint(str(folder))
+    return loading.check_coverage(source, build(source.config, "float32"))
 
 
 def test_all_mismatches_come_in_one_message(tmp_path: Path) -> None:
@@ -208,7 +212,7 @@ def test_tensors_of_other_modules_are_carried(tmp_path: Path) -> None:
 def test_a_head_beside_a_tied_embedding_has_to_be_the_embedding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(arrays, "PIECE_BYTES", 1000)
     tiny.build_checkpoint(tmp_path, "llama_tied", head_copy=True, num_hidden_layers=1)
     assert _coverage(tmp_path) == ["lm_head.weight"]
 
@@ -223,14 +227,14 @@ def test_a_head_beside_a_tied_embedding_has_to_be_the_embedding(
 
 def test_to_flax_holds_the_arrays_that_training_loads(checkpoint: Path, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    convert.to_flax(str(checkpoint), str(tmp_path / "flax"), lambda *done: told.append(done))
+    to_flax(str(checkpoint), str(tmp_path / "flax"), lambda *done: told.append(done))
 
     total = sum(tensor.nbytes for tensor in _tensors(checkpoint).values())
     assert told[-1] == (total, total) and told == sorted(told)
     assert not list((tmp_path / "flax").glob("model*.safetensors"))
     _check(_load(tmp_path / "flax", MESHES["fsdp 2, tensor 2, data 2"]), checkpoint)
     with pytest.raises(ConfigError, match="output directory: got .*flax', which is not empty"):
-        convert.to_flax(str(checkpoint), str(tmp_path / "flax"))
+        to_flax(str(checkpoint), str(tmp_path / "flax"))
 
 
 def test_to_flax_keeps_the_dtype_that_holds_every_layer(tmp_path: Path) -> None:
@@ -241,8 +245,8 @@ def test_to_flax_keeps_the_dtype_that_holds_every_layer(tmp_path: Path) -> None:
         tensors[name] = tensors[name].float() + 1e-6
 
     _change(source, widen)
-    convert.to_flax(str(source), str(tmp_path / "flax"))
-    opened = convert.open_checkpoint(str(tmp_path / "flax"))
+    to_flax(str(source), str(tmp_path / "flax"))
+    opened = loading.open_checkpoint(str(tmp_path / "flax"))
     found = _tensors(source)
     assert opened.tensors[name].dtype == np.float32
     assert opened.tensors[name.replace("1", "0")].dtype == ml_dtypes.bfloat16

@@ -11,9 +11,9 @@ from contextlib import ExitStack, closing, suppress
 
 import pytest
 
-from dsjax import coordinator
+from dsjax.distributed import coordinator
+from dsjax.distributed.bootstrap import Seat, meet
 from dsjax.errors import ConfigError
-from dsjax.rendezvous import Seat, meet
 
 SOON = 3.0
 """Seconds that a meeting may take beside any nonsense; one silent connection once took five."""

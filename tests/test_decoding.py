@@ -11,10 +11,10 @@ import tiny
 
 import dsjax
 from dsjax.config import MeshSection
-from dsjax.decoding import generate, padded
+from dsjax.decoding.decode import generate, padded
+from dsjax.distributed.mesh import make_mesh
 from dsjax.errors import ConfigError
 from dsjax.models import Model
-from dsjax.sharding import make_mesh
 
 NEW = 12
 

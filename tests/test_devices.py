@@ -3,7 +3,7 @@
 
 import pytest
 
-from dsjax.devices import DEVICES, peak_flops
+from dsjax.distributed.devices import DEVICES, peak_flops
 
 
 @pytest.mark.parametrize(

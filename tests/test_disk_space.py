@@ -11,15 +11,18 @@ import pytest
 import small_run
 import tiny
 
-from dsjax import disk_space, export, train
-from dsjax.assembly import Assembly, assemble
+from dsjax import train
 from dsjax.config import RunConfig, load_config
-from dsjax.disk_space import check_disk
+from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
-from dsjax.export import export_bytes
-from dsjax.hosts import Hosts
-from dsjax.merge import changed_tensors, write_checkpoint
-from dsjax.step import step_config
+from dsjax.export import command as export
+from dsjax.export import disk_space
+from dsjax.export.disk_space import check_disk
+from dsjax.export.merge import changed_tensors
+from dsjax.export.run import export_bytes
+from dsjax.training.setup import Assembly, assemble
+from dsjax.training.state import step_config
+from dsjax.weights.write import write_checkpoint
 
 LORA: dict[str, Any] = {"peft_type": "LORA", "r": 4}
 EVERYTHING = {"peft_type": None}

@@ -14,10 +14,11 @@ import torch
 import yaml
 
 from dsjax import evaluate
-from dsjax.assembly import assemble, load_trainable, read_meta
-from dsjax.checkpoint import Checkpointer
 from dsjax.config import CheckpointSection, load_config
 from dsjax.errors import ConfigError
+from dsjax.training.checkpoint import Checkpointer
+from dsjax.training.restore import read_meta
+from dsjax.training.setup import assemble, load_trainable
 
 Result = dict[str, object]
 ROWS = 13

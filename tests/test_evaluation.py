@@ -14,10 +14,11 @@ import small_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsjax import evaluation, train
+from dsjax import train
 from dsjax.adapters.lora import LoraSpec
-from dsjax.evaluation import lower_eval_step, make_eval_step
-from dsjax.program import memory_of
+from dsjax.distributed.compiled import memory_of
+from dsjax.training import evaluation
+from dsjax.training.evaluation import lower_eval_step, make_eval_step
 
 ADAPTER = LoraSpec(r=4, lora_alpha=8, target_modules=["o_proj"], lora_dropout=0.5)
 
@@ -85,7 +86,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: in the evaluation")
 
-    monkeypatch.setattr("dsjax.loop.evaluate_loss", fail)
+    monkeypatch.setattr("dsjax.training.loop.evaluate_loss", fail)
 
 
 def test_a_failed_evaluation_does_not_stop_the_export(
@@ -107,7 +108,7 @@ def test_a_failed_evaluation_does_not_stop_the_export(
     exported, card = _weights(run / "export"), (run / "export/README.md").read_text("utf-8")
 
     # The next run makes up for it, in the model card too; the weights are the same.
-    monkeypatch.setattr("dsjax.loop.evaluate_loss", evaluation.evaluate_loss)
+    monkeypatch.setattr("dsjax.training.loop.evaluate_loss", evaluation.evaluate_loss)
     assert train.main(words) == 0
     assert (run / "eval_results.json").is_file()
     assert (run / "export/README.md").read_text("utf-8") != card

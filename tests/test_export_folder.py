@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from dsjax.export_folder import MARKER, is_exported, write_marker
+from dsjax.export.folder import is_exported, write_marker
+from dsjax.training.run_dir import MARKER
 
 
 @pytest.mark.parametrize(

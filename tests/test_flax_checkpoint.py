@@ -13,10 +13,10 @@ import tiny
 from hypothesis import given, settings
 from spoilt import spoilt
 
-from dsjax.convert import to_flax
 from dsjax.errors import ConfigError
-from dsjax.flax_checkpoint import ARRAYS, MANIFEST, UNMODELLED, open_flax
-from dsjax.hf_files import index_json, open_source
+from dsjax.weights.convert import to_flax
+from dsjax.weights.dsjax_format import ARRAYS, MANIFEST, UNMODELLED, open_flax
+from dsjax.weights.hf_directory import index_json, open_source
 
 Tensors = dict[str, np.ndarray]
 

@@ -9,8 +9,14 @@ import pytest
 
 from dsjax.config import ExportSection, load_config
 from dsjax.errors import ConfigError
-from dsjax.export_folder import check_outputs, check_replaceable
-from dsjax.folders import check_empty, check_possible, check_room, leftovers_of, written_beside
+from dsjax.export.folder import check_outputs, check_replaceable
+from dsjax.weights.folders import (
+    check_empty,
+    check_possible,
+    check_room,
+    leftovers_of,
+    written_beside,
+)
 
 
 def _files(folder: Path) -> set[str]:

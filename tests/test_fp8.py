@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsjax import fp8
 from dsjax.errors import ConfigError
-from dsjax.safetensors_file import TensorInfo
+from dsjax.weights import fp8
+from dsjax.weights.safetensors import TensorInfo
 
 SECTION = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}
 NAME = "model.layers.0.self_attn.o_proj.weight"

@@ -21,15 +21,17 @@ import small_run
 import tiny
 
 import dsjax
-from dsjax import convert, export, train
-from dsjax.checkpoint import Checkpointer
+from dsjax import train
 from dsjax.config import CheckpointSection, LoggingSection
 from dsjax.data.store import Example, ExampleStore
 from dsjax.errors import ConfigError
-from dsjax.folders import write_whole, written_beside
-from dsjax.metrics import TRAIN_KEYS, MetricsLog, plot_loss
-from dsjax.safetensors_file import SafetensorsWriter
-from dsjax.tensorboard_file import EventFile
+from dsjax.training.checkpoint import Checkpointer
+from dsjax.training.event_file import EventFile
+from dsjax.training.loss_plot import plot_loss
+from dsjax.training.metrics_log import TRAIN_KEYS, MetricsLog
+from dsjax.weights.convert import to_flax, to_hf
+from dsjax.weights.folders import write_whole, written_beside
+from dsjax.weights.safetensors import SafetensorsWriter
 
 KIB = 1024
 ROOT = Path(__file__).parents[1]
@@ -167,12 +169,12 @@ def test_a_checkpoint_is_not_begun_where_it_has_no_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     model = tiny.build_checkpoint(tmp_path / "model", "llama_gqa")
-    convert.to_flax(str(model), str(tmp_path / "flax"))
+    to_flax(str(model), str(tmp_path / "flax"))
     loaded = dsjax.load_pretrained(str(model), dtype="float32")
     usage, needed, out = shutil.disk_usage(tmp_path), 83_280 * 4, tmp_path / "out"
     write = {
-        "to-flax": lambda: convert.to_flax(str(model), str(out)),
-        "to-hf": lambda: export.to_hf(str(tmp_path / "flax"), str(out)),
+        "to-flax": lambda: to_flax(str(model), str(out)),
+        "to-hf": lambda: to_hf(str(tmp_path / "flax"), str(out)),
         "save_pretrained": lambda: dsjax.save_pretrained(loaded, str(out)),
     }
     for begin in write.values():

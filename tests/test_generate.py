@@ -11,12 +11,12 @@ import pytest
 import tiny
 
 import dsjax
-from dsjax import decoding
-from dsjax import generate as command
 from dsjax.data import encode_chat, encode_text, load_tokenizer
+from dsjax.decoding import decode
+from dsjax.decoding.detokenizer import TextStream
 from dsjax.errors import ConfigError
+from dsjax.generate import command
 from dsjax.models import Model
-from dsjax.text_stream import TextStream
 
 Run = Callable[..., tuple[str, str]]
 
@@ -45,7 +45,7 @@ def run(checkpoint: Path, model: Model, capsys, monkeypatch) -> Run:
 
 def text_after(model: Model, checkpoint: Path, prompt: list[int]) -> str:
     """What the library gives for a prompt, as text."""
-    rows = decoding.generate(model, [prompt], max_new_tokens=10, stop_ids=[1])
+    rows = decode.generate(model, [prompt], max_new_tokens=10, stop_ids=[1])
     return str(load_tokenizer(checkpoint).decode(rows[0], skip_special_tokens=True))
 
 

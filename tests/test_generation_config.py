@@ -9,11 +9,16 @@ import pytest
 import tiny
 from transformers import GenerationConfig
 
-from dsjax.convert import open_checkpoint
 from dsjax.data import load_tokenizer
 from dsjax.errors import ConfigError
-from dsjax.generation_config import AddedStop, added_stop, stop_tokens, write_generation_config
-from dsjax.source import Source
+from dsjax.weights.generation_config import (
+    AddedStop,
+    added_stop,
+    stop_tokens,
+    write_generation_config,
+)
+from dsjax.weights.load import open_checkpoint
+from dsjax.weights.source import Source
 
 OTHER = (tiny.SPECIAL_TOKENS[3], 3)
 ENDS_WITH = "{{% for m in messages %}}{{{{ m.content }}}}{}{{% endfor %}}"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from dsjax.assembly import assemble
 from dsjax.config import load_config
-from dsjax.plan_report import table
-from dsjax.sharding import leaf_sharding, undivided
-from dsjax.topologies import open_topology
+from dsjax.distributed.sharding import leaf_sharding, undivided
+from dsjax.plan.report import table
+from dsjax.plan.topologies import open_topology
+from dsjax.training.setup import assemble
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/shardings"

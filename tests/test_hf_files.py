@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsjax.errors import ConfigError
-from dsjax.hf_files import SafetensorsWriter, index_json, open_source, shard_names
+from dsjax.weights.hf_directory import SafetensorsWriter, index_json, open_source, shard_names
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from dsjax.convert import open_checkpoint
 from dsjax.errors import ConfigError
-from dsjax.hf_files import HFSource, SafetensorsWriter, open_source
-from dsjax.merge import write_checkpoint
+from dsjax.weights.hf_directory import HFSource, SafetensorsWriter, open_source
+from dsjax.weights.load import open_checkpoint
+from dsjax.weights.write import write_checkpoint
 
 MODELS = Path(__file__).parent / "model_configs"
 A = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -216,7 +216,7 @@ def test_hub_code_of_a_model_that_transformers_does_not_have(hub: Hub) -> None:
 OFFLINE = """
 import sys
 from dsjax.errors import ConfigError
-from dsjax.hf_files import open_source
+from dsjax.weights.hf_directory import open_source
 
 print(open_source("deepseek-ai/tiny").read("a").sum())
 for name, revision in (("deepseek-ai/other", None), ("deepseek-ai/tiny", "v2")):

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from dsjax import hosts as module
+from dsjax.distributed import processes as module
+from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
-from dsjax.export import run_proof
-from dsjax.hosts import Hosts
+from dsjax.export.run import run_proof
 
 SECONDS = 30
 

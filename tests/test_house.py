@@ -5,71 +5,39 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from dsjax import config_rules
-from dsjax.config import RunConfig, load_config
+from dsjax.config import RunConfig, load_config, rules
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dsjax"
 
-# A module imports from the rows above its own only. A folder counts as one module.
-LAYERS = (
+# A room, or a door (a file beside the rooms), imports from the rows above its own only.
+ROOMS = (
     {"signals"},
     {"errors"},
-    {
-        "config_rules",
-        "tensorboard_file",
-        "command_line",
-        "devices",
-        "patterns",
-        "profiling",
-        "storage",
-        "coordinator",
-        "launchers",
-        "tensor_names",
-        "checksums",
-        "lock_file",
-    },
-    {"config_yaml", "json_file", "rendezvous", "loss_scale", "rounding"},
-    {"config", "hosts"},
-    {
-        "continuation",
-        "safetensors_file",
-        "hf_hub",
-        "folders",
-        "models",
-        "data",
-        "optimizer",
-        "metrics",
-    },
-    {"sampling", "text_stream", "source", "model_files"},
-    {
-        "torch_file",
-        "fp8",
-        "partition",
-        "objectives",
-        "terminal",
-        "model_card",
-        "model_folder",
-        "generation_config",
-    },
-    {"hf_files", "sharding", "decoding", "throughput", "program", "topologies"},
-    {"adapters", "flax_checkpoint"},
-    {"convert", "checkpoint", "step"},
-    {"gather", "estimate", "evaluation"},
-    {"assembly", "merge"},
-    {"export_folder", "logit_proof", "eval_results"},
-    {"export", "run_folder"},
-    {"pretrained", "loop", "planning", "disk_space"},
-    {"plan_search"},
-    {"plan_report"},
-    {"train", "evaluate", "generate", "plan"},
+    {"config"},
+    {"distributed", "data"},
+    {"models"},
+    {"adapters"},
+    {"weights"},
+    {"objectives"},
+    {"decoding"},
+    {"training"},
+    {"export", "plan"},
+    {"pretrained"},
+    {"generate"},
+    {"train", "evaluate"},
 )
-ENTRY_POINTS = LAYERS[-1] | {"export"}
+ENTRY_POINTS = {"train.py", "evaluate.py"} | {
+    f"{room}/command.py" for room in ("export", "generate", "plan")
+}
+MOST_LINES = {"_train": 100}
+"""Of a function; 60 of those that are not named here."""
 VAGUE_NAMES = {"utils", "common", "helpers", "base", "core"}
 
 SOURCES = sorted(path for folder in ("dsjax", "tools") for path in (ROOT / folder).rglob("*.py"))
@@ -82,8 +50,8 @@ def _name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def _module(path: Path) -> str:
-    """Name the module of the layer table that a file of the package belongs to."""
+def _room(path: Path) -> str:
+    """Name the room that a file of the package is in, or the door that it is."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
@@ -112,21 +80,44 @@ def _tracked() -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
-def test_every_module_has_a_layer():
-    known = set().union(*LAYERS)
-    found = {_module(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
-    assert found == known
+def test_the_house_has_these_rooms():
+    found = {_room(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
+    assert found == set().union(*ROOMS)
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=_name)
 def test_imports_point_one_way(path: Path):
-    own = _module(path)
+    own = _room(path)
     if own == "__init__":
         return
-    rank = {name: row for row, names in enumerate(LAYERS) for name in names}
+    rank = {name: row for row, names in enumerate(ROOMS) for name in names}
     inside = [name for name in _imports(ast.parse(path.read_text())) if name.startswith("dsjax.")]
     others = {name.split(".")[1] for name in inside} - {own}
     assert {name for name in others if rank[name] >= rank[own]} == set()
+
+
+def test_no_room_has_a_circle():
+    """Inside a room as well there is an order in which its files can be read."""
+    files = {_dotted(path): path for path in PACKAGE.rglob("*.py")}
+    imported = {
+        name: {_home(other, files) for other in _imports(ast.parse(path.read_text()))}
+        - {name, None}
+        for name, path in files.items()
+    }
+    while imported:
+        first = {name for name, others in imported.items() if not others & imported.keys()}
+        assert first, f"these import one another: {sorted(imported)}"
+        imported = {name: others for name, others in imported.items() if name not in first}
+
+
+def _dotted(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _home(name: str, files: Mapping[str, Path]) -> str | None:
+    """The file that an imported name is in; a room's face only where the face itself has it."""
+    return name if name in files else name.rpartition(".")[0] if "." in name else None
 
 
 @pytest.mark.parametrize("path", ALL_PYTHON, ids=_name)
@@ -135,13 +126,13 @@ def test_files_are_small_and_say_what_they_are(path: Path):
     tree = ast.parse(text)
     assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n")
     assert ast.get_docstring(tree), "no module docstring"
-    assert len(text.splitlines()) <= 600
+    assert len(text.splitlines()) <= (400 if path in SOURCES else 600)
     assert path.stem not in VAGUE_NAMES and not VAGUE_NAMES & set(path.parts)
     long = [
         f"{node.name}: {node.end_lineno - node.lineno + 1} lines"
         for node in ast.walk(tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        and (node.end_lineno or 0) - node.lineno >= 100
+        and (node.end_lineno or 0) - node.lineno >= MOST_LINES.get(node.name, 60)
     ]
     assert long == []
 
@@ -166,7 +157,7 @@ def test_torch_is_imported_only_where_it_is_used(path: Path):
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=_name)
 def test_only_commands_read_the_environment(path: Path):
-    if _module(path) not in ENTRY_POINTS:
+    if str(path.relative_to(PACKAGE)) not in ENTRY_POINTS:
         assert (
             re.findall(r"os\.(?:environ|getenv)|import environ|import getenv", path.read_text())
             == []
@@ -174,11 +165,11 @@ def test_only_commands_read_the_environment(path: Path):
 
 
 def test_every_key_of_the_configuration_is_read():
-    files = [path for path in PACKAGE.rglob("*.py") if not _module(path).startswith("config")]
+    files = [path for path in PACKAGE.rglob("*.py") if _room(path) != "config"]
     text = "\n".join(path.read_text() for path in files)
     fields = {
         key: field.annotation
-        for section in config_rules.sections(RunConfig).values()
+        for section in rules.sections(RunConfig).values()
         for key, field in section.model_fields.items()
     }
     # A key that can have one value only, until there is code for others, decides nothing.

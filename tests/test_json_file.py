@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsjax.config.json_file import MOST_LEVELS, parse_object, read_object
 from dsjax.errors import ConfigError
-from dsjax.json_file import MOST_LEVELS, parse_object, read_object
-from dsjax.safetensors_file import read_header
+from dsjax.weights.safetensors import read_header
 
 SPOILT = {
     "deep_lists": (b'{"a": ' + b"[" * 100_000, "nested deeper than 100 levels"),

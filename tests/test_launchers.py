@@ -6,10 +6,10 @@ from types import ModuleType
 
 import pytest
 
-from dsjax import launchers
+from dsjax.distributed import launchers
+from dsjax.distributed.bootstrap import Seat, find_seat, refuse_several, split_seat
+from dsjax.distributed.launchers import Launched, Sign, detect
 from dsjax.errors import ConfigError
-from dsjax.launchers import Launched, Sign, detect
-from dsjax.rendezvous import Seat, find_seat, refuse_several, split_seat
 
 SLURM = {
     "SLURM_JOB_ID": "4711",

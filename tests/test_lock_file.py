@@ -17,13 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from dsjax import lock_file
+from dsjax.distributed import lock_file
+from dsjax.distributed.lock_file import LOCK_FILE, locked
+from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
-from dsjax.export_folder import read_marker
-from dsjax.folders import check_empty, written_beside
-from dsjax.hosts import Hosts
-from dsjax.lock_file import LOCK_FILE, locked
-from dsjax.run_folder import claimed
+from dsjax.training.run_dir import claimed, read_marker
+from dsjax.weights.folders import check_empty, written_beside
 
 ROOT = Path(__file__).parents[1]
 HERE = socket.gethostname(), lock_file._boot_id()
@@ -32,7 +31,7 @@ import fcntl, sys, time
 from pathlib import Path
 if sys.argv[2] == "byte ranges":  # what NFS makes of it
     fcntl.flock = fcntl.lockf
-from dsjax.lock_file import locked
+from dsjax.distributed.lock_file import locked
 with locked(Path(sys.argv[1]), "it is held"):
     print("held", flush=True)
     sys.stdin.read()

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import pytest
 import small_run
 
-from dsjax import loop, train
-from dsjax.hosts import Hosts
-from dsjax.terminal import Progress
+from dsjax import train
+from dsjax.distributed.processes import Hosts
+from dsjax.training import loop
+from dsjax.training.console import Progress
 
 LONG = 30
 """Products of a step that takes a while, some tenths of a second."""

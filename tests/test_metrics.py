@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dsjax import metrics
 from dsjax.config import LoggingSection
 from dsjax.errors import ConfigError
-from dsjax.metrics import Meter, MetricsLog, plot_loss, read_metrics
+from dsjax.training import metrics_log
+from dsjax.training.loss_plot import MOST_POINTS, _binned, _smooth, plot_loss
+from dsjax.training.meter import Meter
+from dsjax.training.metrics_log import MetricsLog, read_metrics
 
 SILENT = LoggingSection(report_to=[])
 BOARD = LoggingSection(report_to=["tensorboard"])
@@ -53,8 +55,8 @@ def test_one_loss_line_per_step_with_the_contract_keys_in_order(tmp_path):
     write_run(tmp_path, [1, 2])
     rows = lines(tmp_path)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
-    assert tuple(rows[0]) == ("step", *metrics.TRAIN_KEYS)
-    assert tuple(rows[1]) == ("step", *metrics.EVAL_KEYS)
+    assert tuple(rows[0]) == ("step", *metrics_log.TRAIN_KEYS)
+    assert tuple(rows[1]) == ("step", *metrics_log.EVAL_KEYS)
     assert rows[0]["mfu"] is None
 
 
@@ -172,7 +174,7 @@ def test_tensorboard_has_scalars_and_texts(tmp_path):
         log.log(3, train_values(loss=math.nan))
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(board.Tags()["scalars"]) == {
-        *(f"train/{key}" for key in metrics.TRAIN_KEYS if key != "mfu"),
+        *(f"train/{key}" for key in metrics_log.TRAIN_KEYS if key != "mfu"),
         "eval/loss",
         "eval/perplexity",
         "eval/tokens",
@@ -280,7 +282,7 @@ def test_meter_restored_in_the_middle_gives_the_unbroken_numbers():
 
 def test_meter_speed_leaves_out_pauses(monkeypatch):
     clock = iter([0.0, 2.0, 12.0, 14.0])
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(metrics_log.time, "monotonic", lambda: next(clock))
     meter = Meter(flops_per_token=3.0, peak_flops=60.0)
     meter.add(1.0, 1.0, 1.0, 40)
     with meter.paused():
@@ -292,7 +294,7 @@ def test_meter_speed_leaves_out_pauses(monkeypatch):
 
 def test_meter_leaves_out_what_came_before_the_first_step(monkeypatch):
     clock = iter([0.0, 100.0, 104.0, 110.0])
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(metrics_log.time, "monotonic", lambda: next(clock))
     meter = Meter()
     meter.start()
     meter.add(1.0, 1.0, 1.0, 40)
@@ -330,9 +332,9 @@ def test_a_picture_of_a_long_run_takes_little_memory(tmp_path):
 @settings(max_examples=20)
 def test_a_curve_of_few_points_is_the_mean_of_all(losses):
     points = list(enumerate(losses, 1))
-    binned, label = metrics._binned(points, "training")
-    assert len(binned) <= metrics.MOST_POINTS
-    size = -(-len(points) // metrics.MOST_POINTS)
+    binned, label = _binned(points, "training")
+    assert len(binned) <= MOST_POINTS
+    size = -(-len(points) // MOST_POINTS)
     assert label == ("training" if size == 1 else f"training, means of {size} lines")
     for index, (step, loss) in enumerate(binned):
         part = points[index * size : (index + 1) * size]
@@ -351,6 +353,6 @@ def test_no_picture_without_a_loss(tmp_path):
 
 
 def test_smoothing_does_not_lag_and_flattens_a_zigzag():
-    assert metrics._smooth([5.0, 4.0, 3.0, 2.0, 1.0]) == [4.5, 4.0, 3.0, 2.0, 1.5]
-    smooth = metrics._smooth([1.0 + (step % 2) for step in range(90)])
+    assert _smooth([5.0, 4.0, 3.0, 2.0, 1.0]) == [4.5, 4.0, 3.0, 2.0, 1.5]
+    smooth = _smooth([1.0 + (step % 2) for step in range(90)])
     assert max(smooth[3:-3]) - min(smooth[3:-3]) < 0.2

@@ -6,7 +6,7 @@ import ast
 import pytest
 import yaml
 
-from dsjax.model_card import CardFacts, markdown_table, source_license, write_model_card
+from dsjax.export.model_card import CardFacts, markdown_table, source_license, write_model_card
 
 
 def facts(**more):

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsjax.errors import ConfigError
-from dsjax.hf_files import SafetensorsWriter, open_source
-from dsjax.merge import write_checkpoint
-from dsjax.model_files import kept_names
+from dsjax.weights.hf_directory import SafetensorsWriter, open_source
+from dsjax.weights.model_files import kept_names
+from dsjax.weights.write import write_checkpoint
 
 # Of the repositories of DeepSeek's models, and transformers' names.
 BELONG = (

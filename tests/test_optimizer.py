@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from dsjax.config import OptimizerSection
 from dsjax.errors import ConfigError
-from dsjax.optimizer import (
+from dsjax.training.optimizer import (
     DECAYS,
     check_rates,
     clip_by_global_norm,

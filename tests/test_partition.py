@@ -13,7 +13,7 @@ from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
 from dsjax.errors import ConfigError
 from dsjax.models import base_shapes
-from dsjax.partition import Partition, decide, put, report, take
+from dsjax.training.partition import Partition, decide, put, report, take
 
 STACKED = 9  # parameters of a block without biases: two norms, four and three projections
 

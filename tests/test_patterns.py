@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsjax import patterns
-from dsjax.patterns import fullmatch
+from dsjax.config import patterns
+from dsjax.config.patterns import fullmatch
 
 NAMES = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(12) for p in "qkvo"] + ["lm_head"]
 USUAL = [

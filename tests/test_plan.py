@@ -16,13 +16,17 @@ import jax
 import pytest
 import small_run
 
-from dsjax import plan, plan_search, planning, train
-from dsjax.assembly import assemble, load_frozen, load_trainable
+from dsjax import train
 from dsjax.config import MeshSection, RunConfig, load_config
+from dsjax.distributed.compiled import Collective, Collectives, Memory, memory_of
 from dsjax.errors import ConfigError
-from dsjax.program import Collective, Collectives, Memory, memory_of
-from dsjax.step import init_state, lower_train_step, step_config
-from dsjax.topologies import Topology, open_topology
+from dsjax.plan import command as plan
+from dsjax.plan import plan as planning
+from dsjax.plan import search
+from dsjax.plan.topologies import Topology, open_topology
+from dsjax.training.setup import assemble, load_frozen, load_trainable
+from dsjax.training.state import init_state, step_config
+from dsjax.training.step import lower_train_step
 
 KEYS = {
     *("fits", "platform", "devices", "peak_bytes_per_device", "hbm_bytes_per_device"),
@@ -143,7 +147,7 @@ def test_an_evaluation_is_planned_in_the_portions_of_the_training(
 def test_a_search_marks_the_largest_batch_that_fits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_search, "MOST_ROWS", 1)
+    monkeypatch.setattr(search, "MOST_ROWS", 1)
     file = _config(tmp_path, "lora", "llama_gqa")
     words = ["--config", str(file), "--topology", "cpu:8", _bare(tmp_path), "--search"]
     assert plan.main([*words, "--json"]) == 0
@@ -164,7 +168,7 @@ def test_a_search_ends_where_a_batch_does_not_fit(
         peak = training.batch_size * keeps[training.gradient_checkpointing]
         return SimpleNamespace(fits=peak <= 48, peak_bytes_per_device=peak, time=None)
 
-    monkeypatch.setattr(plan_search, "make_plan", planned)
+    monkeypatch.setattr(search, "make_plan", planned)
     file = _config(tmp_path, "lora", "llama_gqa", fsdp=4)
     words = ["--config", str(file), "--topology", "cpu:4", "--search"]
     assert plan.main(words) == 0
@@ -236,16 +240,16 @@ def test_suggested_meshes(
     expected: list[tuple[int, int, int]],
 ) -> None:
     bounds = dict(zip(("expert", "tensor"), limits, strict=True))
-    found = plan_search.meshes(MeshSection(**asked), devices, bounds)
+    found = search.meshes(MeshSection(**asked), devices, bounds)
     assert [(m.fsdp, m.expert, m.tensor) for m in found] == expected
     assert {m.data * m.fsdp * m.expert * m.tensor for m in found} == {devices}
 
 
 def _small_slices(monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
     """Slices of simulated devices that have so many bytes each."""
-    monkeypatch.setattr(plan_search, "SLICES", {"cpu": ("1", "2", "4")})
+    monkeypatch.setattr(search, "SLICES", {"cpu": ("1", "2", "4")})
     monkeypatch.setattr(
-        plan_search, "open_topology", lambda name: replace(open_topology(name), memory_bytes=memory)
+        search, "open_topology", lambda name: replace(open_topology(name), memory_bytes=memory)
     )
 
 
@@ -261,7 +265,7 @@ def test_a_suggestion_is_the_smallest_slice_that_fits(
 
     _small_slices(monkeypatch, whole - 1)
     fit = planning.make_plan
-    monkeypatch.setattr(plan_search, "make_plan", lambda c, t: replace(fit(c, t), fits=True))
+    monkeypatch.setattr(search, "make_plan", lambda c, t: replace(fit(c, t), fits=True))
     capsys.readouterr()
     assert plan.main([*words, "--suggest", "--topology", "cpu", "--json"]) == 0
     output = capsys.readouterr()

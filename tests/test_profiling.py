@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from dsjax.profiling import Profile
+from dsjax.training.profiling import Profile
 
 
 def traced_steps(trace: Path) -> list[int]:

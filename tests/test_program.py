@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsjax.program import Collective, Collectives, collectives_of, memory_of
+from dsjax.distributed.compiled import Collective, Collectives, collectives_of, memory_of
 
 
 def _mesh() -> Mesh:

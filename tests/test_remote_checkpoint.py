@@ -16,12 +16,16 @@ from bucket import Bucket
 from jax.sharding import NamedSharding
 
 import dsjax
-from dsjax import config, convert, export
+from dsjax import config
 from dsjax.config import MeshSection
+from dsjax.distributed import arrays
+from dsjax.distributed.mesh import make_mesh
+from dsjax.distributed.sharding import Leaf, Params, leaf_shardings
 from dsjax.errors import ConfigError
+from dsjax.export import command as export
 from dsjax.models import build
-from dsjax.partition import Leaf, Params, decide
-from dsjax.sharding import leaf_shardings, make_mesh
+from dsjax.training.partition import decide
+from dsjax.weights import load as loading
 
 
 @pytest.fixture
@@ -46,12 +50,12 @@ def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(path: str | Path, mesh: Mapping[str, int], ending: str = "") -> tuple[Params, Leaf]:
     """Parameters whose path ends so, on eight devices; and the last one's leaf."""
-    source = convert.open_checkpoint(str(path))
+    source = loading.open_checkpoint(str(path))
     model = build(source.config, "float32")
-    convert.check_coverage(source, model)
+    loading.check_coverage(source, model)
     leaves = {p: leaf for p, leaf in decide(model).leaves.items() if p.endswith(ending)}
     shardings = leaf_shardings(leaves, make_mesh(MeshSection(**mesh)))
-    return convert.load_base(source, model, leaves, shardings), list(leaves.values())[-1]
+    return loading.load_base(source, model, leaves, shardings), list(leaves.values())[-1]
 
 
 @pytest.mark.parametrize("piece", [2**26, 4000], ids=["whole", "pieces"])
@@ -70,7 +74,7 @@ def test_parameters_are_those_of_the_directory(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(convert, "PIECE_BYTES", piece)
+    monkeypatch.setattr(arrays, "PIECE_BYTES", piece)
     folder = request.getfixturevalue(form)
     ending = ("embed_tokens.weight", "down_proj.weight", "q_proj.weight", "model.norm.weight")
     expected, _ = load(folder, mesh, ending)
@@ -84,9 +88,9 @@ def test_parameters_are_those_of_the_directory(
 def test_opening_reads_headers_and_small_files(
     llama: Path, store: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsjax.safetensors_file._FIRST_READ", 4096)
+    monkeypatch.setattr("dsjax.weights.safetensors._FIRST_READ", 4096)
     url = store.upload(llama)
-    source = convert.open_checkpoint(url)
+    source = loading.open_checkpoint(url)
     sizes = {file.name: file.stat().st_size for file in llama.iterdir()}
     aux = [name for name in sizes if ".safetensors" not in name]
     shards = [name for name in sizes if name.endswith(".safetensors")]
@@ -95,16 +99,16 @@ def test_opening_reads_headers_and_small_files(
     assert sorted(file.name for file in source.aux_files()) == sorted(aux)
     assert all(file.parent == source.directory for file in source.aux_files())
     store.reads.clear()
-    without = convert.open_checkpoint(url, weights=False)
+    without = loading.open_checkpoint(url, weights=False)
     assert without.config == source.config and store.bytes_of(".safetensors") == 0
 
 
 def test_a_long_header_takes_a_second_read(
     llama: Path, store: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsjax.safetensors_file._FIRST_READ", 100)
-    source = convert.open_checkpoint(store.upload(llama))
-    assert source.tensors == convert.open_checkpoint(str(llama)).tensors
+    monkeypatch.setattr("dsjax.weights.safetensors._FIRST_READ", 100)
+    source = loading.open_checkpoint(store.upload(llama))
+    assert source.tensors == loading.open_checkpoint(str(llama)).tensors
     heads = [read for read in store.reads if read[0].endswith(".safetensors")]
     assert sorted(start for _, start, _ in heads) == [0] * 4 + [100] * 4
 
@@ -143,7 +147,7 @@ def test_a_host_reads_what_its_devices_need(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     url = store.upload(request.getfixturevalue(form))
-    convert.open_checkpoint(url)
+    loading.open_checkpoint(url)
     opened = store.bytes_of(".safetensors")
     store.reads.clear()
     only_the_first_device(monkeypatch)
@@ -155,10 +159,10 @@ def test_a_host_reads_the_experts_of_its_devices(
     fp8: Path, store: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = store.upload(fp8)
-    source = convert.open_checkpoint(url)
+    source = loading.open_checkpoint(url)
     own = [
         info.end - info.start
-        for name, info in convert.fp8.raw_of(source).tensors.items()
+        for name, info in loading.fp8.raw_of(source).tensors.items()
         if re.search(r"\.experts\.[01]\.up_proj\.weight", name)
     ]
     opened = store.bytes_of(".safetensors")
@@ -173,9 +177,9 @@ def test_a_host_reads_the_experts_of_its_devices(
 def test_devices_of_a_host_share_what_they_read(
     llama: Path, store: Bucket, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert, "PIECE_BYTES", piece)
+    monkeypatch.setattr(arrays, "PIECE_BYTES", piece)
     url = store.upload(llama)
-    convert.open_checkpoint(url)
+    loading.open_checkpoint(url)
     opened = store.bytes_of(".safetensors")
     store.reads.clear()
     params, leaf = load(url, {"fsdp": 8}, "mlp.up_proj.weight")  # eighths of every row
@@ -232,7 +236,7 @@ def random_adapter(folder: Path) -> None:
 
 def refusal(url: str, revision: str | None = None) -> str:
     with pytest.raises(ConfigError) as caught:
-        convert.open_checkpoint(url, revision)
+        loading.open_checkpoint(url, revision)
     return str(caught.value)
 
 

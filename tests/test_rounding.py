@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsjax.config import MeshSection
-from dsjax.rounding import round_to, share_lost
-from dsjax.sharding import make_mesh
+from dsjax.distributed.mesh import make_mesh
+from dsjax.training.rounding import round_to, share_lost
 
 DRAWS = 4096
 BFLOAT16 = jnp.dtype("bfloat16")

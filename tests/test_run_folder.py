@@ -10,19 +10,13 @@ import jax.numpy as jnp
 import pytest
 
 from dsjax import config as configuration
-from dsjax.checkpoint import Checkpointer
 from dsjax.config import LoggingSection, RunConfig
+from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
-from dsjax.export_folder import MARKER
-from dsjax.hosts import Hosts
-from dsjax.metrics import METRICS_FILE, TRAIN_KEYS, MetricsLog, read_metrics
-from dsjax.run_folder import (
-    CONFIG_FILE,
-    Earlier,
-    check_continues,
-    earlier_run,
-    split_as_before,
-)
+from dsjax.export.folder import check_continues
+from dsjax.training.checkpoint import Checkpointer
+from dsjax.training.metrics_log import METRICS_FILE, TRAIN_KEYS, MetricsLog, read_metrics
+from dsjax.training.run_dir import CONFIG_FILE, MARKER, Earlier, earlier_run, split_as_before
 
 
 @pytest.fixture

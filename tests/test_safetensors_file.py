@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dsjax.errors import ConfigError
-from dsjax.safetensors_file import DTYPES, SafetensorsWriter, read_header, read_tensor
+from dsjax.weights.safetensors import DTYPES, SafetensorsWriter, read_header, read_tensor
 
 A = np.arange(12, dtype=np.float32).reshape(4, 3)
 Entry = tuple[str, str | np.dtype, tuple[int, ...]]

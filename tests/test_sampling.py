@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from dsjax.sampling import Sampling, filtered, pick, row_keys, sampling_problems
+from dsjax.decoding.sampling import Sampling, filtered, pick, row_keys, sampling_problems
 
 
 def reference(logits: np.ndarray, sampling: Sampling) -> np.ndarray:

@@ -16,14 +16,16 @@ from jax.experimental import topologies
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from dsjax import sharding
 from dsjax.adapters import attach
 from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
 from dsjax.config import MeshSection
+from dsjax.distributed import sharding
+from dsjax.distributed.compiled import collectives_of
+from dsjax.distributed.mesh import batch_shards, check_batch, make_mesh, replicated
+from dsjax.distributed.sharding import Leaf
 from dsjax.errors import ConfigError
-from dsjax.partition import Leaf, decide
-from dsjax.program import collectives_of
+from dsjax.training.partition import decide
 
 MESHES = {
     "data 8": {"data": 8},
@@ -129,7 +131,7 @@ def _lora_leaves(**shape: Any) -> Mapping[str, Leaf]:
 
 
 def _mesh(**axes: int) -> jax.sharding.Mesh:
-    return sharding.make_mesh(MeshSection(**axes))
+    return make_mesh(MeshSection(**axes))
 
 
 def test_every_leaf_has_the_sharding_of_its_axes() -> None:
@@ -263,7 +265,7 @@ def test_a_layers_matrix_is_gathered_and_its_gradient_divided_again(
 
 
 def test_one_device_gathers_nothing() -> None:
-    mesh = sharding.make_mesh(MeshSection(), jax.devices()[:1])
+    mesh = make_mesh(MeshSection(), jax.devices()[:1])
     x = jnp.ones((4, 6))
     assert sharding.make_layout(mesh).gather(x, ("mlp", "embed"), jnp.dtype(jnp.bfloat16)) is x
 
@@ -280,7 +282,7 @@ def test_moments_are_sharded_like_their_parameters_and_counters_are_replicated()
             assert moment.sharding == sharding.leaf_sharding(leaves[path], mesh), path
             assert moment.dtype == jnp.float32, path
     rest = (adam.count, schedule.count, run.state.step, run.state.rng, *run.state.loss_scale)
-    assert all(array.sharding == sharding.replicated(mesh) for array in rest)
+    assert all(array.sharding == replicated(mesh) for array in rest)
     matrix = adam.mu["model.layers.mlp.up_proj.weight"]
     assert matrix.addressable_shards[0].data.size == matrix.size // 8
 
@@ -319,8 +321,8 @@ def test_a_mesh_fills_its_free_axis() -> None:
     mesh = _mesh(tensor=2)
     assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2, "expert": 1, "sequence": 1}
     assert set(mesh.axis_types) == {AxisType.Auto}
-    assert sharding.batch_shards(mesh) == 4
-    assert sharding.make_mesh(MeshSection(), jax.devices()[:3]).shape["fsdp"] == 3
+    assert batch_shards(mesh) == 4
+    assert make_mesh(MeshSection(), jax.devices()[:3]).shape["fsdp"] == 3
 
 
 @pytest.mark.parametrize(
@@ -340,14 +342,14 @@ def test_a_mesh_that_does_not_fit_is_refused(axes: dict[str, int], message: str)
 
 def test_a_batch_has_to_divide() -> None:
     mesh = _mesh(fsdp=2, data=2, tensor=2)
-    sharding.check_batch(24, 3, mesh)
+    check_batch(24, 3, mesh)
     message = (
         r"training.batch_size: got 20, expected a multiple of 12 = "
         r"training.gradient_accumulation_steps \(3\) x mesh.data x mesh.fsdp x mesh.expert "
         r"\(4\); 24 would do"
     )
     with pytest.raises(ConfigError, match=message):
-        sharding.check_batch(20, 3, mesh)
+        check_batch(20, 3, mesh)
 
 
 SLICES = [("v5e:4x4", 2), ("v5p:2x2x2", 2), ("v5e:2x2", 4), ("v5p:2x2x1", 3)]
@@ -380,7 +382,7 @@ def test_only_data_crosses_tpu_slices(name: str, count: int) -> None:
         {"data": -1, "fsdp": 2},
     ]
     for axes in meshes:
-        mesh = sharding.make_mesh(MeshSection(**axes), devices)
+        mesh = make_mesh(MeshSection(**axes), devices)
         assert mesh.size == len(devices) and _lie_within(mesh) == inside
         # Rows of a slice lie together: its hosts read no others.
         first = [d.slice_index for d in mesh.devices.reshape(mesh.shape["data"], -1)[:, 0]]
@@ -390,7 +392,7 @@ def test_only_data_crosses_tpu_slices(name: str, count: int) -> None:
 @pytest.mark.parametrize(("name", "count"), SLICES)
 def test_weights_cross_tpu_slices_where_that_is_written(name: str, count: int) -> None:
     devices = _slices(name, count)
-    mesh = sharding.make_mesh(MeshSection(fsdp=len(devices)), devices)
+    mesh = make_mesh(MeshSection(fsdp=len(devices)), devices)
     assert _lie_within(mesh) == {"data", "tensor", "expert", "sequence"}
     message = (
         f"mesh.data: got 1 for {count} TPU slices of {len(devices) // count} chips, expected a "
@@ -399,15 +401,15 @@ def test_weights_cross_tpu_slices_where_that_is_written(name: str, count: int) -
     refused: list[dict[str, Any]] = [{}, {"fsdp": 1, "tensor": -1}, {"tensor": 2}]
     for axes in refused:
         with pytest.raises(ConfigError, match=message):
-            sharding.make_mesh(MeshSection(**axes), devices)
+            make_mesh(MeshSection(**axes), devices)
 
 
 def test_slices_of_different_sizes_are_refused() -> None:
     with pytest.raises(ConfigError, match="mesh: got TPU slices of 4, 3 chips, expected slices of"):
-        sharding.make_mesh(MeshSection(data=7, fsdp=1), _slices("v5e:2x2", 2)[:7])
+        make_mesh(MeshSection(data=7, fsdp=1), _slices("v5e:2x2", 2)[:7])
 
 
 def test_a_slice_alone_is_placed_as_ever() -> None:
     devices = _slices("v5e:4x4", 2)[:16]
-    mesh = sharding.make_mesh(MeshSection(), devices)
+    mesh = make_mesh(MeshSection(), devices)
     assert dict(mesh.shape)["fsdp"] == 16 and {d.slice_index for d in mesh.devices.flat} == {0}

@@ -132,7 +132,7 @@ def test_a_folder_half_written_is_removed(tmp_path: Path):
     (tmp_path / "writes.py").write_text("""
 import time
 from pathlib import Path
-from dsjax.folders import written_beside
+from dsjax.weights.folders import written_beside
 def main(words):
     with written_beside(Path(words[0])) as folder:
         (folder / "half").write_text("")
@@ -153,12 +153,12 @@ TRAIN: dict[str, Moment] = {
     "data": ("dsjax.train", "", "read_data"),
     "compile": ("dsjax.train", "", "compile_step"),
     "load": ("dsjax.train", "", "load_frozen"),
-    "step": ("dsjax.loop", "", "to_devices"),
-    "restore": ("dsjax.checkpoint", "Checkpointer", "restore"),
-    "save": ("dsjax.checkpoint", "Checkpointer", "save"),
-    "evaluate": ("dsjax.loop", "", "evaluate_loss"),
+    "step": ("dsjax.training.loop", "", "to_devices"),
+    "restore": ("dsjax.training.checkpoint", "Checkpointer", "restore"),
+    "save": ("dsjax.training.checkpoint", "Checkpointer", "save"),
+    "evaluate": ("dsjax.training.loop", "", "evaluate_loss"),
     "export": ("dsjax.export", "", "write_checkpoint"),
-    "proof": ("dsjax.logit_proof", "", "prove"),
+    "proof": ("dsjax.export.verify", "", "prove"),
     "picture": ("dsjax.train", "", "plot_loss"),
 }
 """Moments of a run, in the order in which they come if each ends it and it is started again."""
@@ -187,8 +187,8 @@ def test_the_other_commands_end_as_well(tmp_path: Path):
     small_run.finish(config)
     run, out = tmp_path / "run", tmp_path / "out" / "export"
     out.parent.mkdir()
-    evaluate, plan = ("dsjax.evaluate", "", "evaluate_loss"), ("dsjax.planning", "", "_compile")
-    export = ("dsjax.logit_proof", "", "prove")
+    evaluate, plan = ("dsjax.evaluate", "", "evaluate_loss"), ("dsjax.plan.plan", "", "_compile")
+    export = ("dsjax.export.verify", "", "prove")
     written = ("--run", run, "--out", out, "--format", "merged")
     int_, term = SIGNALS
     for number in (int_, term):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import tiny
 
-from dsjax import source as sources
-from dsjax.convert import open_checkpoint, to_flax
-from dsjax.safetensors_file import read_header
-from dsjax.source import source_digest
+from dsjax.weights import source as sources
+from dsjax.weights.convert import to_flax
+from dsjax.weights.load import open_checkpoint
+from dsjax.weights.safetensors import read_header
+from dsjax.weights.source import source_digest
 
 
 @pytest.fixture(scope="session")

@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 
 from dsjax.adapters.lora import LoraSpec
-from dsjax.evaluation import make_eval_step
-from dsjax.loss_scale import FIRST_LOSS_SCALE, GROW_AFTER, LossScale
+from dsjax.distributed.sharding import Leaf
 from dsjax.models.layers import Dropout
-from dsjax.optimizer import make_schedule
-from dsjax.partition import Leaf
-from dsjax.step import (
-    abstract_state,
-)
+from dsjax.training.evaluation import make_eval_step
+from dsjax.training.loss_scale import FIRST_LOSS_SCALE, GROW_AFTER, LossScale
+from dsjax.training.optimizer import make_schedule
+from dsjax.training.state import abstract_state
 
 ADAPTER = LoraSpec(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 

@@ -14,8 +14,8 @@ import pytest
 from bucket import Bucket
 from fsspec.implementations.memory import MemoryFileSystem
 
-from dsjax import storage
 from dsjax.errors import ConfigError
+from dsjax.weights import storage
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_copies_go_with_their_folder(folder: Path, store: Bucket) -> None:
     ],
 )
 def test_what_is_a_url(path: str, is_url: bool) -> None:
-    assert storage.is_url(path) is is_url
+    assert is_url(path) is is_url
 
 
 def test_a_folder_that_is_not_there(store: Bucket) -> None:

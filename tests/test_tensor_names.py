@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsjax.adapters import peft_files
 from dsjax.errors import ConfigError
 from dsjax.models import base_shapes, build, carried_of, entries_of
+from dsjax.models.tensor_names import MOST_EXAMPLES, examples, find_renamed, mismatches
 from dsjax.models.weight_rules import coverage_problems, entry_shape
-from dsjax.tensor_names import MOST_EXAMPLES, examples, find_renamed, mismatches
+from dsjax.weights import peft
 
 R1 = Path(__file__).parent / "model_configs/deepseek_r1/config.json"
 SAYS = {"rule": "from config.json", "config": "config.json", "place": "model.path"}
@@ -71,11 +71,11 @@ def test_an_adapter_with_as_many_names(
         for side in "AB"
     }
     infos = {f"{name}_": SimpleNamespace(shape=shape) for name, shape in wanted.items()}
-    monkeypatch.setattr(peft_files, "_wanted_shapes", lambda *_: wanted)
-    monkeypatch.setattr(peft_files, "_tensor_infos", lambda _: infos)
+    monkeypatch.setattr(peft, "_wanted_shapes", lambda *_: wanted)
+    monkeypatch.setattr(peft, "_tensor_infos", lambda _: infos)
     began = time.process_time()
     with pytest.raises(ConfigError) as caught:
-        peft_files.check_tensors(str(tmp_path), r1.model, peft_files.PrefixSpec(1), {}, len)
+        peft.check_tensors(str(tmp_path), r1.model, peft.PrefixSpec(1), {}, len)
     assert time.process_time() - began < 20
     assert len(str(caught.value).splitlines()) == 2 * (MOST_EXAMPLES + 1)
     assert f"and {len(wanted) - MOST_EXAMPLES:,} more missing tensors" in str(caught.value)
@@ -83,7 +83,7 @@ def test_an_adapter_with_as_many_names(
     other = module + "model.layers.0.self_attn.q_proj.lora_A.weight"
     infos = {name.replace(module, "", 1): SimpleNamespace(shape=s) for name, s in wanted.items()}
     with pytest.raises(ConfigError) as caught:
-        peft_files.check_tensors(str(tmp_path), r1.model, peft_files.PrefixSpec(1), {}, len)
+        peft.check_tensors(str(tmp_path), r1.model, peft.PrefixSpec(1), {}, len)
     said = str(caught.value)
     assert f"got {len(wanted):,} tensors whose names lack 'base_model.model.' (" in said
     assert said.startswith(f"adapter.path {tmp_path}/adapter_model.safetensors: ")

@@ -6,7 +6,7 @@ import pty
 import subprocess
 import sys
 
-from dsjax.terminal import Loading, Progress, banner, trainable_line, trainable_table
+from dsjax.training.console import Loading, Progress, banner, trainable_line, trainable_table
 
 VALUES = {
     "epoch": 0.5,
@@ -118,7 +118,7 @@ def test_other_processes_print_nothing(capsys):
 
 
 SCRIPT = """
-from dsjax.terminal import Progress
+from dsjax.training.console import Progress
 with Progress(2) as progress:
     progress.log(1, {"loss": 1.25, "tokens_per_second": 1234.0})
     progress.log_eval(1, {"eval_loss": 0.5})

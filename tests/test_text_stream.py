@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from dsjax.data import encode_text, load_tokenizer
-from dsjax.text_stream import TextStream
+from dsjax.decoding.detokenizer import TextStream
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from dsjax import adapters
 from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
 from dsjax.models import Model, build, moe, predict_ahead
-from dsjax.partition import decide
-from dsjax.throughput import TokenFlops, token_flops
+from dsjax.training.flops import TokenFlops, token_flops
+from dsjax.training.partition import decide
 
 POLICIES = ("none", "dots", "names", "full")
 OTHERS = ("none", "dots", "full")

@@ -7,10 +7,10 @@ from importlib import resources
 import jax
 import pytest
 
-from dsjax import topologies
-from dsjax.devices import DEVICES, GPU_MEMORY_SHARE
+from dsjax.distributed.devices import DEVICES, GPU_MEMORY_SHARE
 from dsjax.errors import ConfigError
-from dsjax.topologies import open_topology
+from dsjax.plan import topologies
+from dsjax.plan.topologies import open_topology
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_simulated_devices() -> None:
 
 def test_every_gpu_has_a_description_that_agrees_with_the_table_of_devices() -> None:
     for accelerator, file in topologies._GPU_TARGETS.items():
-        text = (resources.files("dsjax") / "gpu_targets" / f"{file}.txtpb").read_text()
+        text = (resources.files("dsjax.plan") / "gpu_targets" / f"{file}.txtpb").read_text()
         name = re.search(r'device_description_str: "(.*)"', text)
         memory = re.search(r"device_memory_size: (\d+)", text)
         assert name and memory and accelerator in topologies.SLICES

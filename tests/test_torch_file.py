@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dsjax.errors import ConfigError
-from dsjax.torch_file import list_tensors, read_tensor
+from dsjax.weights.torch_bin import list_tensors, read_tensor
 
 
 @pytest.fixture

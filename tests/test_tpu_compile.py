@@ -175,10 +175,12 @@ def _compile(case: Case, text: Path) -> dict[str, Any]:
     from dsjax import adapters
     from dsjax.adapters.lora import LoraSpec
     from dsjax.config import MeshSection
+    from dsjax.distributed.mesh import make_mesh
+    from dsjax.distributed.sharding import leaf_shardings
     from dsjax.models import build
-    from dsjax.partition import decide
-    from dsjax.sharding import leaf_shardings, make_mesh
-    from dsjax.step import lower_train_step, step_config
+    from dsjax.training.partition import decide
+    from dsjax.training.state import step_config
+    from dsjax.training.step import lower_train_step
 
     config = in_memory.run_config(
         {"dtype": "bfloat16"},

@@ -18,11 +18,10 @@ if __name__ == "__main__":
 
     end_at_once()  # what is imported below takes seconds
 
-from dsjax.command_line import CommandParser
-from dsjax.convert import to_flax
+from dsjax.config.command_line import CommandParser
 from dsjax.errors import run_command
-from dsjax.export import to_hf
-from dsjax.terminal import Loading
+from dsjax.training.console import Loading
+from dsjax.weights.convert import to_flax, to_hf
 
 COMMANDS = {"to-flax": (to_flax, "reading weights"), "to-hf": (to_hf, "writing weights")}
 

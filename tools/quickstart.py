@@ -39,10 +39,11 @@ from quickstart_world import (
     write_rows,
 )
 
-from dsjax import export, load_pretrained, train
+from dsjax import load_pretrained, train
 from dsjax.data import encode_chat, encode_text, load_tokenizer
-from dsjax.decoding import generate
+from dsjax.decoding.decode import generate
 from dsjax.errors import run_command
+from dsjax.export import command as export
 from dsjax.models import Model
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsjax.models import base_shapes, build, entries_of
 from dsjax.models.weight_rules import entry_shape
-from dsjax.safetensors_file import SafetensorsWriter
+from dsjax.weights.safetensors import SafetensorsWriter
 
 PEOPLE, TOWNS, LANDS = 160, 24, 6
 ASKED_ABOUT = 120

@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dsjax.models.grouped_matmul import grouped_matmul
-from dsjax.models.layers import AdapterBuffer, AdapterParam, abstract
 from dsjax.models.moe import ExpertLinear
+from dsjax.models.ops.grouped_matmul import grouped_matmul
+from dsjax.models.parameters import AdapterBuffer, AdapterParam, abstract
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """What transformers 5 calls a layer's experts: two parameters of the module `experts`."""

@@ -13,6 +13,7 @@ from typing import Any
 from dsjax.adapters import lora
 from dsjax.adapters.expert_lora import is_routed, parameter_of
 from dsjax.adapters.lora import LoraSpec
+from dsjax.adapters.targets import ends_of
 from dsjax.errors import raise_all
 from dsjax.models import Model, entries_of
 
@@ -28,7 +29,7 @@ def without_idle(model: Model, spec: LoraSpec) -> tuple[LoraSpec, list[str]]:
     """
     modules = _modules(model)
     raise_all(lora.pattern_problems(spec, modules))
-    ends = {end for module in modules for end in lora.ends_of(module)}
+    ends = {end for module in modules for end in ends_of(module)}
     idle: list[str] = []
     changes: dict[str, Any] = {}
     wanted = spec.target_modules

@@ -5,16 +5,15 @@ In: a `LoraSpec` and a model. Out: A and B in the slot of every targeted linear 
 them each module's factors lie. A stack holds one A and one B for all its layers; where layers (or
 experts) differ in rank, or have no adapter, the missing rows are zeros, which stay zeros: each
 factor's gradient is a product with the other. Not done here: the update of routed experts
-(`expert_lora`), PEFT's files (`peft_lora`, `peft_files`), merging (`export`).
+(`expert_lora`), PEFT's files (`lora_peft`, `weights.peft`), merging (`export`).
 """
 
-import functools
 import math
 import re
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +22,21 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dsjax.adapters.expert_lora import ExpertLora, is_routed, parameter_of
-from dsjax.errors import nearest, raise_all
-from dsjax.models import Model, entries_of
-from dsjax.models.layers import (
-    AdapterBuffer,
-    AdapterParam,
-    Dropout,
-    Linear,
-    abstract,
-    product,
-    stacked_axes,
+from dsjax.adapters.targets import (
+    TargetPattern,
+    chosen,
+    linear_modules,
+    module_at,
+    short_names,
+    target_problems,
 )
-from dsjax.models.moe import ExpertLinear, Router
-from dsjax.partition import Leaf
-from dsjax.patterns import fullmatch, is_linear
+from dsjax.config.patterns import fullmatch, is_linear
+from dsjax.distributed.sharding import Leaf
+from dsjax.errors import nearest, raise_all
+from dsjax.models import Model
+from dsjax.models.layers import Dropout, Linear, product
+from dsjax.models.moe import ExpertLinear
+from dsjax.models.parameters import AdapterBuffer, AdapterParam, abstract, stacked_axes
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,14 @@ class LoraSpec:
                 empty = [] if name == "target_modules" else None
                 object.__setattr__(self, name, sorted(set(value)) or empty)
 
+    @property
+    def pattern(self) -> TargetPattern:
+        """Which modules it is for."""
+        return TargetPattern(self.target_modules, self.layers_to_transform, self.target_parameters)
+
     def parameter_target(self, module: str) -> tuple[str, int] | None:
         """The parameter under whose name a module is targeted, and how many share its rank."""
-        if not self.target_parameters:
-            return None
-        key, share = parameter_of(module)
-        return (key, share) if _is_named(key, tuple(self.target_parameters)) else None
+        return self.pattern.parameter_target(module)
 
     def whole(self, module: str) -> tuple[int, int | float, int]:
         """Rank and alpha as PEFT counts them, and how many modules share them, by full name."""
@@ -94,11 +96,6 @@ class LoraSpec:
         """What the update of one module is multiplied by: alpha / r, or alpha / sqrt(r)."""
         rank, alpha, _ = self.whole(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-
-@functools.lru_cache(maxsize=4096)  # hundreds of experts are one parameter
-def _is_named(key: str, wanted: tuple[str, ...]) -> bool:
-    return any(f".{key}".endswith(f".{name}") for name in wanted)
 
 
 def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -210,83 +207,16 @@ def targets(model: Model, spec: LoraSpec) -> dict[str, dict[str, bool]]:
     linears = linear_modules(model)
     names = [name for modules in linears.values() for name in modules]
     _check(spec, names, model)
-    chosen = _chosen(spec, names)
-    hits = {path: {name: name in chosen for name in modules} for path, modules in linears.items()}
+    adapted = chosen(spec.pattern, names)
+    hits = {path: {name: name in adapted for name in modules} for path, modules in linears.items()}
     return {path: modules for path, modules in hits.items() if any(modules.values())}
 
 
-def linear_modules(model: Model) -> dict[str, list[str]]:
-    """Path of every linear map that trains -> its modules' names on disk, as `targets` has them."""
-    linears: dict[str, list[str]] = {}
-    for entry in entries_of(model):
-        path = entry.path.removesuffix(".weight")
-        if path != entry.path and _is_linear(module_at(model, path)):
-            linears.setdefault(path, []).append(entry.hf.removesuffix(".weight"))
-    return linears
-
-
-def _is_linear(module: Any) -> bool:
-    """Whether an adapter can learn there: no gradient reaches the indexer of V3.2."""
-    trains = isinstance(module, (Linear, ExpertLinear)) and module.weight.get_metadata()
-    return bool(trains) and trains.get("trains", True)
-
-
-def module_at(model: nnx.Module, path: str) -> Any:
-    for name in path.split("."):
-        model = getattr(model, name)
-    return model
-
-
-def _chosen(spec: LoraSpec, names: Sequence[str]) -> set[str]:
-    """PEFT's rule: all linear maps but the head, one regular expression, or a list of name ends.
-
-    Routed experts are no linear maps in transformers 5.
-    """
-    chosen = {name for name in names if spec.parameter_target(name)}
-    wanted = spec.target_modules
-    if _is_regex(wanted):
-        return chosen | fullmatch([wanted], names).covered[wanted]
-    if isinstance(wanted, str):
-        return chosen | {
-            name
-            for name in names
-            if name != "lm_head" and not is_routed(name) and in_layers(spec, name)
-        }
-    ends = set(wanted)
-    chosen |= ends.intersection(names)  # named whole: PEFT adapts it in any layer
-    return chosen | {n for n in names if not ends.isdisjoint(ends_of(n)) and in_layers(spec, n)}
-
-
-def ends_of(name: str) -> list[str]:
-    """A module's name and its ends after each dot, from the longest."""
-    parts = name.split(".")
-    return [".".join(parts[at:]) for at in range(len(parts))]
-
-
-def in_layers(spec: LoraSpec, module: str) -> bool:
-    """Whether `layers_to_transform` leaves a module in."""
-    if not spec.layers_to_transform:
-        return True
-    layer = re.match(r".*?\.[^.]*\.(\d+)\.", module)
-    return layer is not None and int(layer[1]) in spec.layers_to_transform
-
-
 def _check(spec: LoraSpec, names: list[str], model: Model) -> None:
-    problems = _target_problems(spec, names, model)
-    layers = model.config.num_hidden_layers
-    wrong = [layer for layer in spec.layers_to_transform or [] if not 0 <= layer < layers]
-    if wrong:
-        problems.append(
-            f"adapter.layers_to_transform: got {wrong}, expected indices from 0 to {layers - 1}"
-        )
-    if spec.layers_to_transform and _is_regex(spec.target_modules):
-        problems.append(
-            "adapter.layers_to_transform: got it beside a regular expression in "
-            "adapter.target_modules, expected one of both; name the layers in the expression"
-        )
+    problems = target_problems(spec.pattern, names, model) + pattern_problems(spec, names)
     raise_all(problems)
-    chosen = _chosen(spec, names)
-    adapted = [name for name in names if name in chosen]
+    hits = chosen(spec.pattern, names)
+    adapted = [name for name in names if name in hits]
     if not adapted:
         problems.append(
             f"adapter.target_modules: got {spec.target_modules!r}, which matches nothing"
@@ -304,10 +234,6 @@ def _check(spec: LoraSpec, names: list[str], model: Model) -> None:
             if not any(ends_in(pattern, name) for name in keys)
         ]
     raise_all(problems)
-
-
-def _is_regex(wanted: str | list[str]) -> TypeGuard[str]:
-    return isinstance(wanted, str) and wanted.lower() != "all-linear"
 
 
 def _expert_problems(spec: LoraSpec, adapted: list[str]) -> list[str]:
@@ -330,56 +256,6 @@ def _expert_problems(spec: LoraSpec, adapted: list[str]) -> list[str]:
         for key, rank in odd.items()
     ]
     return problems
-
-
-def _target_problems(spec: LoraSpec, names: list[str], model: Model) -> list[str]:
-    problems = [
-        f"adapter.target_parameters: got {wanted!r}, which matches no weight of a linear map or of "
-        "routed experts"
-        for wanted in spec.target_parameters or []
-        if not any(f".{parameter_of(name)[0]}".endswith(f".{wanted}") for name in names)
-    ]
-    problems += pattern_problems(spec, names)
-    wanted = spec.target_modules
-    if _is_regex(wanted):
-        matches = fullmatch([wanted], names)
-        if wanted in matches.problems:
-            problems.append(
-                f"adapter.target_modules: got {wanted!r}, expected a regular expression, a list of "
-                f"module names, or all-linear ({matches.problems[wanted]})"
-            )
-        elif not matches.covered[wanted]:
-            problems.append(
-                f"adapter.target_modules: got {wanted!r}, which matches no linear module; write a "
-                f"list to name modules by their ends; {nearest(wanted, names)}"
-            )
-        return problems
-    known = {end for name in names for end in ends_of(name)}
-    problems += [
-        f"adapter.target_modules: got {name!r}, which matches no linear module; "
-        + _hint(name, names, model)
-        for name in ([] if isinstance(wanted, str) else wanted)
-        if name not in known
-    ]
-    return problems
-
-
-def _hint(wanted: str, names: list[str], model: Model) -> str:
-    """Why there is nothing of this name to adapt, or what has a name like it."""
-    if wanted == "lm_head":
-        return "the head is the embedding (tie_word_embeddings), without a weight of its own"
-    paths = {e.path for e in entries_of(model) if f".{e.hf}".endswith(f".{wanted}.weight")}
-    found = [module_at(model, path.removesuffix(".weight")) for path in paths]
-    if any(isinstance(module, Router) for module in found):
-        return "it is the experts' router, which has no adapter"
-    if any(isinstance(module, Linear) for module in found):
-        return "no gradient reaches the indexer"
-    return nearest(wanted, short_names(names))
-
-
-def short_names(names: list[str]) -> list[str]:
-    """The last parts of names."""
-    return sorted({name.rsplit(".", 1)[-1] for name in names})
 
 
 def initial(path: str, leaf: Leaf, model: Model, key: jax.Array) -> jax.Array:

@@ -16,10 +16,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dsjax.distributed.sharding import Leaf
 from dsjax.errors import ConfigError
 from dsjax.models import Model
-from dsjax.models.layers import AdapterParam, abstract, stacked_axes
-from dsjax.partition import Leaf
+from dsjax.models.parameters import AdapterParam, abstract, stacked_axes
 
 PREFIX_MODELS = ("llama", "qwen2", "qwen3")
 """model_types whose attention keeps plain keys and values, which is what PEFT's prefix holds."""

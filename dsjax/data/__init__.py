@@ -4,7 +4,7 @@
 In: files or hub datasets, the checkpoint's tokenizer, the `data` section.
 Out: `Examples` (tokenised rows on disk, with a report of what happened to them) and a `Loader`
 that plans order and packing for the whole run and gives this process its `Batch` of any step.
-Not here: devices and shardings (`dsjax.sharding`), losses (`dsjax.objectives`).
+Not here: devices and shardings (`dsjax.distributed.sharding`), losses (`dsjax.objectives`).
 
 The parts, in the order in which a row passes them: `sources` (patterns of paths, subsets),
 `files` (source -> rows with their origin; it reads JSON by `json_reader` and CSV by `csv_reader`),

@@ -18,11 +18,11 @@ from typing import Any
 
 import pyarrow.parquet
 
+from dsjax.config.paths import is_url
 from dsjax.data.columns import Columns
 from dsjax.data.csv_reader import csv_rows
 from dsjax.data.json_reader import json_file, json_lines, parse_json
 from dsjax.errors import ConfigError, nearest
-from dsjax.storage import is_url
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from dsjax.config.json_file import parse
 from dsjax.errors import ConfigError, nearest, printable
-from dsjax.json_file import parse
 
 ROLES = {
     "system": "system",

@@ -11,11 +11,11 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dsjax.config.json_file import parse
 from dsjax.data.formats import Chat
 from dsjax.data.shown import list_pieces
 from dsjax.data.template import RenderError, Template, without_end
 from dsjax.errors import ConfigError, raise_all
-from dsjax.json_file import parse
 
 
 def readings(chat: Chat) -> Iterator[Chat]:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dsjax.config import DataSection
+from dsjax.config.paths import is_url
 from dsjax.data.columns import Columns
 from dsjax.data.files import Rows, is_hub_id, read_rows
 from dsjax.errors import ConfigError
-from dsjax.storage import is_url
 
 PATTERN = re.compile(r"[*?\[]")
 

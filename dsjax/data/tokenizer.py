@@ -16,8 +16,8 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from dsjax.config.json_file import read_object
 from dsjax.errors import ConfigError
-from dsjax.json_file import read_object
 
 ROUND_TRIP = "hello world, one two"
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.json"

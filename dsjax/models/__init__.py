@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.errors import ConfigError
-from dsjax.models.config_fields import shown
+from dsjax.models.config_checks import shown
 from dsjax.models.decoder import CausalLM
 from dsjax.models.deepseek import weights as deepseek_weights
 from dsjax.models.deepseek.config import parse_config as parse_deepseek

@@ -17,9 +17,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsjax.models.attention import KERNEL_NAME, PREFIX_SEGMENT, Tokens
-from dsjax.models.layers import MLP, Dropout, Embedding, Layout, Linear, RMSNorm
+from dsjax.distributed.sharding import Layout
+from dsjax.models.layers import MLP, Dropout, Embedding, Linear, RMSNorm
 from dsjax.models.moe import ROUTING, MoE, Work
+from dsjax.models.ops.attention import KERNEL_NAME, PREFIX_SEGMENT, Tokens
 from dsjax.models.rope import positions_like, rope_tables
 
 LATENTS = "attention_latents"

@@ -7,7 +7,6 @@ of a stack holds all layers as [L, ...]. Modules are abstract (`jax.ShapeDtypeSt
 declare shape, dtype and logical axes, and are filled elsewhere. Not done here: loading, sharding.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,25 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
-Axes = tuple[str | None, ...]
-"""Logical axis of every dimension of a parameter."""
-
-
-class Layout(NamedTuple):
-    """How arrays lie on a mesh.
-
-    Attributes:
-        rows: sharding of activations that lead with the rows of a batch.
-        gather: (a parameter of one layer, its axes, the dtype it is computed with in) -> the same
-            numbers in the parameter's own dtype, rounded to that one and brought together where
-            the parameter is divided for memory alone.
-    """
-
-    rows: NamedSharding
-    gather: Callable[[jax.Array, Axes, jnp.dtype], jax.Array]
+from dsjax.models.ops.blocks import precision
+from dsjax.models.parameters import parameter
 
 
 class Dropout(NamedTuple):
@@ -65,45 +49,6 @@ class Dropout(NamedTuple):
             return jax.random.bernoulli(jax.random.fold_in(self.key, token), p, (size,))
 
         return jax.vmap(jax.vmap(of_token))(self.token)
-
-
-class AdapterParam(nnx.Variable):
-    """A trainable array of an adapter. Deliberately no `nnx.Param`: a filter never takes both."""
-
-
-class AdapterBuffer(nnx.Variable):
-    """A constant array of an adapter (a scale per layer); never trained."""
-
-
-def parameter(
-    shape: tuple[int, ...], axes: tuple[str | None, ...], layers: int | None, **metadata: Any
-) -> nnx.Param:
-    """Declare a parameter: shape and logical axes of one layer, stacked when `layers` is given.
-
-    Args:
-        shape: of one layer.
-        axes: logical axis of every dimension.
-        layers: number of stacked layers, None outside a stack.
-        metadata: `trains=False` for what no gradient reaches, `balances=True` for what of that the
-            step may move by the experts' loads, `dtype` where only one will do, `exact=True` for a
-            matrix that is computed with in float32 whatever the activations are.
-    """
-    return nnx.Param(abstract(shape, layers), axes=stacked_axes(axes, layers), **metadata)
-
-
-def abstract(shape: tuple[int, ...], layers: int | None) -> jax.ShapeDtypeStruct:
-    """The abstract float32 array of a declaration; `partition` decides the dtype it is held in."""
-    return jax.ShapeDtypeStruct(shape if layers is None else (layers, *shape), jnp.float32)
-
-
-def stacked_axes(axes: tuple[str | None, ...], layers: int | None) -> tuple[str | None, ...]:
-    """Logical axes of a declaration, led by `layers` in a stack."""
-    return axes if layers is None else ("layers", *axes)
-
-
-def precision(dtype: jnp.dtype) -> lax.Precision | None:
-    """Full precision for float32, which TPUs and GPUs otherwise multiply in fewer bits."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def product(
@@ -158,19 +103,6 @@ def spread(x: Float[Array, "*S"], shape: tuple[int, ...], dtype: jnp.dtype) -> j
     """Broadcast, then cast: in the other order the gradient would be summed in `dtype`."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.broadcast_to(x.astype(wide), shape).astype(dtype)
-
-
-def in_blocks(x: Shaped[Array, "B T *rest"], size: int) -> Shaped[Array, "blocks B size *rest"]:
-    """Cut the tokens of every row into blocks, the last one filled up with zeros."""
-    pad = -x.shape[1] % size
-    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
-
-
-def out_of_blocks(x: Shaped[Array, "blocks B size *rest"]) -> Shaped[Array, "B T *rest"]:
-    """Put the blocks of every row together again, the last one's filling included."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 class Linear(nnx.Module):

@@ -19,8 +19,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from dsjax.models.grouped_matmul import grouped_matmul
-from dsjax.models.layers import MLP, Dropout, Layout, in_blocks, out_of_blocks, parameter, precision
+from dsjax.distributed.sharding import Layout
+from dsjax.models.layers import MLP, Dropout
+from dsjax.models.ops.blocks import in_blocks, out_of_blocks, precision
+from dsjax.models.ops.grouped_matmul import grouped_matmul
+from dsjax.models.parameters import parameter
 
 ROUTING = "routing"
 """What a remat policy calls the choice of experts."""

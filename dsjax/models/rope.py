@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsjax.errors import ConfigError, raise_all
-from dsjax.models.config_fields import is_positive, shown
+from dsjax.models.config_checks import is_positive, shown
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _REQUIRED = {

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dsjax.tensor_names import mismatches
+from dsjax.models.tensor_names import mismatches
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from dsjax.data import Batch
+from dsjax.distributed.sharding import Layout
 from dsjax.models import Model
-from dsjax.models.layers import Dropout, Layout, in_blocks
+from dsjax.models.layers import Dropout
+from dsjax.models.ops.blocks import in_blocks
 
 TOKENS_PER_CHUNK = 2048
 """Tokens per device whose logits exist at the same time."""

@@ -15,7 +15,7 @@ from dsjax.adapters.expert_lora import ExpertLora
 from dsjax.adapters.lora import LoraSpec
 from dsjax.errors import ConfigError
 from dsjax.models.moe import ExpertLinear
-from dsjax.partition import decide
+from dsjax.training.partition import decide
 
 INDEXER = {
     "model_type": "deepseek_v32",

@@ -8,11 +8,13 @@ from typing import Any
 import in_memory
 import pytest
 
-from dsjax import adapters, patterns
-from dsjax.adapters import lora, peft_files
+from dsjax import adapters
+from dsjax.adapters import lora
 from dsjax.adapters.lora import LoraSpec
-from dsjax.config import AdapterSection
+from dsjax.config import AdapterSection, patterns
 from dsjax.errors import ConfigError
+from dsjax.weights import peft
+from dsjax.weights.adapter import fitted, resolve
 
 BOMB = r"([a-z_.\d]+)+X"
 
@@ -25,7 +27,7 @@ def _section(folder: Path, **fields: Any) -> AdapterSection:
 
 def _fitted(folder: Path, shape: dict[str, Any], **fields: Any) -> tuple[Any, str]:
     section, model = _section(folder, **fields), in_memory.model_of(**shape)
-    spec, told = adapters.fitted(section, adapters.resolve(section), model)
+    spec, told = fitted(section, resolve(section), model)
     adapters.attach(model, spec)
     return spec, told
 
@@ -81,7 +83,7 @@ def test_what_is_in_the_model_and_has_no_adapter_is_refused(
 def test_a_name_in_the_yaml_that_matches_nothing_is_refused():
     model = in_memory.model_of(**in_memory.V3)
     section = AdapterSection(peft_type="LORA", target_modules=["o_proj", "k_proj"])
-    spec, told = adapters.fitted(section, adapters.resolve(section), model)
+    spec, told = fitted(section, resolve(section), model)
     assert told == ""
     with pytest.raises(ConfigError, match="adapter.target_modules: got 'k_proj', which matches no"):
         lora.targets(model, spec)
@@ -91,7 +93,7 @@ def test_a_name_in_the_yaml_that_matches_nothing_is_refused():
     "start", ["gaussian", "Gaussian", "eva", "orthogonal", "mica", True, False]
 )
 def test_a_start_that_leaves_the_base_alone_is_a_plain_lora(tmp_path: Path, start: Any):
-    spec = adapters.resolve(_section(tmp_path, init_lora_weights=start))
+    spec = resolve(_section(tmp_path, init_lora_weights=start))
     assert spec == LoraSpec(4, 8, target_modules=["o_proj"])
 
 
@@ -100,7 +102,7 @@ def test_a_start_that_leaves_the_base_alone_is_a_plain_lora(tmp_path: Path, star
 )
 def test_a_start_that_changes_the_base_is_refused(tmp_path: Path, start: Any):
     with pytest.raises(ConfigError, match="init_lora_weights: got .*, expected true"):
-        adapters.resolve(_section(tmp_path, init_lora_weights=start))
+        resolve(_section(tmp_path, init_lora_weights=start))
 
 
 def test_every_field_that_peft_writes_is_known(tmp_path: Path):
@@ -109,6 +111,6 @@ def test_every_field_that_peft_writes_is_known(tmp_path: Path):
     for config in (LoraConfig(target_modules=["o_proj"]), PrefixTuningConfig(num_virtual_tokens=4)):
         config.save_pretrained(tmp_path)
         written = json.loads((tmp_path / "adapter_config.json").read_text())
-        adapters.resolve(AdapterSection(path=str(tmp_path)))
+        resolve(AdapterSection(path=str(tmp_path)))
         (tmp_path / "adapter_config.json").write_text(json.dumps(dict.fromkeys(written, 1)))
-        assert peft_files.unknown_fields(str(tmp_path)) == []
+        assert peft.unknown_fields(str(tmp_path)) == []

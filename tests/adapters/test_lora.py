@@ -18,14 +18,15 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
 from dsjax import adapters
-from dsjax.adapters import lora, peft_lora
+from dsjax.adapters import lora, lora_peft
 from dsjax.adapters.lora import Lora, LoraSpec
 from dsjax.config import MeshSection
+from dsjax.distributed.mesh import make_mesh
+from dsjax.distributed.sharding import leaf_shardings
 from dsjax.errors import ConfigError
 from dsjax.models import build
 from dsjax.models.layers import Dropout, Linear
-from dsjax.partition import decide
-from dsjax.sharding import leaf_shardings, make_mesh
+from dsjax.training.partition import decide
 
 SHAPE = in_memory.SHAPE | {"num_hidden_layers": 3, "hidden_size": 16, "intermediate_size": 24}
 Modules = dict[str, tuple[int, float, tuple[int, ...], tuple[int, ...]]]
@@ -72,7 +73,7 @@ def _our_modules(fields: Mapping[str, Any], **shape: Any) -> tuple[Modules, dict
         )
         for name in names
     }
-    return modules, peft_lora.config_fields(model, spec), partition.counts()[0]
+    return modules, lora_peft.config_fields(model, spec), partition.counts()[0]
 
 
 SHORT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from spoilt import spoilt
 
 from dsjax import adapters
-from dsjax.adapters import peft_files
 from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
 from dsjax.config import AdapterSection
 from dsjax.errors import ConfigError
-from dsjax.partition import decide
+from dsjax.training.partition import decide
+from dsjax.weights import peft
+from dsjax.weights.adapter import check_params, check_targets, fitted, resolve
 
 LORA = {
     "peft_type": "LORA",
@@ -56,25 +57,25 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def _load(folder: Path, shape: dict[str, Any]) -> dict[str, np.ndarray]:
     """What every command does with an adapter's folder, up to its arrays."""
     section, model = AdapterSection(path=str(folder)), in_memory.model_of(**shape)
-    spec, _ = adapters.fitted(section, adapters.resolve(section), model)
+    spec, _ = fitted(section, resolve(section), model)
     assert spec is not None
-    adapters.check_targets(section, spec, model)
+    check_targets(section, spec, model)
     adapters.attach(model, spec)
     leaves = decide(model).leaves
-    adapters.check_params(str(folder), model, spec, leaves, lambda name: np.zeros((64, 32), "f4"))
-    return peft_files.read_params(str(folder), model, spec, leaves)
+    check_params(str(folder), model, spec, leaves, lambda name: np.zeros((64, 32), "f4"))
+    return peft.read_params(str(folder), model, spec, leaves)
 
 
 def _header_and_values(shape: dict[str, Any], config: dict[str, Any]) -> tuple[Any, bytes]:
     """The header of the file of tensors that goes with a config, and what follows it."""
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "adapter_config.json").write_text(json.dumps(config))
-        spec = adapters.resolve(AdapterSection(path=name))
+        spec = resolve(AdapterSection(path=name))
     assert isinstance(spec, LoraSpec | PrefixSpec)
     model = in_memory.model_of(**shape)
     adapters.attach(model, spec)
     header, end = {}, 0
-    shapes = peft_files._wanted_shapes(model, spec, decide(model).leaves)
+    shapes = peft._wanted_shapes(model, spec, decide(model).leaves)
     for tensor, size in shapes.items():
         begin, end = end, end + 4 * int(np.prod(size))
         header[tensor] = {"dtype": "F32", "shape": list(size), "data_offsets": [begin, end]}

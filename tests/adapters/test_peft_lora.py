@@ -13,12 +13,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from dsjax import adapters
-from dsjax.adapters import expert_lora, lora, peft_files, peft_lora
+from dsjax.adapters import expert_lora, lora, lora_peft
 from dsjax.adapters.lora import LoraSpec
 from dsjax.config import AdapterSection
 from dsjax.errors import ConfigError
 from dsjax.models import Model
-from dsjax.partition import decide
+from dsjax.training.partition import decide
+from dsjax.weights import peft
+from dsjax.weights.adapter import check_params, check_targets, peft_tensors, resolve
 
 SHAPE: dict[str, Any] = {
     "model_type": "deepseek_v2",
@@ -66,7 +68,7 @@ def _random(model: Model, spec: LoraSpec) -> dict[str, jax.Array]:
 def _write(directory: Path, model: Model, spec: LoraSpec, **config: Any) -> Path:
     fields = adapters.peft_config(model, spec, "base") | config
     (directory / "adapter_config.json").write_text(json.dumps(fields, sort_keys=True))
-    tensors = adapters.peft_tensors(model, spec, _random(model, spec))
+    tensors = peft_tensors(model, spec, _random(model, spec))
     save_file(tensors, directory / "adapter_model.safetensors")
     return directory
 
@@ -87,12 +89,12 @@ def test_what_is_written_is_read(shape: dict[str, Any], spec: LoraSpec, tmp_path
     model = _model(spec, shape)
     path = str(_write(tmp_path, model, spec))
 
-    again = adapters.resolve(AdapterSection(path=path))
+    again = resolve(AdapterSection(path=path))
 
     other = _model(again, shape)
     leaves = decide(other).leaves
-    adapters.check_params(path, other, again, leaves, lambda name: np.zeros(()))
-    read = peft_files.read_params(path, other, again, leaves)
+    check_params(path, other, again, leaves, lambda name: np.zeros(()))
+    read = peft.read_params(path, other, again, leaves)
     expected = _random(model, spec)
     assert read.keys() == expected.keys()
     assert all(np.array_equal(read[name], values) for name, values in expected.items())
@@ -103,10 +105,10 @@ def test_what_is_written_is_read(shape: dict[str, Any], spec: LoraSpec, tmp_path
 def test_experts_of_moe_16b_keep_names_of_their_own() -> None:
     spec = _spec(["experts.3.gate_proj", "v_proj"])
     model = _model(spec, MOE_16B)
-    fields = peft_lora.config_fields(model, spec)
+    fields = lora_peft.config_fields(model, spec)
     assert "target_parameters" not in fields
     assert fields["target_modules"] == ["experts.3.gate_proj", "v_proj"]
-    names = set(adapters.peft_tensors(model, spec, _random(model, spec)))
+    names = set(peft_tensors(model, spec, _random(model, spec)))
     assert "base_model.model.model.layers.2.mlp.experts.3.gate_proj.lora_A.weight" in names
 
 
@@ -118,7 +120,7 @@ def test_patterns_are_written_so_that_their_order_means_nothing() -> None:
         ({"q_proj": 3, r"layers\.0\..*": 5}, {r"self_attn\.q_proj": 3}),
     ):
         spec = _spec(["q_proj"], rank_pattern=given)
-        assert peft_lora.config_fields(_model(spec, {}), spec)["rank_pattern"] == written
+        assert lora_peft.config_fields(_model(spec, {}), spec)["rank_pattern"] == written
 
 
 def test_factors_are_by_expert_in_a_and_by_rank_then_expert_in_b() -> None:
@@ -161,13 +163,13 @@ def test_other_parameters_are_refused(parameter: str, tmp_path: Path) -> None:
     spec = _spec(["o_proj"])
     folder = _write(tmp_path, _model(spec, SHAPE), spec, target_parameters=[parameter])
     with pytest.raises(ConfigError, match=rf"target_parameters: got '{parameter}', expected names"):
-        adapters.resolve(AdapterSection(path=str(folder)))
+        resolve(AdapterSection(path=str(folder)))
 
 
 def _resolved(folder: Path, **given: Any) -> LoraSpec:
     section = AdapterSection(path=str(folder), **given)
-    spec = adapters.resolve(section)
-    adapters.check_targets(section, spec, in_memory.model_of(**SHAPE))
+    spec = resolve(section)
+    check_targets(section, spec, in_memory.model_of(**SHAPE))
     return spec
 
 

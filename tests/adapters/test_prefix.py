@@ -6,11 +6,13 @@ import jax
 import numpy as np
 
 from dsjax import adapters
-from dsjax.adapters import peft_files, prefix
+from dsjax.adapters import prefix
 from dsjax.adapters.prefix import PrefixSpec
 from dsjax.config import MeshSection
-from dsjax.partition import decide
-from dsjax.sharding import leaf_shardings, make_mesh
+from dsjax.distributed.mesh import make_mesh
+from dsjax.distributed.sharding import leaf_shardings
+from dsjax.training.partition import decide
+from dsjax.weights import peft
 
 
 def _initial(**mesh: int) -> dict[str, np.ndarray]:
@@ -49,7 +51,7 @@ def test_the_file_holds_key_and_value_of_every_layer_by_token() -> None:
         np.testing.assert_array_equal(value[layer], by_place[:, layer, 1])
     at = "model.layers.self_attn.prefix"
     params = {f"{at}.key": jax.numpy.asarray(key), f"{at}.value": jax.numpy.asarray(value)}
-    written = peft_files.to_tensors(model, PrefixSpec(5), params)
+    written = peft.to_tensors(model, PrefixSpec(5), params)
     assert list(written) == ["prompt_embeddings"]
     np.testing.assert_array_equal(written["prompt_embeddings"], values)
 

@@ -15,7 +15,7 @@ from compiled_text import Program, program_of
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-TARGETS = Path(__file__).resolve().parents[2] / "dsjax" / "gpu_targets"
+TARGETS = Path(__file__).resolve().parents[2] / "dsjax" / "plan" / "gpu_targets"
 
 UNTIMED = {"xla_gpu_autotune_level": 0}
 """Without a device there is nothing to choose kernels by."""

@@ -14,10 +14,10 @@ import pytest
 from compiled_text import by_tokens, squares
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsjax.models import attention_cuda
-from dsjax.models.attention import Tokens, attend
-from dsjax.models.attention_cuda import attend_cuda
-from dsjax.models.grouped_matmul import grouped_matmul
+from dsjax.models.ops import attention_cuda
+from dsjax.models.ops.attention import Tokens, attend
+from dsjax.models.ops.attention_cuda import attend_cuda
+from dsjax.models.ops.grouped_matmul import grouped_matmul
 
 pytestmark = pytest.mark.cuda_compiler
 

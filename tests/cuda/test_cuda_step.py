@@ -12,10 +12,11 @@ from compiled_text import by_tokens, squares
 from dsjax import adapters
 from dsjax.adapters.lora import LoraSpec
 from dsjax.config import MeshSection
+from dsjax.distributed.mesh import make_mesh
 from dsjax.models import build
-from dsjax.partition import decide
-from dsjax.sharding import make_mesh
-from dsjax.step import lower_train_step, step_config
+from dsjax.training.partition import decide
+from dsjax.training.state import step_config
+from dsjax.training.step import lower_train_step
 
 pytestmark = pytest.mark.cuda_compiler
 

@@ -22,10 +22,11 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
-from dsjax import export, train
-from dsjax.checkpoint import Checkpointer
+from dsjax import train
 from dsjax.config import load_config, located
 from dsjax.errors import ConfigError
+from dsjax.export import command as export
+from dsjax.training.checkpoint import Checkpointer
 
 MARKER = "dsjax_export.json"
 Q_PROJ = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(3)]

@@ -16,7 +16,7 @@ import pytest
 import small_run
 
 from dsjax.config import LoggingSection
-from dsjax.metrics import MetricsLog
+from dsjax.training.metrics_log import MetricsLog
 
 SPEEDS = ("train/tokens_per_second", "train/mfu", "train/train_")
 # What is left to do is a step and a save, each well under a second; the rest is for a busy machine.

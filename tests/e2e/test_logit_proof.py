@@ -15,10 +15,13 @@ import small_run
 import tiny
 from safetensors.numpy import load_file
 
-from dsjax import export, logit_proof, merge, train
+from dsjax import train
 from dsjax.errors import ConfigError
-from dsjax.export_folder import MARKER
-from dsjax.loop import Loop
+from dsjax.export import command as export
+from dsjax.export import merge, verify
+from dsjax.export.merge import _with_update
+from dsjax.training.loop import Loop
+from dsjax.training.run_dir import MARKER
 
 TARGETS = {"llama_gqa": ["q_proj", "v_proj"], "deepseek_v3_fp8_mtp_hub": ["o_proj", "kv_b_proj"]}
 MESHES = {"llama_gqa": {}, "deepseek_v3_fp8_mtp_hub": {"expert": 2, "fsdp": 2, "data": 2}}
@@ -28,7 +31,7 @@ WRONG = {
     ),
     "subtracted": lambda low, high, scaling: WITH_UPDATE(low, high, -scaling),
 }
-WITH_UPDATE = merge._with_update
+WITH_UPDATE = _with_update
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -97,7 +100,7 @@ WHERE: dict[str, tuple[str, int, Exception]] = {
 
 def fail_at(name: str, call: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a function of the proof raise when it is called for so many times."""
-    real, calls = getattr(logit_proof, name), []
+    real, calls = getattr(verify, name), []
 
     def fails(*given: Any, **named: Any) -> Any:
         calls.append(given)
@@ -105,7 +108,7 @@ def fail_at(name: str, call: int, error: Exception, monkeypatch: pytest.MonkeyPa
             raise error
         return real(*given, **named)
 
-    monkeypatch.setattr(logit_proof, name, fails)
+    monkeypatch.setattr(verify, name, fails)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +191,7 @@ def test_the_proof_has_the_room_of_the_optimizer_and_ends_the_run_by_what_it_lac
 
     with monkeypatch.context() as patched:
         patched.setattr(Loop, "run", keep)
-        patched.setattr(logit_proof, "prove", look)
+        patched.setattr(verify, "prove", look)
         with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
             train.main(words)
     assert f"exported merged to {run / 'export'}, unproven" in capsys.readouterr().err
@@ -233,7 +236,7 @@ def test_what_is_lost_is_refused_and_nothing_is_said_so(
 def test_the_distance_is_that_of_the_middle_token() -> None:
     expected = np.ones((5, 4), np.float32)
     logits = expected * np.array([[1.0], [1.1], [1.2], [9.0], [1.0]], np.float32)
-    assert logit_proof.distance(logits, expected) == pytest.approx(0.1, rel=1e-5)
+    assert verify.distance(logits, expected) == pytest.approx(0.1, rel=1e-5)
 
 
 @pytest.mark.parametrize("part", [0.0, 0.3, 1.0])
@@ -241,7 +244,7 @@ def test_what_is_kept_is_a_part_of_what_training_changed(part: float) -> None:
     base, learnt = np.random.default_rng(0).standard_normal((2, 32, 300)).astype(np.float32)
     trained = base + 1e-2 * learnt
     exported = base + part * (trained - base)
-    assert logit_proof.kept(exported, trained, base) == pytest.approx(part, abs=1e-4)
+    assert verify.kept(exported, trained, base) == pytest.approx(part, abs=1e-4)
 
 
 def test_a_token_that_went_to_another_expert_does_not_decide_what_is_kept() -> None:
@@ -250,13 +253,13 @@ def test_a_token_that_went_to_another_expert_does_not_decide_what_is_kept() -> N
     trained[3] = other[3]  # by the training: nearly all of |trained - base|
     nothing = base.copy()
     nothing[3] = other[3]
-    assert logit_proof.kept(nothing, trained, base) == pytest.approx(0.0, abs=0.05)
+    assert verify.kept(nothing, trained, base) == pytest.approx(0.0, abs=0.05)
     most = base + 0.95e-2 * learnt
     most[3], most[4] = other[3], other[4]  # token 4 by the rounding
-    assert logit_proof.kept(most, trained, base) == pytest.approx(0.95, abs=0.05)
+    assert verify.kept(most, trained, base) == pytest.approx(0.95, abs=0.05)
 
 
 def test_there_is_no_part_of_nothing() -> None:
     base = np.random.default_rng(0).standard_normal((32, 300)).astype(np.float32)
-    assert logit_proof.kept(base, base, base) is None
-    assert logit_proof.kept(base, base * (1 + 1e-6), base) is None
+    assert verify.kept(base, base, base) is None
+    assert verify.kept(base, base * (1 + 1e-6), base) is None

@@ -19,16 +19,17 @@ import pytest
 import small_run
 import yaml
 
-from dsjax import assembly, evaluate, export, train
-from dsjax.checkpoint import Checkpointer
+from dsjax import evaluate, train
 from dsjax.config import CheckpointSection, load_config
+from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
-from dsjax.export import card_facts
-from dsjax.export_folder import MARKER
-from dsjax.hosts import Hosts
-from dsjax.loop import Loop
-from dsjax.run_folder import claimed
-from dsjax.safetensors_file import read_header
+from dsjax.export import command as export
+from dsjax.export.model_card import card_facts
+from dsjax.training import run_data, setup
+from dsjax.training.checkpoint import Checkpointer
+from dsjax.training.loop import Loop
+from dsjax.training.run_dir import MARKER, claimed
+from dsjax.weights.safetensors import read_header
 
 TOTAL = 12
 LOSS_BOUND = 1e-5  # relative; float32 sums in another order on another mesh
@@ -391,7 +392,7 @@ def test_a_changed_number_beside_the_sample_is_found_on_the_devices(
     change_a_number(other, lambda name: "mlp" in name)
     unfinish(run)
     recorded = restored_meta(run)["contents"]["model.path"]
-    monkeypatch.setattr(assembly, "source_digest", lambda source: recorded)
+    monkeypatch.setattr(setup, "source_digest", lambda source: recorded)
     message = refused(again, f"model.path={other}")
     assert message.startswith("model.path: got a checkpoint whose ") and ".mlp." in message
     assert "expected the same weights" in message
@@ -438,13 +439,13 @@ def restored_meta(run: Path) -> dict[str, Any]:
 
 def test_templates_show_the_day_on_which_the_run_began(again, run: Path, monkeypatch):
     """Another day would make other tokens of the same rows, which are refused."""
-    days, read = [], train.read_data
+    days, read = [], run_data.read_data
 
     def note_day(config: Any, parts: Any, today: datetime) -> Any:
         days.append(today)
         return read(config, parts, today)
 
-    monkeypatch.setattr(train, "read_data", note_day)
+    monkeypatch.setattr(run_data, "read_data", note_day)
     again()
     assert days == [datetime.fromisoformat(restored_meta(run)["started"])]
 

@@ -9,7 +9,7 @@ import small_run
 import yaml
 
 from dsjax import train
-from dsjax.metrics import read_metrics
+from dsjax.training.metrics_log import read_metrics
 
 TOKENS = list(range(5, 20))
 IDLE = [-100] * 15

@@ -17,12 +17,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dsjax.config import DataSection, MeshSection
 from dsjax.data import Batch, Example, Loader
 from dsjax.data.store import ExampleStore
+from dsjax.distributed.arrays import host_array, host_part
+from dsjax.distributed.bootstrap import find_seat, split_seat
+from dsjax.distributed.mesh import make_mesh, process_rows, replicated
+from dsjax.distributed.processes import Hosts, joined
 from dsjax.errors import run_command
-from dsjax.evaluation import to_devices
-from dsjax.gather import host_array, host_part
-from dsjax.hosts import Hosts, joined
-from dsjax.rendezvous import find_seat, split_seat
-from dsjax.sharding import make_mesh, process_rows, replicated
+from dsjax.training.evaluation import to_devices
 
 BATCH = 8
 

@@ -10,10 +10,11 @@ import pytest
 import several
 import small_run
 
-from dsjax import evaluate, run_folder
+from dsjax import evaluate
+from dsjax.distributed.bootstrap import Seat, find_seat, meet, split_seat
+from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
-from dsjax.hosts import Hosts
-from dsjax.rendezvous import Seat, find_seat, meet, split_seat
+from dsjax.training import run_dir
 
 SLURM = {
     "SLURM_JOB_ID": "4711",
@@ -206,14 +207,14 @@ def test_a_process_in_a_shallower_folder_is_told_of_another(
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="which is another folder for process 1 than for"):
-        run_folder.check_shared(Path("run"), Second(1, 2), 0.1)
+        run_dir.check_shared(Path("run"), Second(1, 2), 0.1)
 
 
 def test_a_folder_that_does_not_appear(tmp_path: Path):
     with pytest.raises(
         ConfigError, match="output_dir: got no '.*checkpoints' here 0.1 s after proc"
     ):
-        run_folder._await_folder(tmp_path / "checkpoints", 0.1)
+        run_dir._await_folder(tmp_path / "checkpoints", 0.1)
 
 
 @pytest.mark.slow

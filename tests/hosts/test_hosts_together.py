@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsjax.config import MeshSection
-from dsjax.sharding import batch_shards, make_mesh, process_rows, rows_sharding
+from dsjax.distributed.mesh import batch_shards, make_mesh, process_rows, rows_sharding
 
 SHAPES = [
     dict(zip(("data", "fsdp", "tensor", "expert"), sizes, strict=True))

@@ -167,7 +167,7 @@ def test_a_signal_during_the_last_exchange_ends_all(lora: Path, process: int):
     code = """
 import os, signal, sys, time
 from dsjax import errors, train
-from dsjax.hosts import Hosts
+from dsjax.distributed.processes import Hosts
 stop_wanted = Hosts.stop_wanted
 def signalled_meanwhile(self):
     answer = stop_wanted(self)

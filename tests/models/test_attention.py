@@ -14,10 +14,10 @@ from in_memory import Run
 from dsjax.adapters.lora import LoraSpec
 from dsjax.adapters.prefix import PrefixSpec
 from dsjax.data import Batch
-from dsjax.models import attention
-from dsjax.models.attention import PREFIX_SEGMENT, Tokens, attend, visible
+from dsjax.models.ops import attention
+from dsjax.models.ops.attention import PREFIX_SEGMENT, Tokens, attend, visible
 from dsjax.objectives.sft import Forward, sft
-from dsjax.partition import put
+from dsjax.training.partition import put
 
 POSITIONS = [0, 1, 2, 3, 0, 1, 2, 3, 4, 0]
 SEGMENTS = [1, 1, 1, 1, 2, 2, 2, 2, 2, 0]

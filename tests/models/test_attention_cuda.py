@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from dsjax.config import MeshSection
-from dsjax.models import attention, attention_cuda
-from dsjax.models.attention import Tokens, attend
-from dsjax.models.attention_cuda import attend_cuda
-from dsjax.sharding import make_layout, make_mesh
+from dsjax.distributed.mesh import make_mesh
+from dsjax.distributed.sharding import make_layout
+from dsjax.models.ops import attention, attention_cuda
+from dsjax.models.ops.attention import Tokens, attend
+from dsjax.models.ops.attention_cuda import attend_cuda
 
 SHAPES = {
     "latent": Shape(1, 40, 2, 2, 24, 16),  # more than a power of two, as 192 is

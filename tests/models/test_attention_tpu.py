@@ -15,8 +15,8 @@ import pytest
 from attention_cases import Shape, arrays_of, check, with_gradients
 from jax.interpreters import partial_eval
 
-from dsjax.models import attention_tpu
-from dsjax.models.attention_tpu import attend_tpu
+from dsjax.models.ops import attention_tpu
+from dsjax.models.ops.attention_tpu import attend_tpu
 
 SHAPES = {
     "latent": Shape(1, 40, 2, 2, 192, 128),

@@ -11,9 +11,9 @@ import pytest
 
 from dsjax.adapters.lora import LoraSpec
 from dsjax.errors import ConfigError
-from dsjax.loss_scale import LossScale
 from dsjax.models import build
-from dsjax.partition import decide, report
+from dsjax.training.loss_scale import LossScale
+from dsjax.training.partition import decide, report
 
 BIAS = "model.layers.mlp.gate.e_score_correction_bias"
 SPEED = 0.125

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsjax.errors import ConfigError
-from dsjax.fp8 import read_format
 from dsjax.models import build, entries_of, family_of
+from dsjax.weights.fp8 import read_format
 
 FOLDER = Path(__file__).resolve().parent.parent / "model_configs"
 REAL = {file.parent.name: json.loads(file.read_text()) for file in FOLDER.glob("*/config.json")}

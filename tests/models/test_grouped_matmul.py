@@ -14,9 +14,9 @@ from jax import lax
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from dsjax.models import grouped_kernel
-from dsjax.models import grouped_matmul as grouped
-from dsjax.models.grouped_matmul import LOOP_ROWS, _ragged, grouped_matmul, tiles_of
+from dsjax.models.ops import grouped_matmul as grouped
+from dsjax.models.ops import grouped_matmul_cuda
+from dsjax.models.ops.grouped_matmul import LOOP_ROWS, _ragged, grouped_matmul, tiles_of
 
 ROWS, GROUPS = 96, 4
 ENDS = st.lists(st.integers(0, ROWS), min_size=GROUPS, max_size=GROUPS).map(sorted)
@@ -89,11 +89,11 @@ def test_the_kernels_for_cuda_compute_the_same(inputs: int, outputs: int, rows: 
     """Without a GPU: their programs are interpreted. Sizes are none of the blocks' multiples."""
     arrays = _narrow(_arrays([3, 3, 80, 81], inputs, outputs), rows)
     x_ZI, weight_EOI, sizes_E, y_ZO = arrays
-    tiles = tiles_of(sizes_E, x_ZI.shape[0], grouped_kernel.TILE_ROWS)[:3]
-    multiply = partial(grouped_kernel.multiply, dtype=jnp.float32, interpret=True)
+    tiles = tiles_of(sizes_E, x_ZI.shape[0], grouped_matmul_cuda.TILE_ROWS)[:3]
+    multiply = partial(grouped_matmul_cuda.multiply, dtype=jnp.float32, interpret=True)
     out = multiply(x_ZI, weight_EOI, *tiles, transposed=True)
     dx = multiply(y_ZO, weight_EOI, *tiles, transposed=False)
-    dw = grouped_kernel.weight_gradient(x_ZI, y_ZO, sizes_E, dtype=jnp.float32, interpret=True)
+    dw = grouped_matmul_cuda.weight_gradient(x_ZI, y_ZO, sizes_E, dtype=jnp.float32, interpret=True)
 
     expected = _group_by_group(*(np.asarray(a) for a in arrays))
     used = int(sizes_E.sum())

@@ -17,10 +17,10 @@ from flax import nnx
 from hypothesis import given, settings
 
 from dsjax.adapters.lora import Lora
-from dsjax.models import attention
-from dsjax.models.attention import Tokens, attend
-from dsjax.models.grouped_matmul import grouped_matmul
 from dsjax.models.layers import Dropout, Embedding, Linear, RMSNorm
+from dsjax.models.ops import attention
+from dsjax.models.ops.attention import Tokens, attend
+from dsjax.models.ops.grouped_matmul import grouped_matmul
 
 SFT = importlib.import_module("dsjax.objectives.sft")  # the package has a function of that name
 

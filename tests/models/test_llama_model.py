@@ -13,7 +13,7 @@ from dsjax.models import build
 from dsjax.models.decoder import REMAT
 from dsjax.models.layers import Dropout
 from dsjax.objectives.sft import Forward, sft
-from dsjax.partition import put
+from dsjax.training.partition import put
 
 Params = dict[str, jax.Array]
 

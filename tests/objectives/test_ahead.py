@@ -12,9 +12,9 @@ import pytest
 from dsjax.data import Batch
 from dsjax.errors import ConfigError
 from dsjax.models import base_shapes, build, entries_of, predict_ahead
-from dsjax.objectives.requirements import check_objective
+from dsjax.objectives.checks import check_objective
 from dsjax.objectives.sft import shifted
-from dsjax.partition import decide
+from dsjax.training.partition import decide
 
 AHEAD: dict[str, Any] = {"mtp_loss_weight": 0.5, "bias_update_speed": 0.125}
 

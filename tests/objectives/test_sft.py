@@ -18,7 +18,7 @@ from dsjax.models import Model
 from dsjax.models.decoder import Hidden
 from dsjax.models.layers import Dropout
 from dsjax.objectives.sft import Forward, Sums, sft
-from dsjax.step import make_train_step
+from dsjax.training.step import make_train_step
 
 SFT = importlib.import_module("dsjax.objectives.sft")  # the package has a function of that name
 

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import dsjax
-from dsjax.decoding import generate
+from dsjax.decoding.decode import generate
 
 pytestmark = pytest.mark.parity
 

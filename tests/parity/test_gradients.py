@@ -17,7 +17,7 @@ import dsjax
 from dsjax.data import Batch
 from dsjax.models import entries_of
 from dsjax.objectives.sft import Forward, sft
-from dsjax.partition import put, take
+from dsjax.training.partition import put, take
 
 pytestmark = pytest.mark.parity
 

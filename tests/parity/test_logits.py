@@ -15,7 +15,7 @@ from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import Deepse
 from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import DeepseekOcr2TextModel
 
 import dsjax
-from dsjax.models import attention
+from dsjax.models.ops import attention
 
 pytestmark = pytest.mark.parity
 

@@ -16,12 +16,13 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import dsjax
-from dsjax.adapters import lora, peft_files
-from dsjax.assembly import Assembly, assemble_model
+from dsjax.adapters import lora
 from dsjax.config import AdapterSection, MeshSection, ModelSection
+from dsjax.distributed.mesh import make_mesh
 from dsjax.errors import ConfigError
-from dsjax.export import write_peft
-from dsjax.sharding import make_mesh
+from dsjax.export.peft import write_peft
+from dsjax.training.setup import Assembly, assemble_model
+from dsjax.weights import peft
 
 pytestmark = [
     pytest.mark.parity,
@@ -226,7 +227,7 @@ def test_an_adapter_that_peft_made_is_read(variant: str, tmp_path: Path) -> None
     assert again.spec.rank_of("model.layers.1.mlp.shared_experts.down_proj") == 3
     written = tmp_path / "written"
     written.mkdir()
-    tensors = peft_files.read_params(str(adapter), again.model, again.spec, again.partition.leaves)
+    tensors = peft.read_params(str(adapter), again.model, again.spec, again.partition.leaves)
     write_peft(written, again, {path: jnp.asarray(array) for path, array in tensors.items()})
     _check_equal(checkpoint, written, _load_strictly(checkpoint, written))
 

@@ -26,12 +26,12 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32DecoderLayer
 
-from dsjax.assembly import Assembly, assemble_model, load_frozen, load_trainable
 from dsjax.config import AdapterSection, MeshSection, ModelSection, ObjectiveSection
 from dsjax.data import Batch
+from dsjax.distributed.mesh import make_mesh
 from dsjax.models import entries_of
-from dsjax.sharding import make_mesh
-from dsjax.step import init_state, step_config
+from dsjax.training.setup import Assembly, assemble_model, load_frozen, load_trainable
+from dsjax.training.state import init_state, step_config
 
 pytestmark = pytest.mark.parity
 

@@ -15,8 +15,8 @@ import tiny
 from transformers import AutoModelForCausalLM
 
 import dsjax
-from dsjax.hf_files import open_source
-from dsjax.merge import write_checkpoint
+from dsjax.weights.hf_directory import open_source
+from dsjax.weights.write import write_checkpoint
 
 pytestmark = pytest.mark.parity
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsjax.errors import raise_all
-from dsjax.models.config_fields import (
+from dsjax.models.config_checks import (
     count_problems,
     expert_problems,
     flag_problems,

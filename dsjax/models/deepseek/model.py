@@ -14,13 +14,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dsjax.models.attention import Selection, attend
 from dsjax.models.decoder import LATENTS, Block, CausalLM, PerLayer, Shared, append_to_cache
 from dsjax.models.deepseek.config import LATENT_EPS, DeepseekConfig
 from dsjax.models.deepseek.mtp import MTP
-from dsjax.models.layers import MLP, Dropout, LayerNorm, Linear, RMSNorm, precision, spread
+from dsjax.models.layers import MLP, Dropout, LayerNorm, Linear, RMSNorm, spread
 from dsjax.models.llama.model import Attention
 from dsjax.models.moe import MoE
+from dsjax.models.ops.attention import Selection, attend
+from dsjax.models.ops.blocks import precision
 from dsjax.models.rope import rotate, split_pairs
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsjax.errors import raise_all
-from dsjax.models.config_fields import (
+from dsjax.models.config_checks import (
     count_problems,
     flag_problems,
     head_problems,

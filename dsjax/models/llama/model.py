@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsjax.models.attention import attend
 from dsjax.models.decoder import Block, CausalLM, PerLayer, Shared, append_to_cache
 from dsjax.models.layers import MLP, Linear, RMSNorm
 from dsjax.models.llama.config import LlamaConfig
+from dsjax.models.ops.attention import attend
 from dsjax.models.rope import rotate
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from desk import Desk, assert_says
 
-from dsjax import export
-from dsjax.convert import to_flax
 from dsjax.errors import ConfigError
-from dsjax.export import to_hf
+from dsjax.export import command as export
+from dsjax.weights.convert import to_flax, to_hf
 
 ROOT = Path(__file__).resolve().parents[3]
 

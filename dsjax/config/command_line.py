@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command lines whose mistakes read like every other mistake of a user's.
+
+In: the options of a command. Out: its parsed words, or a ConfigError that names the option. Not
+done here: `--config` with overrides (`yaml_file`), what the values mean.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import NoReturn
+
+from dsjax.errors import ConfigError, nearest
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse's parser; options are written out, and mistakes are ConfigErrors."""
+
+    def __init__(self, prog: str, description: str | None):
+        """Make a parser; `--help` shows the description as it is written."""
+        super().__init__(
+            prog=prog,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Tell of a mistake in the words of `errors`.
+
+        Raises:
+            ConfigError: always.
+        """
+        known = [option for action in self._actions for option in action.option_strings]
+        for pattern, told in _MISTAKES:
+            found = re.fullmatch(pattern, message, re.DOTALL)
+            if found:
+                line = found.expand(told)
+                break
+        else:
+            line = f"command line: got {message}, expected the usage that --help shows"
+        unknown = re.match(r"(--?\S+): got an option that", line)
+        hint = nearest(unknown[1], known) if unknown else "--help lists all options"
+        raise ConfigError(f"{line}; {hint}")
+
+
+_MISTAKES: Sequence[tuple[str, str]] = (
+    (r"the following arguments are required: (.*)", r"\1: got nothing, expected a value"),
+    (r"unrecognized arguments: (-\S+).*", r"\1: got an option that is not known, expected another"),
+    (r"unrecognized arguments: (.*)", r"\1: got words that nothing asks for, expected none"),
+    (r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", r"\1: got \2, expected \3"),
+    (r"argument (\S+): invalid int value: (.*)", r"\1: got \2, expected an integer"),
+    (r"argument (\S+): invalid float value: (.*)", r"\1: got \2, expected a number"),
+    (r"argument (\S+): expected one argument", r"\1: got nothing, expected a value"),
+    (r"argument (\S+): ignored explicit argument (.*)", r"\1: got \2, expected no value"),
+)
+"""What argparse says -> what we say."""

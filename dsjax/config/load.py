@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every knob of a run: typed, documented, strict.
+
+In: a YAML file and `section.key=value` overrides. Out: a frozen `RunConfig`, or one `ConfigError`
+that names every wrong key. Key names are those of Hugging Face's `TrainingArguments` and PEFT's
+configs wherever they have one. Not done here: anything that needs the checkpoint, the data or the
+devices (whether a target module exists, whether the batch divides over the mesh).
+
+A module of the package imports its own section only; entry points alone see `RunConfig`. Paths
+are relative to the working directory. A section's `model_fields_set` holds the keys that the user
+gave.
+"""
+
+import os.path
+from collections.abc import Container, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError, model_validator
+
+from dsjax.config import rules
+from dsjax.config.paths import is_url, written_to_url
+from dsjax.config.sections import (
+    AdapterSection,
+    CheckpointSection,
+    DataSection,
+    ExportSection,
+    Folder,
+    LoggingSection,
+    MeshSection,
+    ModelSection,
+    ObjectiveSection,
+    OptimizerSection,
+    Section,
+    TrainingSection,
+)
+from dsjax.config.yaml_file import read_yaml, set_overrides, to_text
+from dsjax.errors import ConfigError, raise_all
+
+
+class RunConfig(Section):
+    """All sections of a run."""
+
+    model: ModelSection
+    adapter: AdapterSection = AdapterSection()
+    data: DataSection
+    objective: ObjectiveSection = ObjectiveSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    training: TrainingSection = TrainingSection()
+    mesh: MeshSection = MeshSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    logging: LoggingSection = LoggingSection()
+    export: ExportSection = ExportSection()
+    output_dir: Folder
+    """Directory of the run; running again with the same one resumes."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> "RunConfig":
+        raise_all(_contradictions(self))
+        return self
+
+
+# Values that have a name but no code yet: refused by that name.
+_PLANNED: dict[str, Container[Any]] = {
+    "model.quantization": ("int8", "nf4", "fp8"),
+    "adapter.peft_type": ("BOTTLENECK",),
+    "adapter.use_dora": (True,),
+    "mesh.sequence": range(-1, 2**16),
+}
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's configuration.
+
+    Args:
+        path: YAML file; None, as `split_arguments` gives it, if the user named none.
+        overrides: words `section.key=value`, values written as YAML.
+
+    Raises:
+        ConfigError: names every key that is unknown, missing, wrong or at odds with another.
+    """
+    if path is None:
+        raise ConfigError("--config: got nothing, expected a YAML file; add --config FILE")
+    tree = set_overrides(read_yaml(path), overrides, rules.keys(RunConfig))
+    # A section that is left out, or left empty, still has its required keys checked by name.
+    filled = {name: {} for name in rules.sections(RunConfig)}
+    filled |= {name: part for name, part in tree.items() if part is not None}
+    try:
+        return RunConfig.model_validate(filled)
+    except ValidationError as error:
+        lines = rules.problems(error, filled, RunConfig, _PLANNED)
+    raise ConfigError("\n".join(lines))
+
+
+def _contradictions(config: RunConfig) -> list[str]:
+    """Compare keys that are each right but cannot stand together."""
+    problems = []
+    training, mesh, adapter, export = config.training, config.mesh, config.adapter, config.export
+    portions = training.gradient_accumulation_steps
+    if portions != "auto" and training.batch_size % portions:
+        problems.append(
+            f"training.batch_size: got {training.batch_size}, expected a multiple of "
+            f"training.gradient_accumulation_steps ({portions})"
+        )
+    if config.data.val_size is not None and config.data.eval is not None:
+        problems.append(
+            f"data.val_size: got {config.data.val_size} beside data.eval, expected one of the two"
+        )
+    if training.eval_steps and config.data.eval is None and config.data.val_size is None:
+        problems.append(
+            f"training.eval_steps: got {training.eval_steps} without data.eval, "
+            "expected null; or name files in data.eval, or set data.val_size"
+        )
+    traced = config.logging.profile_steps
+    if traced and traced[0] >= traced[1]:
+        problems.append(
+            f"logging.profile_steps: got {traced}, expected a first number below the second; "
+            "[a, b] traces steps a + 1 to b"
+        )
+    free = [name for name in ("data", "fsdp", "tensor", "expert") if getattr(mesh, name) == -1]
+    if len(free) > 1:
+        both = " and ".join(f"mesh.{name}" for name in free)
+        problems.append(f"{both}: got -1, expected -1 on one axis; give the others a size")
+    written = {"output_dir": config.output_dir, "export.path": export.path}
+    problems += [
+        written_to_url(path, key) for key, path in written.items() if path and is_url(path)
+    ]
+    return (
+        problems
+        + _schedule_contradictions(config.optimizer)
+        + _adapter_contradictions(adapter, export)
+    )
+
+
+def _schedule_contradictions(section: OptimizerSection) -> list[str]:
+    """Compare the schedule with the keys that it has not, or cannot do without."""
+    kind, given = section.lr_scheduler_type, section.model_fields_set
+    problems = []
+    if kind == "constant":
+        problems += [
+            f"optimizer.{key}: got {getattr(section, key)} with lr_scheduler_type constant, which "
+            "has no warm-up, expected 0; use constant_with_warmup, or leave it out"
+            for key in ("warmup_ratio", "warmup_steps")
+            if key in given and getattr(section, key)
+        ]
+    if kind == "cosine_with_min_lr" and "min_lr_ratio" not in given:
+        problems.append(
+            "optimizer.min_lr_ratio: got nothing with lr_scheduler_type cosine_with_min_lr, "
+            "expected the part of the peak at which it ends; write 0.1 for a tenth"
+        )
+    return problems
+
+
+def _adapter_contradictions(adapter: AdapterSection, export: ExportSection) -> list[str]:
+    """Compare the adapter's kind with its other keys and with the export's form."""
+    problems = []
+    none_named = adapter.peft_type is None and adapter.path is None
+    unused = sorted(adapter.model_fields_set - {"peft_type", "path"})
+    if none_named and unused and "peft_type" not in adapter.model_fields_set:
+        problems.append(
+            f"adapter.peft_type: got nothing beside adapter.{unused[0]}, expected LORA or "
+            "PREFIX_TUNING, or null for full training"
+        )
+    if none_named and export.format == "peft":
+        problems.append(
+            'export.format: got "peft" without an adapter, expected merged or null; '
+            "or set adapter.peft_type"
+        )
+    if adapter.peft_type is not None:
+        try:
+            export_format(export, adapter.peft_type)
+        except ConfigError as error:
+            problems.append(str(error))
+    return problems
+
+
+def export_format(
+    section: ExportSection, peft_type: str | None
+) -> Literal["merged", "peft"] | None:
+    """Decide what a run writes, once the kind of its adapter is known.
+
+    Args:
+        section: the user's wish, where `merged` may be the default.
+        peft_type: what trained: also an adapter from disk, whose kind no config need name.
+
+    Raises:
+        ConfigError: the user asked for the merged form of a prefix.
+    """
+    if peft_type != "PREFIX_TUNING" or section.format != "merged":
+        return section.format
+    if "format" in section.model_fields_set:
+        raise ConfigError(
+            'export.format: got "merged" with PREFIX_TUNING, expected peft or null; '
+            "a prefix has no merged form"
+        )
+    return "peft"
+
+
+def located(config: RunConfig) -> RunConfig:
+    """The same configuration for a process in any folder: paths of model and adapter absolute.
+
+    What is not there as a file or folder, so a hub's id or an address, stays as it is.
+    """
+    sections: dict[str, ModelSection | AdapterSection] = {}
+    for name, section in (("model", config.model), ("adapter", config.adapter)):
+        if section.path is not None and os.path.exists(section.path):
+            absolute = {"path": os.path.abspath(section.path)}
+            sections[name] = section.model_copy(update=absolute)
+    return config.model_copy(update=sections)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Write the resolved configuration; reading it back gives the equal one.
+
+    Where the adapter decides what the defaults are, or the schedule has no warm-up, only keys that
+    the user gave are written: a default written down would read as the user's wish.
+    """
+    tree = config.model_dump()
+    if config.adapter.path is not None:
+        tree["adapter"] = config.adapter.model_dump(exclude_unset=True)
+    if config.adapter.path is not None or config.adapter.peft_type == "PREFIX_TUNING":
+        tree["export"] = config.export.model_dump(exclude_unset=True)
+    if config.optimizer.lr_scheduler_type == "constant":
+        given = config.optimizer.model_fields_set
+        tree["optimizer"] = {
+            key: value
+            for key, value in tree["optimizer"].items()
+            if key in given or not key.startswith("warmup_")
+        }
+    return to_text(tree)
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a configuration file, for editors."""
+    return RunConfig.model_json_schema()
+
+
+def describe() -> str:
+    """List every key with its rule, default and meaning: the text of `--help`."""
+    return rules.describe(RunConfig)

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which paths are URLs.
+
+In: a path as a configuration or a command line names it. Out: whether it is a URL, and the message
+where only a folder will do. Not done here: reading what lies there (`weights.storage`).
+"""
+
+import re
+
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://.")
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is a URL, and no path or hub id."""
+    return _URL.match(path) is not None
+
+
+def written_to_url(path: str, config_field: str) -> str:
+    """The message for a URL where something is to be written."""
+    return (
+        f"{config_field}: got {path!r}, expected a folder of a file system; URLs are only read: "
+        "mount the bucket, and give the path where it is mounted"
+    )

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Out again: a merged Hugging Face checkpoint, or the adapter as PEFT saves it.
+
+In: the source checkpoint, the trained arrays, and where to write. Out: a folder that transformers
+or PEFT loads. A merged export streams the source's files: what training did not touch is copied
+byte for byte, the rest is computed in float32 a few rows at a time and written in the source's
+dtype. What was written is read again and compared before the folder takes its name.
+
+    python -m dsjax.export --run DIR --out DIR --format merged|peft
+
+Not done here: training; deciding what to write by default (`config.export_format`).
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsjax import adapters
+from dsjax.config import MeshSection
+from dsjax.config.command_line import CommandParser
+from dsjax.config.paths import is_url, written_to_url
+from dsjax.distributed.bootstrap import refuse_several
+from dsjax.errors import ConfigError
+from dsjax.export.folder import check_free, check_own, export_marker
+from dsjax.export.model_card import card_facts
+from dsjax.export.run import check_dtype, export_bytes, export_trained
+from dsjax.training.continuation import identity
+from dsjax.training.eval_results import evaluated_rows
+from dsjax.training.metrics_log import METRICS_FILE, read_metrics
+from dsjax.training.restore import check_frozen, restore_trained
+from dsjax.training.run_dir import run_config
+from dsjax.training.setup import Assembly, assemble, load_frozen
+from dsjax.weights.folders import check_room, leftovers_of
+
+
+def main(argv: Sequence[str]) -> int:
+    """Export the newest checkpoint of a run, finished or not."""
+    parser = CommandParser("python -m dsjax.export", main.__doc__)
+    parser.add_argument("--run", required=True, help="output_dir of a run")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--format", required=True, choices=("merged", "peft"))
+    words = parser.parse_args(argv)
+    refuse_several("dsjax.export", os.environ)
+    if is_url(words.out):
+        raise ConfigError(written_to_url(words.out, "--out"))
+    run, out = Path(words.run), Path(words.out)
+    # Not the run's mesh, which may be a pod's: what is here serves, and changes no byte.
+    here = {"mesh": MeshSection(), "output_dir": str(run)}
+    config = run_config(run).model_copy(update=here)
+    check_free(out, config, "--out")  # before anything is loaded
+    parts = assemble(config)
+    form = _checked_form(words.format, parts)
+    check_dtype(config, parts)
+    step, trainable, meta = restore_trained(run, config, parts)
+    name = identity(config, meta["contents"])
+    check_own(out, name, "--out")
+    size = export_bytes(config, parts, form)
+    check_room(out, {"the export": size}, "--out", leftovers_of(out))
+    sums = meta["meter"]["run"]
+    marker = export_marker(config, name, form, step, sums, evaluated_rows(run))
+    frozen = load_frozen(parts, config.training.seed)
+    check_frozen(frozen, meta["frozen"], run)
+    facts = card_facts(config, parts, form, step, read_metrics(run / METRICS_FILE))
+    least = config.export.min_kept
+    done = export_trained(
+        parts, trainable, frozen, out, marker, facts, field="--out", min_kept=least
+    )
+    said = "exported" if done.written else "already there:"
+    print(f"{said} step {step} as {form} to {out}{done}", file=sys.stderr)
+    if done.failure is not None:
+        raise done.failure
+    return 0
+
+
+def _checked_form(form: str, parts: Assembly) -> str:
+    kind = parts.spec.peft_type if parts.spec else None
+    if form == "peft" and kind is None:
+        raise ConfigError("--format: got peft for a run without an adapter, expected merged")
+    if form == "peft" and parts.spec is not None:
+        adapters.check_peft_form(parts.model, parts.spec)
+    if form == "merged" and kind == "PREFIX_TUNING":
+        raise ConfigError(
+            "--format: got merged with PREFIX_TUNING, expected peft; a prefix has no merged form"
+        )
+    return form

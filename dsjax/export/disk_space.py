@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the disks have room for what a run is going to write, asked before it takes long.
+
+In: the configuration and the run's model, no array. Out: a refusal with the numbers. A checkpoint
+and the export count by their tensors; headers, tokenizer, logs are small beside them. Not done
+here: writing, and what a disk refuses all the same (`errors.system_fault`).
+"""
+
+import math
+from pathlib import Path
+
+import jax
+
+from dsjax.config import RunConfig
+from dsjax.distributed.processes import Hosts
+from dsjax.export.run import export_bytes
+from dsjax.training.checkpoint import CHECKPOINTS, half_written
+from dsjax.training.run_dir import export_path
+from dsjax.training.setup import Assembly
+from dsjax.training.state import StepConfig, abstract_state
+from dsjax.weights.folders import check_room, leftovers_of
+
+
+def check_disk(
+    config: RunConfig,
+    parts: Assembly,
+    step: StepConfig,
+    form: str | None,
+    saves: bool,
+    hosts: Hosts,
+) -> None:
+    """Refuse to begin where a checkpoint, if one is to follow, and the export have no room.
+
+    Raises:
+        ConfigError: with the numbers.
+    """
+    if not hosts.primary:
+        return
+    run, needs = Path(config.output_dir), dict[Path, dict[str, int]]()
+    half_saved = half_written(run / CHECKPOINTS)
+    half_exported = () if form is None else leftovers_of(export_path(config))
+    if saves:
+        leaves = jax.tree.leaves(abstract_state(step))
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+        needs[run] = {"a checkpoint": size}
+    if form is not None:
+        place = run if config.export.path is None else export_path(config)
+        needs.setdefault(place, {})["the export"] = export_bytes(config, parts, form)
+    for place, wanted in needs.items():
+        field = "output_dir" if place == run else "export.path"
+        check_room(place, wanted, field, [*half_saved, *half_exported])
+    if saves:  # what is left of an export is removed only when the next one begins
+        check_room(run, {"a checkpoint": needs[run]["a checkpoint"]}, "output_dir", half_saved)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose an export's folder is: what may be replaced, and what is there already.
+
+In: a run's configuration and what its training summed up to. Out: the marker that lies in every
+export, and a refusal of every folder that is not this run's own. Not done here: what else an export
+holds (export.py).
+"""
+
+import glob
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dsjax.config import RunConfig, located
+from dsjax.errors import ConfigError
+from dsjax.training.checkpoint import CHECKPOINTS
+from dsjax.training.continuation import identity
+from dsjax.training.eval_results import evaluated_rows, evaluation_marker, is_evaluated
+from dsjax.training.metrics_log import METRICS_FILE, read_metrics
+from dsjax.training.restore import check_contents
+from dsjax.training.run_dir import MARKER, Earlier, export_path, read_marker
+from dsjax.weights.folders import check_apart, check_empty
+from dsjax.weights.storage import READS_AHEAD, file_digest, in_order
+
+
+def export_marker(
+    config: RunConfig, run: str, form: str, step: int, sums: Mapping[str, float], eval_rows: str
+) -> dict[str, Any]:
+    """What an export says it is; two trainings that differ in anything have different markers.
+
+    Args:
+        config: the run's.
+        run: its name, from `continuation.identity`.
+        form: merged or peft.
+        step: the optimizer step that is exported.
+        sums: of the loss and the tokens up to that step, as its checkpoint holds them.
+        eval_rows: fingerprint of the rows whose results the model card shows. They tell
+            apart what the configuration does not: other rows in files of the same names.
+    """
+    marker = {
+        "format": form,
+        "step": step,
+        "model": located(config).model.path,
+        "run": run,
+        "sums": dict(sums),
+        "eval": eval_rows,
+    }
+    return marker | ({"dtype": config.export.dtype} if config.export.dtype else {})
+
+
+def write_marker(folder: Path, marker: Mapping[str, Any], kept: float | None = None) -> None:
+    """Mark a folder whose files are all written, and proven to be what they should be.
+
+    Args:
+        folder: the export.
+        marker: what it says it is.
+        kept: of what training changed, the part that merged weights keep.
+    """
+    text = json.dumps({**marker, "kept": kept, "files": _contents(folder)})
+    (folder / MARKER).write_text(text + "\n", "utf-8")
+
+
+def is_exported(out: Path, marker: Mapping[str, Any], min_kept: float | None) -> bool:
+    """Whether a folder holds this very export, whole: every file as it was when it was proven.
+
+    The files are read from end to end, for a damaged disk or a hand that edits leaves names and
+    sizes as they are. That takes as long as one copy, and only where there is nothing else to do.
+    What keeps less than `min_kept` was written when less was asked for, and is not this export.
+    """
+    found = read_marker(out) or {}
+    files, kept = found.pop("files", None), found.pop("kept", None)
+    if found != marker or not isinstance(files, dict) or not isinstance(kept, float | None):
+        return False
+    if is_too_little(kept, min_kept):
+        return False
+    return files.items() <= _contents(out).items()
+
+
+def is_too_little(kept: float | None, min_kept: float | None) -> bool:
+    """Whether merged weights keep less of a training than was asked for; None: not measured."""
+    return kept is not None and min_kept is not None and kept < min_kept
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """A digest of each file by its path in the folder, the marker left out."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER]
+    names = [path.relative_to(folder).as_posix() for path in files]
+    reads = [partial(file_digest, path) for path in files]
+    return dict(zip(names, in_order(reads, READS_AHEAD), strict=True))
+
+
+def check_replaceable(out: Path, config: RunConfig, run: str, field: str = "export.path") -> None:
+    """Refuse to replace a folder with anything in it but the own export of the run `run`.
+
+    Raises:
+        ConfigError: what the run reads or writes lies there, or somebody's files, or the export of
+            another run.
+    """
+    check_free(out, config, field)
+    check_own(out, run, field)
+
+
+def check_free(out: Path, config: RunConfig, field: str) -> None:
+    """Refuse to replace what is no export at all; which run an export is of is not looked at.
+
+    Raises:
+        ConfigError: what the run reads or writes lies there, or somebody's files.
+    """
+    check_apart(out, field, _sources(config))
+    for key, path in _needed(config):
+        if path.resolve().is_relative_to(out.resolve()):
+            raise ConfigError(
+                f"{field}: got {str(out)!r}, in which {key} ({str(path)!r}) lies, expected a "
+                "folder that holds nothing but the export"
+            )
+    if read_marker(out) is None:
+        check_empty(out, field)
+
+
+def check_own(out: Path, run: str, field: str = "export.path") -> None:
+    """Refuse to replace what is no export of the run `run`.
+
+    Raises:
+        ConfigError: somebody's files lie there, or the export of another run.
+    """
+    marker = read_marker(out)
+    if marker is None:
+        check_empty(out, field)
+    elif marker.get("run") != run:
+        raise ConfigError(
+            f"{field}: got {str(out)!r}, which holds the export of another run (of "
+            f"{marker.get('model')!r}, step {marker.get('step')}), expected this run's own or a "
+            "new folder; choose another, or remove that one"
+        )
+
+
+def check_outputs(config: RunConfig) -> None:
+    """Refuse to write a run or its export into the model's or the adapter's folder.
+
+    Raises:
+        ConfigError: `output_dir` or `export.path` is such a folder, or lies in one.
+    """
+    check_apart(config.output_dir, "output_dir", _sources(config))
+    if config.export.path is not None:
+        check_apart(config.export.path, "export.path", _sources(config))
+
+
+def _sources(config: RunConfig) -> dict[str, str | None]:
+    return {"model.path": config.model.path, "adapter.path": config.adapter.path}
+
+
+def _needed(config: RunConfig) -> list[tuple[str, Path]]:
+    """The files and folders that a run reads or writes, with their keys; hub ids left out."""
+    run, data = Path(config.output_dir), config.data
+    read = [("model.path", config.model.path), ("adapter.path", config.adapter.path)]
+    for key, sources in (("data.train", data.train), ("data.eval", data.eval or [])):
+        read += [(key, name) for s in sources for name in (s, *glob.glob(s, recursive=True))]
+    there = [(key, Path(name)) for key, name in read if name is not None and Path(name).exists()]
+    return [*there, *(("output_dir", run / name) for name in (".", CHECKPOINTS, "tensorboard"))]
+
+
+def check_continues(
+    earlier: Earlier, config: RunConfig, form: str | None, total: int, contents: Mapping[str, str]
+) -> None:
+    """Hold a run against the earlier one that it goes on with; nothing is written yet.
+
+    Args:
+        earlier: what `earlier_run` found.
+        config: the run's.
+        form: what it exports.
+        total: its steps.
+        contents: digests of what it reads, by its keys.
+
+    Raises:
+        ConfigError: fewer steps than are done, other contents, or a foreign folder where the export
+            goes.
+    """
+    run = Path(config.output_dir)
+    if earlier.meta:  # first: another content makes another run of it, whose export is in the way
+        check_contents(contents, earlier.meta["contents"], run)
+    if form is not None:
+        check_replaceable(export_path(config), config, identity(config, contents))
+    if earlier.step > total:
+        raise ConfigError(
+            f"training.max_steps: got {total} steps, expected at least the {earlier.step} that the "
+            f"run in {str(run)!r} has done; choose another output_dir"
+        )
+
+
+def is_complete(
+    config: RunConfig,
+    eval_rows: str,
+    form: str | None,
+    earlier: Earlier,
+    total: int,
+    contents: Mapping[str, str],
+) -> bool:
+    """Whether an earlier run has finished all that takes a model: steps, evaluation, export.
+
+    Args:
+        config: the run's.
+        eval_rows: fingerprint of the rows to evaluate on, empty if there are none.
+        form: what the run exports.
+        earlier: what it has done.
+        total: its steps.
+        contents: digests of what it reads, by its keys.
+    """
+    run = Path(config.output_dir)
+    results = evaluation_marker(total, earlier.sums, eval_rows)
+    if earlier.step < total or (eval_rows and not is_evaluated(run, results)):
+        return False
+    if form is not None:
+        name = identity(config, contents)
+        marker = export_marker(config, name, form, total, earlier.sums, evaluated_rows(run))
+        return is_exported(export_path(config), marker, config.export.min_kept)
+    rows = read_metrics(run / METRICS_FILE)
+    return any("train_loss" in row and row["step"] == total for row in rows)

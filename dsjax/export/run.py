@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write an export and prove it: merged weights or a PEFT adapter, in place of the old one.
+
+In: the trained arrays of an `Assembly`, and the marker of the run that they are of. Out: a folder
+that transformers or PEFT loads; what was written is read again and compared before the folder takes
+its name. Not done here: whether it may be written (`folder`), the proof of the logits (`verify`).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dsjax.config import RunConfig
+from dsjax.distributed.processes import Hosts
+from dsjax.distributed.sharding import Params
+from dsjax.errors import ConfigError, first_line
+from dsjax.export import verify
+from dsjax.export.folder import check_own, is_exported, is_too_little, write_marker
+from dsjax.export.merge import changed_tensors
+from dsjax.export.model_card import CardFacts, kept_text, write_model_card
+from dsjax.export.peft import write_peft
+from dsjax.training.setup import Assembly
+from dsjax.weights.folders import written_beside
+from dsjax.weights.fp8 import DequantisedSource
+from dsjax.weights.generation_config import write_generation_config
+from dsjax.weights.write import checkpoint_bytes, write_checkpoint
+
+
+def check_dtype(config: RunConfig, parts: Assembly) -> None:
+    """Refuse to write FP8 where there was none.
+
+    Raises:
+        ConfigError: `export.dtype` is fp8, and the checkpoint is not.
+    """
+    if config.export.dtype == "fp8" and not isinstance(parts.source, DequantisedSource):
+        raise ConfigError(
+            f"export.dtype: got fp8, expected null; the checkpoint {config.model.path!r} is not in "
+            "FP8"
+        )
+
+
+def export_bytes(config: RunConfig, parts: Assembly, form: str) -> int:
+    """Bytes of the tensors that an export writes; no array need be there yet."""
+    leaves = {path: parts.partition.leaves[path] for path in parts.partition.trainable}
+    if form == "peft":
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
+    changes = changed_tensors(parts.model, parts.spec, leaves, parts.partition.layer_masks)
+    return checkpoint_bytes(parts.source, changes, config.export.dtype == "fp8")
+
+
+PATIENCE = 60.0
+"""Seconds that a process whose proof did not run waits to hear that no other's did either."""
+
+
+class Proof(NamedTuple):
+    """What the proof of merged weights found.
+
+    Attributes:
+        kept: of what training changed, the part that they keep; None: not measured.
+        failure: what kept it from being computed; None: it was.
+    """
+
+    kept: float | None = None
+    failure: Exception | None = None
+
+
+class Exported(NamedTuple):
+    """What became of an export.
+
+    Attributes:
+        written: whether anything was: an export with the same marker is kept as it is.
+        failure: why its proof did not run, for the caller to raise when all else is done.
+    """
+
+    written: bool
+    failure: Exception | None = None
+
+    def __str__(self) -> str:
+        """For messages: `exported merged to X, unproven`."""
+        return "" if self.failure is None else ", unproven; the reason follows"
+
+
+def export_trained(
+    parts: Assembly,
+    trainable: Params,
+    frozen: Params,
+    out: Path,
+    marker: Mapping[str, Any],
+    card: CardFacts,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    hosts: Hosts | None = None,
+    field: str = "export.path",
+    min_kept: float | None = None,
+) -> Exported:
+    """Write and prove an export, beside `out` first; what lies at `out` is replaced.
+
+    Of several processes the first writes, and all prove the logits. The caller has made sure that
+    `out` may be replaced (`check_replaceable`) before it did anything; here it is asked again. A
+    merged export gives up the arrays: the proof loads what changed in their place, never beside
+    them. Where the proof finds another model the export is refused. Where it cannot be computed,
+    for want of memory, the export stands, and its card and marker say so; the next run of the same
+    command tries again.
+
+    Args:
+        parts: the run's model.
+        trainable: the trained arrays.
+        frozen: all other arrays.
+        out: the export's folder.
+        marker: from `export_marker`, of these arrays.
+        card: the model card's facts.
+        progress: told the bytes written so far and in all.
+        hosts: this process among those of the run; None for a process alone.
+        field: how messages call `out`.
+        min_kept: `export.min_kept`.
+
+    Raises:
+        DifferentLogitsError: what was written is not the trained model.
+        ConfigError: it keeps less than `min_kept` of what training changed.
+    """
+    hosts, proof = hosts or Hosts(), Proof()
+    if hosts.decide(lambda: is_exported(out, marker, min_kept)):
+        return Exported(False)
+    check = partial(check_own, out, marker["run"], field)
+    with written_beside(out, field, hosts.primary, check) as directory:
+        if marker["format"] == "peft":
+            write_peft(directory, parts, trainable, hosts.primary)
+        else:
+            fp8 = marker.get("dtype") == "fp8"
+            proof = _write_merged(directory, parts, trainable, frozen, fp8, progress, hosts)
+            _check_kept(proof, min_kept, fp8, hosts)
+        if proof.failure is not None:
+            card = replace(card, unproven=first_line(proof.failure))
+            marker = {**marker, "proof": f"did not run: {card.unproven}"}
+        if hosts.primary:
+            write_model_card(directory, replace(card, kept=proof.kept))
+            write_marker(directory, marker, proof.kept)
+    return Exported(True, proof.failure)
+
+
+def _write_merged(
+    directory: Path,
+    parts: Assembly,
+    trainable: Params,
+    frozen: Params,
+    fp8: bool,
+    progress: Callable[[int, int], None],
+    hosts: Hosts,
+) -> Proof:
+    """Write merged weights, and prove them once all processes see them; gives up the arrays."""
+    changes = changed_tensors(parts.model, parts.spec, trainable, parts.partition.layer_masks)
+    write_checkpoint(parts.source, directory, changes, progress, fp8, hosts.primary)
+    if hosts.primary:
+        write_generation_config(directory, parts.source)
+    hosts.barrier()  # written: all read it
+    prove = partial(verify.prove, parts, trainable, frozen, directory, changes.keys())
+    return run_proof(prove, hosts)  # and all have read it: it may take its name
+
+
+def run_proof(prove: Callable[[], float | None], hosts: Hosts) -> Proof:
+    """Run the proof; what kept it from being computed on any process, keeps it on all.
+
+    A process that fails alone ends all: the others wait in the middle of a computation for it.
+
+    Raises:
+        DifferentLogitsError: it ran, and found another model.
+        ConfigError: what was written cannot be opened.
+    """
+    kept = failure = None
+    try:
+        kept = prove()
+    except (ConfigError, OSError, verify.DifferentLogitsError):
+        raise
+    except Exception as error:
+        failure = error
+        hosts.say(f"the proof of the export did not run: {first_line(error)}")
+    try:
+        told = hosts.exchange(
+            "" if failure is None else first_line(failure),
+            math.inf if failure is None else PATIENCE,
+        )
+    except TimeoutError:
+        assert failure is not None
+        raise failure from None
+    others = [RuntimeError(f"process {i}: {text}") for i, text in enumerate(told) if text]
+    failure = failure or next(iter(others), None)
+    return Proof(kept if failure is None else None, failure)
+
+
+def _check_kept(proof: Proof, least: float | None, again_fp8: bool, hosts: Hosts) -> None:
+    """Say what merged weights keep of a training, and refuse them if it is too little.
+
+    Raises:
+        ConfigError: it is.
+    """
+    kept = proof.kept
+    if proof.failure is not None:
+        return
+    if kept is None:
+        hosts.say(
+            "kept: not measured; training changed no logits beyond rounding, or the file's numbers "
+            "are finer than the run's"
+        )
+        return
+    hosts.say(kept_text(kept))
+    if is_too_little(kept, least):
+        wider = "export.dtype=null, which writes bfloat16, " if again_fp8 else ""
+        raise ConfigError(
+            f"export.min_kept: got weights that keep {kept:.3g} of what training changed in the "
+            f"logits, expected at least {least:g}; rounding to the file's numbers takes the rest. "
+            f"Set {wider}export.format=peft, where there is an adapter, or train further; a lower "
+            "export.min_kept, or null, writes them nevertheless"
+        )

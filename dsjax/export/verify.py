@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The last check of a merged export: with what was written, it gives the trained model's logits.
+
+In: the trained arrays, and the folder that was written. Out: nothing, or an error. Merged weights
+are rounded to the file's dtype. Where that moves the logits further than usual, the model itself
+says what is right: how far they move when its activations are rounded likewise. So a wrong merge is
+found where it moves logits further than rounding does; after a very small update it is not. Not
+done here: comparing the tensors with what was meant (`weights.write`).
+"""
+
+from collections.abc import Set
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from dsjax.config import AdapterSection, ModelSection
+from dsjax.distributed.mesh import batch_shards, replicated
+from dsjax.distributed.sharding import Params, make_layout
+from dsjax.models import entries_of
+from dsjax.training.setup import Assembly, assemble_model
+from dsjax.weights.fp8 import FP8, raw_of
+from dsjax.weights.load import load_base
+
+TOKENS = 32
+ROUNDING = {"float32": 1e-3, "float16": 0.01, "bfloat16": 0.05, FP8.name: 0.5}
+"""How far rounding the changed weights to a dtype may move the logits in any case.
+
+Unrelated logits are about 1.4 apart. FP8 blocks in a tiny random V3's attention: 0.25.
+"""
+
+SLACK = 4.0
+"""How many times what rounding the activations does, rounding the changed weights may do."""
+
+LEAST = 1e-5
+"""Of the logits' norm: by so much float32 rounds them, and a run that moved them less learnt
+nothing that could be kept."""
+
+LITTLE_MEMORY = {
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion,"
+    "while-loop-expensive-invariant-code-motion",
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+}
+"""Trap: XLA for CPU computes bfloat16 products in float32, and would convert all layers of a stack
+before its loop begins: twice the model's size. Nor need a layer's matrices be there all at once."""
+
+
+class DifferentLogitsError(RuntimeError):
+    """What was written is not the trained model."""
+
+
+def prove(
+    parts: Assembly, trainable: Params, frozen: Params, directory: Path, changed: Set[str]
+) -> float | None:
+    """Put what changed into the model as a user would load it: its logits must be the trained ones.
+
+    The base comes between the two, of the arrays that are there, and of the source's for those that
+    trained. Tensors that did not change were read back and compared, so their arrays serve again;
+    all others are given up before the next ones are loaded, so that there is never more than one
+    model.
+
+    Args:
+        parts: the run's model.
+        trainable: the trained arrays.
+        frozen: all other arrays.
+        directory: the merged checkpoint.
+        changed: names of its tensors that training changed.
+
+    Returns:
+        `kept` of the logits; None also where the file's numbers are finer than the run's, and so
+        take nothing away, whereas the run's own rounding of the base would count as a loss.
+
+    Raises:
+        DifferentLogitsError: the logits are further apart than rounding explains.
+    """
+    trained = sample_logits(parts, trainable, frozen, "float32")
+    held = dict(trainable) | dict(frozen)
+    base, arrays = _loaded(parts, parts.section, held, set(trainable))
+    before = sample_logits(base, {}, arrays, "float32")
+    section = parts.section.model_copy(update={"path": str(directory), "revision": None})
+    touched = {entry.path for entry in entries_of(base.model) if entry.hf in changed}
+    merged, arrays = _loaded(parts, section, arrays, touched)
+    written = raw_of(merged.source).tensors
+    dtypes = {i.dtype.name for n, i in written.items() if n in changed} & ROUNDING.keys()
+    coarsest = max(dtypes | {parts.section.dtype}, key=ROUNDING.__getitem__)
+    logits = _compare(merged, arrays, trained, coarsest)
+    for array in arrays.values():
+        array.delete()
+    if all(ROUNDING[name] < ROUNDING[parts.section.dtype] for name in dtypes):
+        return None
+    return kept(logits, trained, before)
+
+
+def _loaded(
+    parts: Assembly, section: ModelSection, held: Params, other: Set[str]
+) -> tuple[Assembly, Params]:
+    """A checkpoint as a user would load it, with the arrays that are there.
+
+    Args:
+        parts: the run's model.
+        section: which checkpoint.
+        held: arrays on the devices; what does not serve again is given up.
+        other: paths of those that hold something else.
+    """
+    loaded = assemble_model(section, AdapterSection(), [], parts.mesh)
+    loaded = replace(loaded, partition=loaded.partition.all_frozen(parts.section.dtype))
+    leaves = loaded.partition.leaves
+    serves = {
+        path: array
+        for path, array in held.items()
+        if path in leaves and path not in other and array.dtype == leaves[path].dtype
+    }
+    for path, array in held.items():
+        if path not in serves:
+            array.delete()
+    missing = {path: leaf for path, leaf in leaves.items() if path not in serves}
+    return loaded, serves | load_base(loaded.source, loaded.model, missing, loaded.shardings)
+
+
+def kept(
+    exported: Float[np.ndarray, "T V"],
+    trained: Float[np.ndarray, "T V"],
+    base: Float[np.ndarray, "T V"],
+) -> float | None:
+    """What is left of what training changed: 1 - |exported - trained| / |trained - base|.
+
+    1 is all of it, 0 is as far from the trained model as the base is. Each distance is the middle
+    token's (`distance`): of a few tokens that went to other experts, one would decide alone. None
+    where training moved the logits by no more than float32 rounds them. To three decimals, in which
+    all meshes agree.
+    """
+    learnt = distance(base, trained)
+    return None if learnt <= LEAST else round(1.0 - distance(exported, trained) / learnt, 3)
+
+
+def _compare(
+    merged: Assembly, arrays: Params, expected: np.ndarray, coarsest: str
+) -> Float[np.ndarray, "T V"]:
+    """Hold the logits of what was written against the trained model's; returns them."""
+    logits = sample_logits(merged, {}, arrays, "float32")
+    found, bound = distance(logits, expected), ROUNDING[coarsest]
+    if found > bound and coarsest != "float32":
+        dtype = "bfloat16" if coarsest == FP8.name else coarsest
+        rounded = sample_logits(merged, {}, arrays, dtype)
+        bound = min(1.0, max(bound, SLACK * distance(rounded, logits)))
+    if not found <= bound:
+        raise DifferentLogitsError(
+            f"{merged.source.directory}: logits differ from the trained model's by {found:.3g} of "
+            f"their norm, expected at most {bound:.3g}"
+        )
+    return logits
+
+
+def distance(logits: Float[np.ndarray, "T V"], expected: Float[np.ndarray, "T V"]) -> float:
+    """The median over tokens of |logits - expected| / |expected|.
+
+    The median, since rounding may change which expert a token goes to: that token then is far off.
+    """
+    apart = np.linalg.norm(logits - expected, axis=-1)
+    return float(np.median(apart / np.maximum(np.linalg.norm(expected, axis=-1), 1e-30)))
+
+
+def sample_logits(
+    parts: Assembly, trainable: Params, frozen: Params, dtype: str
+) -> Float[np.ndarray, "T V"]:
+    """Logits of some fixed random tokens; activations are computed in `dtype`.
+
+    Every device that a batch is dealt to has them as its row, so that experts and weights stay
+    where they are, and the tokens are the same on every mesh.
+    """
+    shards, vocab = batch_shards(parts.mesh), parts.model.config.vocab_size
+    row = np.random.default_rng(0).integers(0, vocab, TOKENS, np.int32)
+    ids = np.tile(row, (shards, 1))
+    layout = make_layout(parts.mesh)
+
+    def model(trainable: Params, frozen: Params):
+        merged = parts.partition.merge(trainable, frozen)
+        merged.dtype = jnp.dtype(dtype)
+        return merged
+
+    def run(trainable: Params, frozen: Params, ids: jax.Array) -> jax.Array:
+        x_BTD = model(trainable, frozen).hidden(ids, layout=layout).states
+        return x_BTD[0]
+
+    on_cpu = parts.mesh.devices.flat[0].platform == "cpu"
+    options = LITTLE_MEMORY if on_cpu else None
+    # Two programs: in one, float32 copies of embedding and head would be there at the same time.
+    hidden = jax.jit(run, out_shardings=replicated(parts.mesh), compiler_options=options)
+    head = jax.jit(lambda t, f, x_TD: model(t, f).head(x_TD), out_shardings=replicated(parts.mesh))
+    dealt = jax.make_array_from_callback(ids.shape, layout.rows, lambda index: ids[index])
+    x_TD = hidden(trainable, frozen, dealt)
+    return np.asarray(head(trainable, frozen, x_TD), np.float32)

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generate: text from a model, with or without an adapter.
+
+    python -m dsjax.generate --model DIR [--adapter DIR] --prompt TEXT [--prompt TEXT ...]
+    python -m dsjax.generate --model DIR [--adapter DIR] --chat [--prompt TEXT ...]
+
+`--prompt` is text to go on with; with `--chat` it is what a user says, put through the checkpoint's
+chat template, and `--chat` alone is a conversation, line by line from stdin. stdout has the
+answers and nothing else. Not done here: the loop over tokens (`decoding`).
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+from dsjax.config import MeshSection
+from dsjax.config.command_line import CommandParser
+from dsjax.data import encode_chat, encode_text, load_tokenizer
+from dsjax.decoding.decode import generate, prompt_problems, request_problems
+from dsjax.decoding.detokenizer import TextStream
+from dsjax.decoding.sampling import Sampling
+from dsjax.distributed.bootstrap import refuse_several
+from dsjax.distributed.mesh import make_mesh
+from dsjax.errors import raise_all, renamed
+from dsjax.models import Model
+from dsjax.models.config_checks import count_problems
+from dsjax.pretrained import load_pretrained
+from dsjax.weights.generation_config import stop_tokens
+from dsjax.weights.load import open_checkpoint
+
+OPTIONS = {
+    "model.path": "--model",
+    "adapter.path": "--adapter",
+    "max_new_tokens": "--max-new-tokens",
+    "temperature": "--temperature",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
+    "seed": "--seed",
+}
+"""What messages call a setting -> what it is called here."""
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str]) -> int:
+    """Generate what the command line asks for."""
+    words = _parser().parse_args(argv)
+    refuse_several("dsjax.generate", os.environ)
+    try:
+        with renamed(OPTIONS):
+            return run(words)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+
+
+def run(words: argparse.Namespace) -> int:
+    """Check everything that is cheap to check, load the model, then answer."""
+    sampling = Sampling(words.temperature, words.top_k, words.top_p)
+    numbers = request_problems(words.max_new_tokens, sampling, words.seed)
+    raise_all(_text_problems(words) + numbers)
+    source = open_checkpoint(words.model, weights=False, adapter=words.adapter)
+    tokenizer = load_tokenizer(source.directory)
+    if words.chat:
+        prompts = [encode_chat(tokenizer, [_message("user", text)]) for text in words.prompt]
+        encode_chat(tokenizer, [_message("user", "Hello")])  # is there a template?
+    else:
+        prompts = [encode_text(tokenizer, text) for text in words.prompt]
+    stop_ids = stop_tokens(source, tokenizer)
+    raise_all(count_problems(source.config, ["vocab_size"], []))
+    raise_all(prompt_problems(prompts, source.config["vocab_size"]))
+    print(f"loading {words.model}", file=sys.stderr)
+    # Every matrix product is shared by all devices: rows are few, weights are many.
+    mesh = make_mesh(MeshSection(fsdp=1, tensor=-1))
+    model = load_pretrained(words.model, words.adapter, words.dtype, mesh)
+    speaker = Speaker(model, tokenizer, stop_ids, words.stop, words.max_new_tokens, sampling)
+    if prompts:
+        speaker.say(prompts, words.seed, titles=words.prompt if len(prompts) > 1 else ())
+    else:
+        _converse(speaker, words.seed)
+    return 0
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model that answers on stdout."""
+
+    model: Model
+    tokenizer: PreTrainedTokenizerFast
+    stop_ids: Collection[int]
+    stops: Sequence[str]
+    max_new_tokens: int
+    sampling: Sampling
+
+    def say(self, prompts: Sequence[list[int]], seed: int, titles: Sequence[str] = ()) -> list[str]:
+        """Continue the prompts, print what comes, return it."""
+        self._warn_of_length(prompts)
+        streams = [TextStream(self.tokenizer, prompt, self.stops) for prompt in prompts]
+        answers = Answers(streams, self.stop_ids, titles)
+        generate(
+            self.model,
+            prompts,
+            max_new_tokens=self.max_new_tokens,
+            stop_ids=self.stop_ids,
+            **self.sampling._asdict(),
+            seed=seed,
+            on_token=answers.take,
+        )
+        for row in answers.close():
+            print(f"prompt {row + 1}: cut at {self.max_new_tokens} new tokens", file=sys.stderr)
+        return answers.texts
+
+    def _warn_of_length(self, prompts: Sequence[list[int]]) -> None:
+        limit = self.model.config.max_position_embeddings
+        for index, prompt in enumerate(prompts, 1):
+            if len(prompt) + self.max_new_tokens > limit:
+                print(
+                    f"prompt {index}: {len(prompt)} tokens and up to {self.max_new_tokens} new "
+                    f"ones pass the model's max_position_embeddings ({limit}); what comes after "
+                    "that may be poor",
+                    file=sys.stderr,
+                )
+
+
+class Answers:
+    """Prints the rows of a batch one after another, the first unfinished one as it comes."""
+
+    def __init__(
+        self, streams: Sequence[TextStream], stop_ids: Collection[int], titles: Sequence[str] = ()
+    ) -> None:
+        self.texts = [""] * len(streams)
+        self._streams, self._stop_ids, self._titles = streams, stop_ids, titles
+        self._ended: set[int] = set()
+        self._row, self._printed = 0, 0
+        self._announce()
+
+    def take(self, row: int, token: int) -> bool:
+        """Take a row's next token; returns whether a stop text ends the row."""
+        stream = self._streams[row]
+        if token in self._stop_ids:
+            self._end(row)
+        else:
+            self.texts[row] += stream.push(token)
+            if stream.stopped:
+                self._end(row)
+        self._print()
+        return stream.stopped
+
+    def close(self) -> list[int]:
+        """Print what is left; returns the rows that the limit cut."""
+        cut = [row for row in range(len(self.texts)) if row not in self._ended]
+        for row in cut:
+            self._end(row)
+        self._print()
+        return cut
+
+    def _end(self, row: int) -> None:
+        self.texts[row] += self._streams[row].finish()
+        self._ended.add(row)
+
+    def _print(self) -> None:
+        while self._row < len(self.texts):
+            text = self.texts[self._row]
+            print(text[self._printed :], end="", flush=True)
+            self._printed = len(text)
+            if self._row not in self._ended:
+                return
+            print(flush=True)
+            self._row, self._printed = self._row + 1, 0
+            self._announce()
+
+    def _announce(self) -> None:
+        if self._row < len(self._titles):
+            print(f"[{self._row + 1}] {self._titles[self._row]}", file=sys.stderr, flush=True)
+
+
+def _converse(speaker: Speaker, seed: int) -> None:
+    """Answer line after line; each turn has a seed of its own."""
+    messages: list[dict] = []
+    for turn, line in enumerate(_lines()):
+        messages.append(_message("user", line))
+        prompt = encode_chat(speaker.tokenizer, messages)
+        messages.append(_message("assistant", speaker.say([prompt], (seed + turn) % 2**32)[0]))
+
+
+def _lines() -> Iterator[str]:
+    """What a user types, up to /exit or the end; empty lines say nothing."""
+    shown = "> " if sys.stdin.isatty() else ""
+    print("type a message; /exit or the end of input ends the conversation", file=sys.stderr)
+    while True:
+        print(shown, end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/exit":
+            return
+        if line.strip():
+            yield line.rstrip("\r\n")
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _text_problems(words: argparse.Namespace) -> list[str]:
+    """A line for everything that is wrong with the texts of the command line."""
+    problems = []
+    if not words.prompt and not words.chat:
+        problems.append("--prompt: got none, expected at least one --prompt TEXT, or --chat")
+    for name, texts in (("--prompt", words.prompt), ("--stop", words.stop)):
+        for text in texts:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                problems.append(f"{name}: got {text!a}, expected text in UTF-8")
+    if "" in words.stop:
+        problems.append("--stop: got an empty text, expected at least one character")
+    return problems
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser("python -m dsjax.generate", __doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="checkpoint: a directory or a hub id")
+    add("--adapter", help="PEFT adapter: a directory")
+    add("--prompt", action="append", default=[], help="text to go on with; may be repeated")
+    add("--chat", action="store_true", help="use the chat template; without --prompt: converse")
+    add("--max-new-tokens", type=int, default=512, help="limit of each answer (512)")
+    add("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    add("--top-k", type=int, help="draw from the k likeliest tokens")
+    add("--top-p", type=float, help="draw from the likeliest tokens that hold this probability")
+    add("--seed", type=int, default=0, help="seed of the draws (0)")
+    add("--stop", action="append", default=[], help="text that ends an answer; may be repeated")
+    add("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    return parser

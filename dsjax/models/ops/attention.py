@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Softmax attention over packed rows: who sees whom, and the weighted sum.
+
+In: queries, keys and values by head, with position and segment of every token. Out: the attended
+values. Scores and mask are never stored for a whole long row: a platform's kernel makes them piece
+by piece, and where there is none a block of queries is taken at a time. Not done here: projections,
+rope, caches.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from dsjax.distributed.sharding import Layout
+from dsjax.models.ops.attention_cuda import attend_cuda
+from dsjax.models.ops.attention_tpu import attend_tpu
+from dsjax.models.ops.blocks import in_blocks, out_of_blocks, precision
+
+PREFIX_SEGMENT = -1
+"""Segment of trained prefix keys: every token of every segment sees them."""
+
+QUERY_BLOCK = 1024
+"""Rows longer than this are attended to in blocks of this many queries."""
+
+
+KERNEL_NAME = "attention_kernel"
+"""What a remat policy calls the kernels' outputs and statistics."""
+
+Kernel = Callable[..., Float[Array, "B T N V"]]
+
+KERNELS: dict[str, Kernel] = {"tpu": attend_tpu, "gpu": attend_cuda}
+"""Platform of a mesh's devices -> causal attention of packed rows in 16 bits."""
+
+
+class Tokens(NamedTuple):
+    """Where tokens stand: `position` counts inside each segment, `segment` is 0 for padding."""
+
+    position: Int[Array, "B T"]
+    segment: Int[Array, "B T"]
+
+
+class Selection(NamedTuple):
+    """A sparse attention's choice of keys.
+
+    Attributes:
+        narrow: (what a block of queries asks with, the mask of keys that it may see) -> a mask with
+            fewer keys.
+        asking: arrays [B, T, ...] that `narrow` is given block by block.
+    """
+
+    narrow: Callable[[Any, Bool[Array, "B T S"]], Bool[Array, "B T S"]]
+    asking: Any
+
+
+def visible(
+    query: Tokens, key: Tokens, window: Int[Array, ""] | int | None
+) -> Bool[Array, "B T S"]:
+    """Which keys each query sees: its own segment (or a prefix), no later, inside the window.
+
+    Args:
+        query: tokens that ask.
+        key: tokens that may be seen.
+        window: number of positions a token looks back over, itself included; None is no limit.
+    """
+    q_pos, k_pos = query.position[:, :, None], key.position[:, None, :]
+    q_seg, k_seg = query.segment[:, :, None], key.segment[:, None, :]
+    mask_BTS = ((q_seg == k_seg) | (k_seg == PREFIX_SEGMENT)) & (k_pos <= q_pos)
+    if window is not None:
+        mask_BTS &= q_pos - k_pos < window
+    return mask_BTS
+
+
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKV: Float[Array, "B S K V"],
+    query: Tokens,
+    key: Tokens,
+    window: Int[Array, ""] | int | None,
+    scale: float,
+    selection: Selection | None = None,
+    layout: Layout | None = None,
+) -> Float[Array, "B T N V"]:
+    """Grouped-query attention; the softmax is float32 and cast back, as in the reference.
+
+    Whole rows that only see themselves, in 16 bits, go through the kernel of the mesh's platform.
+
+    Args:
+        q_BTNH: queries.
+        k_BSKH: keys, of the queries' head size.
+        v_BSKV: values, of any head size.
+        query: tokens that ask.
+        key: tokens that may be seen.
+        window: see `visible`.
+        scale: of the scores before the softmax.
+        selection: leaves fewer keys to each query than it may see.
+        layout: of the mesh; None where keys are not the queries' own rows (a cache, a prefix).
+    """
+    if layout is not None and window is None and selection is None and q_BTNH.itemsize == 2:
+        kernel = KERNELS.get(next(iter(layout.rows.device_set)).platform)
+        if kernel is not None:
+            return _by_kernel(kernel, q_BTNH, k_BSKH, v_BSKV, query.segment, scale, layout.rows)
+
+    # Wide outside of the blocks, so that these add up the gradients of keys and values in float32.
+    wide_k, wide_v = (x.astype(jnp.float32) for x in (k_BSKH, v_BSKV))
+
+    def block(piece):
+        q, tokens, asking = piece
+        k_BSKH, v_BSKV = (x.astype(q.dtype) for x in (wide_k, wide_v))
+        mask = visible(tokens, key, window)
+        if selection is not None:
+            mask = selection.narrow(asking, mask)
+        return _attend_block(q, k_BSKH, v_BSKV, mask, scale)
+
+    asking = None if selection is None else selection.asking
+    if q_BTNH.shape[1] <= QUERY_BLOCK:
+        return block((q_BTNH, query, asking))
+    pieces = jax.tree.map(lambda x: in_blocks(x, QUERY_BLOCK), (q_BTNH, query, asking))
+    return out_of_blocks(jax.lax.map(jax.checkpoint(block), pieces))[:, : q_BTNH.shape[1]]
+
+
+def _by_kernel(
+    kernel: Kernel,
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKV: jax.Array,
+    segment_BT: jax.Array,
+    scale: float,
+    sharding: NamedSharding,
+) -> jax.Array:
+    """Every device runs the kernel on its rows and its heads."""
+    heads, kv_heads, shards = q_BTNH.shape[2], k_BTKH.shape[2], sharding.mesh.shape["tensor"]
+    axis = "tensor" if heads % shards == 0 else None
+    if axis is not None and kv_heads % shards:
+        k_BTKH, v_BTKV = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k_BTKH, v_BTKV))
+    rows = sharding.spec[0]
+    by_head = PartitionSpec(rows, None, axis, None)
+    return jax.shard_map(
+        lambda *arrays: kernel(*arrays, scale, KERNEL_NAME),
+        mesh=sharding.mesh,
+        in_specs=(by_head, by_head, by_head, PartitionSpec(rows)),
+        out_specs=by_head,
+        check_vma=False,
+    )(q_BTNH, k_BTKH, v_BTKV, segment_BT)
+
+
+def _attend_block(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKV: Float[Array, "B S K V"],
+    mask_BTS: Bool[Array, "B T S"],
+    scale: float,
+) -> Float[Array, "B T N V"]:
+    batch, queries, heads, size = q_BTNH.shape
+    kv_heads = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(batch, queries, kv_heads, heads // kv_heads, size)
+    exact = precision(q_BTNH.dtype)
+    scores_BKGTS = jnp.einsum(
+        "btkgh,bskh->bkgts",
+        q_BTKGH,
+        k_BSKH,
+        precision=exact,
+        preferred_element_type=jnp.float32,
+    )
+    # A finite floor: a query that sees nothing (padding in a cache) must not turn into NaN.
+    scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS * scale, -1e30)
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKV.dtype)
+    out_BTKGV = jnp.einsum("bkgts,bskv->btkgv", weights_BKGTS, v_BSKV, precision=exact)
+    return out_BTKGV.reshape(batch, queries, heads, v_BSKV.shape[-1])

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs of a run, compiled before there is anything to hold.
+
+In: a `StepConfig` and the shape of the batches. Out: compiled programs, and what they took and
+take. Not done here: the step itself (`step`).
+"""
+
+import time
+from typing import Any
+
+import jax
+
+from dsjax.data import Loader
+from dsjax.distributed.compiled import memory_of
+from dsjax.distributed.processes import Hosts
+from dsjax.training.evaluation import lower_eval_step
+from dsjax.training.state import (
+    StepConfig,
+    state_bytes,
+)
+from dsjax.training.step import lower_train_step
+
+
+def compile_step(step: StepConfig, loader: Loader, hosts: Hosts) -> Any:
+    """Compile the step ahead of the loop, so that its time and memory are seen as what they are."""
+    lowered = lower_train_step(step, loader.batch_size, loader.sequence_length)
+    return _compiled(lowered, "the step", 0, hosts)
+
+
+def compile_evaluation(step: StepConfig, loader: Loader, hosts: Hosts) -> Any:
+    """Compile the evaluation ahead as well: what it lacks shows before hours of training."""
+    rows, length = loader.batch_size, loader.sequence_length
+    beside = state_bytes(step, rows, length)["optimizer"]
+    return _compiled(lower_eval_step(step, rows, length), "the evaluation", beside, hosts)
+
+
+def _compiled(lowered: Any, name: str, beside: int, hosts: Hosts) -> Any:
+    """Compile for the devices that are here, and say what it took and takes.
+
+    Args:
+        lowered: the program.
+        name: what it is.
+        beside: bytes of a device that are in use besides.
+        hosts: who says it.
+    """
+    began = time.monotonic()
+    compiled = lowered.compile()
+    peak = beside + memory_of(compiled, jax.devices()[0].platform).peak
+    hosts.say(
+        f"compiled {name} in {time.monotonic() - began:.1f} s; it needs {peak / 2**30:.2f} GiB "
+        "per device"
+    )
+    return compiled

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss of a model over a whole data set, exact to the token.
+
+In: the parts of a step, arrays, and a loader. Out: the token-weighted mean loss, its perplexity,
+and how much it was computed over. A batch is computed in the portions of the training, so that an
+evaluation holds no more rows at a time than a step. Not done here: loading the model or the data.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dsjax.data import Batch, Loader
+from dsjax.distributed.mesh import batch_shards, microbatches, replicated, rows_sharding
+from dsjax.distributed.sharding import Params, leaf_shardings, make_layout
+from dsjax.objectives.sft import Forward, Sums
+from dsjax.training.state import StepConfig, abstract_batch, abstract_frozen, abstract_state
+
+
+class StoppedError(Exception):
+    """An evaluation was given up because its caller asked for it."""
+
+
+def to_devices(batch: Batch, mesh: Mesh, loader: Loader | None = None) -> Batch:
+    """Put this process's rows of a batch onto its devices.
+
+    Args:
+        batch: the rows.
+        mesh: the devices.
+        loader: where the batch is from; it knows which rows these are. Not needed for devices
+            that are all this process's.
+    """
+    sharding = rows_sharding(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    assert loader is not None, "several processes: whose rows are these?"
+    rows, total = np.asarray(loader.rows), loader.batch_size
+
+    def put(x: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[0].indices(total)
+            first = int(np.searchsorted(rows, start))
+            return x[first : first + stop - start]
+
+        return jax.make_array_from_callback((total, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(put, batch)
+
+
+def make_eval_step(config: StepConfig) -> Any:
+    """The jitted sums of a batch, `(trainable, frozen, batch) -> Sums`, without dropout.
+
+    Where the devices leave a device fewer rows than the training's portions are, there are fewer
+    portions: as many as divide both.
+    """
+    leaves, mesh = config.partition.leaves, config.mesh
+    shardings = leaf_shardings(leaves, mesh)
+    split = [
+        {path: shardings[path] for path in paths}
+        for paths in (config.partition.trainable, config.partition.frozen)
+    ]
+    forward = Forward("none", None, make_layout(mesh), batch_shards(mesh))
+
+    def eval_step(trainable: Params, frozen: Params, batch: Batch) -> Sums:
+        def sums(rows: Batch) -> Sums:
+            return config.objective(config.partition.merge(trainable, frozen), rows, forward)
+
+        count = math.gcd(config.accumulation, len(batch.input_ids) // batch_shards(mesh))
+        if count == 1:
+            return sums(batch)
+        pieces = jax.tree.map(lambda x: microbatches(x, count, mesh), batch)
+        shapes = jax.eval_shape(sums, jax.tree.map(lambda x: x[0], pieces))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        def add(total: Sums, rows: Batch) -> tuple[Sums, None]:
+            return jax.tree.map(jnp.add, total, sums(rows)), None
+
+        return jax.lax.scan(add, zeros, pieces)[0]
+
+    return jax.jit(
+        eval_step,
+        in_shardings=(*split, rows_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
+
+
+def lower_eval_step(config: StepConfig, rows: int, length: int) -> jax.stages.Lowered:
+    """The evaluation step on abstract arrays, as `lower_train_step` does it."""
+    trainable, frozen = abstract_state(config).trainable, abstract_frozen(config)
+    batch = abstract_batch(rows, length, config.mesh)
+    return make_eval_step(config).lower(trainable, frozen, batch)
+
+
+def evaluate_loss(
+    eval_step: Callable[[Params, Params, Batch], Sums],
+    trainable: Params,
+    frozen: Params,
+    loader: Loader,
+    mesh: Mesh,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float | int]:
+    """Evaluate one pass over the loader's data.
+
+    Args:
+        eval_step: from `make_eval_step`.
+        trainable: the trained arrays.
+        frozen: all other arrays.
+        loader: the data.
+        mesh: the devices.
+        stop: asked after each batch whether to give up.
+
+    Returns:
+        `eval_loss` (mean over tokens, weighted as in training), `eval_perplexity`,
+        `eval_accuracy`, `eval_tokens` (tokens without padding).
+
+    Raises:
+        StoppedError: `stop()` said so.
+    """
+    totals = np.zeros(4, np.float64)
+    for batch in loader.iterate(0, loader.steps_in_epoch(0)):
+        sums = jax.device_get(eval_step(trainable, frozen, to_devices(batch, mesh, loader)))
+        if stop():
+            raise StoppedError
+        totals += np.asarray([sums.loss, sums.weight, sums.correct, sums.tokens], np.float64)
+    loss, weight, correct, tokens = (float(value) for value in totals)
+    mean = loss / weight if weight else math.nan
+    return {
+        "eval_loss": mean,
+        "eval_perplexity": math.exp(mean) if mean < 700 else math.inf,
+        "eval_accuracy": correct / weight if weight else math.nan,
+        "eval_tokens": int(tokens),
+    }

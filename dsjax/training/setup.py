@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every command puts together the same way: a run's model, and what of it trains.
+
+In: a `RunConfig`'s sections. Out: an `Assembly`: the opened checkpoint, the abstract model with
+its adapter attached, the partition and the mesh; and from it the parameters on their devices.
+Nothing is allocated before `load_frozen` and `load_trainable`. Not done here: data, optimizer
+state, training.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from dsjax import adapters
+from dsjax.config import AdapterSection, ModelSection, ObjectiveSection, RunConfig
+from dsjax.distributed.mesh import make_mesh
+from dsjax.distributed.sharding import Params, check_experts, leaf_shardings
+from dsjax.models import Model, build, predict_ahead
+from dsjax.objectives.checks import check_biases, check_objective, check_prediction
+from dsjax.training.partition import Partition, decide
+from dsjax.weights import peft
+from dsjax.weights.adapter import check_params, check_targets, fitted, load_params, resolve
+from dsjax.weights.load import Source, check_coverage, load_base, open_checkpoint
+from dsjax.weights.source import source_digest
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Assembly:
+    """A run's model before any array exists.
+
+    Attributes:
+        section: which checkpoint, in which precision.
+        source: the opened checkpoint.
+        model: the abstract module, adapter attached.
+        spec: the adapter, None in full training.
+        partition: what trains.
+        mesh: the devices.
+        carried: names of the checkpoint's tensors that are not modelled.
+        adapter_path: where the adapter's values come from, None to start afresh.
+    """
+
+    section: ModelSection
+    source: Source
+    model: Model
+    spec: adapters.Spec | None
+    partition: Partition
+    mesh: Mesh
+    carried: list[str]
+    adapter_path: str | None
+
+    @property
+    def shardings(self) -> dict[str, Any]:
+        """Sharding of every leaf by path."""
+        return leaf_shardings(self.partition.leaves, self.mesh)
+
+    def contents(self) -> dict[str, str]:
+        """What tells the model and the adapter on disk from others, by their keys."""
+        adapter = "none"
+        if self.adapter_path is not None and self.spec is not None:
+            adapter = peft.contents(self.adapter_path, self.spec)
+        return {"model.path": source_digest(self.source), "adapter.path": adapter}
+
+
+def assemble(
+    config: RunConfig, devices: Sequence[Any] | None = None, *, weights: bool = True
+) -> Assembly:
+    """Open, build, attach and decide, in this order; every refusal of these stages comes here.
+
+    Args:
+        config: the run's.
+        devices: of the mesh, all that there are if None.
+        weights: False leaves the checkpoint's tensors alone: config.json is enough to plan.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    freeze = list(config.training.freeze)
+    parts = assemble_model(
+        config.model, config.adapter, freeze, mesh, config.objective, weights=weights
+    )
+    check_experts(parts.partition.leaves, mesh)
+    return parts
+
+
+def assemble_model(
+    section: ModelSection,
+    adapter: AdapterSection,
+    freeze: list[str],
+    mesh: Mesh,
+    objective: ObjectiveSection | None = None,
+    *,
+    weights: bool = True,
+) -> Assembly:
+    """`assemble` from the sections that a model needs; None for a model that is only used."""
+    objective = objective or ObjectiveSection()
+    source = open_checkpoint(section.path, section.revision, weights, adapter.path, checked=True)
+    model = build(source.config, section.dtype)
+    spec, left_out = fitted(adapter, resolve(adapter), model)
+    if left_out and jax.process_index() == 0:
+        print(left_out, file=sys.stderr)
+    check_objective(objective, model, spec.peft_type if spec else None)
+    if objective.mtp_loss_weight:
+        predict_ahead(model)
+    carried = _check_weights(objective, model, source) if weights else []
+    if spec is not None:
+        check_targets(adapter, spec, model)
+    adapters.attach(model, spec)
+    partition = decide(
+        model,
+        freeze=freeze,
+        dtype=section.dtype,
+        param_dtype=section.param_dtype,
+        balance=objective.bias_update_speed > 0,
+    )
+    if weights and adapter.path is not None and spec is not None:
+        check_params(adapter.path, model, spec, partition.leaves, source.read)
+    return Assembly(section, source, model, spec, partition, mesh, carried, adapter.path)
+
+
+def _check_weights(objective: ObjectiveSection, model: Model, source: Source) -> list[str]:
+    """Hold the model against the checkpoint's tensors; returns those that it only carries."""
+    if objective.mtp_loss_weight:
+        check_prediction(objective, model, source.tensors)
+    carried = check_coverage(source, model)
+    check_biases(objective, model, source.tensors)
+    return carried
+
+
+Progress = Callable[[int, int], None]
+"""Told the bytes done so far and in all."""
+
+
+def silent(done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def load_frozen(parts: Assembly, seed: int, progress: Progress = silent) -> Params:
+    """The frozen arrays on their devices."""
+    return _load(parts, parts.partition.frozen, seed, progress)
+
+
+def load_trainable(parts: Assembly, seed: int, progress: Progress = silent) -> Params:
+    """The first values of the trainable arrays on their devices."""
+    return _load(parts, parts.partition.trainable, seed, progress)
+
+
+def _load(parts: Assembly, paths: Sequence[str], seed: int, progress: Progress) -> Params:
+    shardings = parts.shardings
+    leaves = {path: parts.partition.leaves[path] for path in paths}
+    base = {path: leaf for path, leaf in leaves.items() if leaf.kind == "base"}
+    own = {path: leaf for path, leaf in leaves.items() if leaf.kind != "base"}
+    params = load_base(parts.source, parts.model, base, shardings, progress) if base else {}
+    params |= adapters.initial_params(parts.model, parts.spec, own, shardings, seed)
+    trained = any(leaf.kind == "adapter" for leaf in own.values())
+    if parts.adapter_path is not None and parts.spec is not None and trained:
+        params |= load_params(parts.adapter_path, parts.model, parts.spec, own, shardings)
+    return params

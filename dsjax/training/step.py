@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The train step: a pure function over raw pytrees in one `jax.jit`.
+
+In: the state (trainable arrays, optimizer state, counters), the frozen arrays and a batch. Out: the
+new state and the step's sums. Gradients exist for the learnt part only, are float32 and are
+divided once by the weight of the whole batch; routers' biases move by the experts' loads instead.
+Not done here: loading, logging, saving, evaluating (`evaluation`).
+"""
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsjax.data import Batch
+from dsjax.distributed.mesh import batch_shards, microbatches, replicated, rows_sharding
+from dsjax.distributed.sharding import Params, leaf_shardings, make_layout
+from dsjax.models.layers import Dropout
+from dsjax.objectives.sft import Forward, Sums, shifted
+from dsjax.training.loss_scale import next_loss_scale
+from dsjax.training.optimizer import clip_by_global_norm
+from dsjax.training.partition import Partition
+from dsjax.training.rounding import round_to, share_lost
+from dsjax.training.state import (
+    StepConfig,
+    StepReport,
+    TrainState,
+    _learnt,
+    abstract_batch,
+    abstract_frozen,
+    abstract_state,
+    state_shardings,
+)
+
+
+def make_train_step(
+    config: StepConfig, state: Any
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, StepReport]]:
+    """The jitted step; the state is donated.
+
+    Args:
+        config: the parts.
+        state: a `TrainState`, concrete or abstract, for its tree.
+    """
+    shardings = state_shardings(state, config)
+    frozen = {
+        path: sharding
+        for path, sharding in leaf_shardings(config.partition.leaves, config.mesh).items()
+        if path in config.partition.frozen
+    }
+
+    def train_step(state: TrainState, frozen: Params, batch: Batch):
+        weight = jnp.sum(batch.loss_weights)
+        # A batch without a trained token has nothing to divide by, and no gradient either.
+        seed = state.loss_scale.scale / jnp.where(weight > 0, weight, 1.0)
+        grads, sums = _accumulate(config, state, frozen, batch, seed)
+        grads = jax.tree.map(lambda g: g / state.loss_scale.scale, grads)
+        norm = optax.tree.norm(grads)
+        updated, learning_rate, lost = _update(config, state, grads, norm, sums)
+        new_state = _keep_or_skip(config, state, updated, norm)
+        if config.float16:  # the sums of a skipped step are not finite; the skip is counted
+            sums = jax.tree.map(lambda s: jnp.where(jnp.isfinite(norm), s, 0).astype(s.dtype), sums)
+        report = StepReport(
+            sums,
+            norm,
+            learning_rate,
+            state.loss_scale.scale,
+            new_state.loss_scale.skipped,
+            lost,
+        )
+        return new_state, report
+
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, frozen, rows_sharding(config.mesh)),
+        out_shardings=(shardings, replicated(config.mesh)),
+        donate_argnums=0,
+    )
+
+
+def _accumulate(
+    config: StepConfig, state: TrainState, frozen: Params, batch: Batch, seed: jax.Array
+) -> tuple[Params, Sums]:
+    """Gradients of seed * loss sum, and the sums, over all microbatches.
+
+    The balance loss, a mean over rows, and the loss of the token after the next, a mean over its
+    own tokens, are in the gradients and not in the sum of the loss.
+    """
+    key = _step_key(state)
+    balance_seed, ahead_seed = _term_seeds(config, state, batch)
+    wide = _learnt(state.trainable, config.partition)
+    held = frozen | {path: state.trainable[path] for path in config.partition.balanced}
+
+    def micro(rows: Batch, token_BT: jax.Array | None) -> tuple[Params, Sums]:
+        layout = make_layout(config.mesh)
+        dropout = None
+        if token_BT is not None:
+            dropout = Dropout(key, jax.lax.with_sharding_constraint(token_BT, layout.rows))
+        forward = Forward(
+            config.remat,
+            dropout,
+            layout,
+            batch_shards(config.mesh),
+            config.mtp_loss_weight > 0,
+        )
+
+        def scaled_loss(wide: Params) -> tuple[jax.Array, Sums]:
+            sums = config.objective(config.partition.merge(wide, held), rows, forward)
+            loss = sums.loss * seed
+            if not config.aux_loss_alpha:  # then it need not be computed
+                sums = sums._replace(balance=None)
+            elif sums.balance is not None:
+                loss += sums.balance * balance_seed
+            if sums.ahead is not None:
+                loss += sums.ahead.loss * ahead_seed
+            return loss, sums
+
+        (_, sums), grads = jax.value_and_grad(scaled_loss, has_aux=True)(wide)
+        return _masked(grads, config.partition), sums
+
+    shape = batch.input_ids.shape
+    tokens = jnp.arange(math.prod(shape)).reshape(shape) if config.dropout else None
+    if config.accumulation == 1:
+        return micro(batch, tokens)
+    pieces = jax.tree.map(
+        lambda x: microbatches(x, config.accumulation, config.mesh), (batch, tokens)
+    )
+
+    def add(total, piece):
+        return jax.tree.map(jnp.add, total, micro(*piece)), None
+
+    shapes = jax.eval_shape(micro, *jax.tree.map(lambda x: x[0], pieces))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, pieces)
+    return total
+
+
+def _term_seeds(config: StepConfig, state: TrainState, batch: Batch) -> tuple[Any, Any]:
+    """What the balance loss and the loss of the token after the next are multiplied by."""
+    filled = jnp.sum(jnp.any(batch.segment_ids > 0, axis=1))
+    balance_seed = config.aux_loss_alpha * state.loss_scale.scale / jnp.maximum(filled, 1)
+    if not config.mtp_loss_weight:
+        return balance_seed, 0.0
+    weight = jnp.sum(shifted(batch).loss_weights)
+    scaled = config.mtp_loss_weight * state.loss_scale.scale
+    return balance_seed, scaled / jnp.where(weight > 0, weight, 1.0)
+
+
+def _step_key(state: TrainState) -> jax.Array:
+    return jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+
+
+def _masked(grads: Params, partition: Partition) -> Params:
+    """No gradient for the frozen layers of a stack that trains in part."""
+    return {path: _where_trained(path, grad, 0, partition) for path, grad in grads.items()}
+
+
+def _where_trained(
+    path: str, value: jax.Array, otherwise: jax.Array | int, partition: Partition
+) -> jax.Array:
+    """`value` in the layers that train, `otherwise` in the frozen layers of the stack."""
+    mask = partition.layer_masks.get(path)
+    if mask is None:
+        return value
+    return jnp.where(mask.reshape(*mask.shape, *(1,) * (value.ndim - mask.ndim)), value, otherwise)
+
+
+def _update(
+    config: StepConfig, state: TrainState, grads: Params, norm: jax.Array, sums: Sums
+) -> tuple[tuple[Params, Any], jax.Array, jax.Array | None]:
+    """New trainable arrays and optimizer state, the learning rate, the share of lost updates."""
+    wide = _learnt(state.trainable, config.partition)
+    clipped = clip_by_global_norm(grads, norm, config.max_grad_norm)
+    updates: Any
+    updates, opt_state = config.optimizer.update(clipped, state.opt_state, wide)
+    old, key, learnt = state.trainable, _step_key(state), {}
+    for path in config.partition.learnt:
+        own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        new = round_to(wide[path] + updates[path], old[path].dtype, own_key)
+        # Frozen layers are copied: adding a zero to them would turn -0 into +0.
+        learnt[path] = _where_trained(path, new, old[path], config.partition)
+    learning_rate = config.schedule(state.step - state.loss_scale.skipped)
+    wanted = {p: _where_trained(p, updates[p], 0, config.partition) for p in learnt}
+    lost = share_lost(old, learnt, wanted)
+    return (learnt | _moved_biases(config, old, sums), opt_state), learning_rate, lost
+
+
+def _moved_biases(config: StepConfig, trainable: Params, sums: Sums) -> Params:
+    """Routers' biases after a step: DeepSeek-V3's balancing without a loss.
+
+    An expert that took more of the batch's real tokens than the mean of its layer loses
+    `bias_update_speed`, one that took fewer gains it (arXiv 2412.19437, 2.1.2).
+    """
+    moved = {}
+    for path in config.partition.balanced:
+        own = sums.ahead if path.startswith("mtp.") else sums
+        assert own is not None and own.loads is not None
+        loads_LE = own.loads
+        mean_L1 = jnp.sum(loads_LE, axis=-1, keepdims=True) / loads_LE.shape[-1]
+        bias_LE = trainable[path]
+        assert bias_LE.shape == loads_LE.shape, path
+        new_LE = bias_LE + config.bias_update_speed * jnp.sign(mean_L1 - loads_LE)
+        moved[path] = _where_trained(path, new_LE, bias_LE, config.partition)
+    return moved
+
+
+def _keep_or_skip(
+    config: StepConfig, state: TrainState, updated: tuple[Params, Any], norm: jax.Array
+) -> TrainState:
+    """Take the update; under float16, skip one whose gradients overflowed and halve the scale."""
+    step = state.step + 1
+    if not config.float16:
+        return TrainState(*updated, step, state.rng, state.loss_scale)
+    finite = jnp.isfinite(norm)
+    old = (state.trainable, state.opt_state)
+    trainable, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, old)
+    loss_scale = next_loss_scale(state.loss_scale, finite)
+    return TrainState(trainable, opt_state, step, state.rng, loss_scale)
+
+
+def lower_train_step(config: StepConfig, rows: int, length: int) -> jax.stages.Lowered:
+    """The step on abstract arrays, ready to be compiled for the mesh's devices.
+
+    Args:
+        config: the parts.
+        rows: B, of the whole batch.
+        length: T.
+    """
+    state, frozen = abstract_state(config), abstract_frozen(config)
+    batch = abstract_batch(rows, length, config.mesh)
+    return make_train_step(config, state).lower(state, frozen, batch)

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PEFT's adapter folder: adapter_config.json and adapter_model.safetensors.
+
+In: a folder or a URL of one, or our arrays. Out: our spec and arrays, or PEFT's tensors by its
+names. PEFT drops unknown tensors without a word and only warns of missing ones; here both are
+errors, and so is every field of the config that changes the numbers and that we do not implement.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+
+from dsjax.adapters import lora_peft, prefix
+from dsjax.adapters.expert_lora import DOWN, GATE_UP
+from dsjax.adapters.lora import LoraSpec
+from dsjax.adapters.prefix import PrefixSpec
+from dsjax.config import AdapterSection, rules
+from dsjax.config.json_file import read_object
+from dsjax.config.paths import is_url
+from dsjax.distributed.checksums import digest
+from dsjax.distributed.sharding import Leaf
+from dsjax.errors import ConfigError, raise_all
+from dsjax.models import Model
+from dsjax.models.config_checks import names_problems, shown
+from dsjax.models.tensor_names import mismatches
+from dsjax.weights.safetensors import TensorInfo, read_header, read_tensor
+from dsjax.weights.storage import READS_AHEAD, Folder, file_digest, in_order, open_folder
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+
+_REFUSED = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "exclude_modules",
+    "layer_replication",
+    "layers_pattern",
+    "trainable_token_indices",
+    "arrow_config",
+    "alora_invocation_tokens",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+)
+"""Fields that change what an adapter computes and that we do not implement, unless empty."""
+
+_INITIALISED_AS_LORA = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""init_lora_weights whose saved tensors are a plain LoRA; the others change the base too."""
+
+_WITHOUT_EFFECT = (
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+    *("revision", "inference_mode", "bias", "init_lora_weights", "target_parameters"),
+    *("megatron_config", "megatron_core", "runtime_config", "qalora_group_size"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
+    *("num_layers", "token_dim", "num_attention_heads", "num_transformer_submodules"),
+    *("encoder_hidden_size", "prefix_projection", "init_weights"),
+)
+"""Fields of PEFT's configs that are looked at elsewhere, or change nothing of a saved adapter."""
+
+
+def read_spec(path: str) -> LoraSpec | PrefixSpec:
+    """Read adapter_config.json.
+
+    Raises:
+        ConfigError: no such folder, not an adapter that we implement, or fields that we would have
+            to ignore.
+    """
+    config = _read_config(_open(path))
+    kind = config.get("peft_type")
+    field = f"adapter.path {path}/{CONFIG}"
+    if kind not in ("LORA", "PREFIX_TUNING"):
+        raise ConfigError(f"{field} peft_type: got {shown(kind)}, expected LORA or PREFIX_TUNING")
+    problems = []
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        problems.append(f"{field} task_type: got {shown(config['task_type'])}, expected CAUSAL_LM")
+    problems += [
+        f"{field} {name}: got {shown(config[name])}, expected it empty; it is not implemented"
+        for name in _REFUSED
+        if config.get(name)
+    ]
+    if kind == "PREFIX_TUNING":
+        raise_all(problems + _value_problems(field, config, "num_virtual_tokens"))
+        return PrefixSpec(config["num_virtual_tokens"])
+    if config.get("bias") not in (None, "none"):
+        problems.append(f"{field} bias: got {shown(config['bias'])}, expected none")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str):  # PEFT takes some of them in any case
+        start = start.lower()
+    if start not in _INITIALISED_AS_LORA:
+        problems.append(
+            f"{field} init_lora_weights: got {shown(start)}, expected true; such an adapter goes "
+            "with a changed base model, save it as a plain LoRA with PEFT's path_initial_model_for_"
+            "weight_conversion"
+        )
+    if not config.get("target_modules") and not config.get("target_parameters"):
+        problems.append(f"{field} target_modules: got nothing, expected a list or an expression")
+    raise_all(problems + names_problems(config, "target_parameters", field))
+    problems += [
+        f"{field} target_parameters: got {name!r}, expected names that end in .weight, or in "
+        f"experts.{GATE_UP} and experts.{DOWN}; other parameters have no adapter here"
+        for name in config.get("target_parameters") or []
+        if not name.endswith(".weight") and name.rsplit(".", 1)[-1] not in (GATE_UP, DOWN)
+    ]
+    raise_all(problems + _value_problems(field, config, "r"))
+    return _lora_spec(config)
+
+
+def unknown_fields(path: str) -> list[str]:
+    """Fields of adapter_config.json that PEFT 0.21 has not, and so does not use either."""
+    known = {*_REFUSED, *_WITHOUT_EFFECT, *AdapterSection.model_fields}
+    return [
+        name for name, value in _read_config(_open(path)).items() if value and name not in known
+    ]
+
+
+def _lora_spec(config: Mapping[str, Any]) -> LoraSpec:
+    layers = config.get("layers_to_transform")
+    wanted = config.get("target_modules") or []
+    return LoraSpec(
+        r=config["r"],
+        lora_alpha=config.get("lora_alpha") or 8,
+        lora_dropout=float(config.get("lora_dropout") or 0),
+        target_modules=wanted if isinstance(wanted, str) else list(wanted),
+        layers_to_transform=[layers] if isinstance(layers, int) else layers or None,
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        use_rslora=bool(config.get("use_rslora")),
+        target_parameters=config.get("target_parameters") or None,
+    )
+
+
+class _Shared(BaseModel):
+    """The keys that adapter_config.json has in common with the YAML, under the same rules."""
+
+    adapter: AdapterSection
+
+
+def contents(path: str, spec: LoraSpec | PrefixSpec) -> str:
+    """What tells an adapter from another, wherever it lies: what it is, and all its numbers."""
+    return digest([repr(spec), file_digest(_open(path).files[TENSORS])])
+
+
+def _value_problems(field: str, config: Mapping[str, Any], required: str) -> list[str]:
+    keys = AdapterSection.model_fields.keys() - {"peft_type", "path", "use_dora"}
+    if config.get("target_parameters"):
+        config = {key: value for key, value in config.items() if value != []}
+    given = {key: config.get(key) for key in keys if key == required or config.get(key) is not None}
+    try:
+        _Shared.model_validate({"adapter": given})
+    except ValidationError as error:
+        lines = rules.problems(error, {"adapter": given}, _Shared, {})
+        return [f"{field} {line.removeprefix('adapter.')}" for line in lines]
+    return []
+
+
+def _open(path: str) -> Folder:
+    if not is_url(path) and not Path(path).is_dir():
+        raise ConfigError(f"adapter.path: got {path!r}, expected a PEFT adapter's folder")
+    return open_folder(path, "adapter.path")
+
+
+def _read_config(folder: Folder) -> dict[str, Any]:
+    if CONFIG not in folder.files:
+        names = list(folder.files)[:8]
+        raise ConfigError(f"adapter.path: got {folder} without {CONFIG}; found {', '.join(names)}")
+    return read_object(folder.files[CONFIG], "adapter.path")
+
+
+def check_tensors(
+    path: str,
+    model: Model,
+    spec: LoraSpec | PrefixSpec,
+    leaves: Mapping[str, Leaf],
+    read_base: Callable[[str], np.ndarray],
+) -> None:
+    """Hold the file's tensors against what its config declares for this model.
+
+    Beside an adapter on `lm_head` PEFT saves that module's own weight; it has to be the model's.
+    """
+    folder = _open(path)
+    infos = _tensor_infos(folder)
+    found = {name: info.shape for name, info in infos.items()}
+    wanted = _wanted_shapes(model, spec, leaves)
+    file = f"adapter.path {path}/{TENSORS}"
+    copies = {key: _base_name(key, wanted) for key in found if key not in wanted}
+    copies = {key: name for key, name in copies.items() if name}
+    problems = mismatches(
+        wanted,
+        {key: shape for key, shape in found.items() if key not in copies},
+        rule="for this model",
+        config=CONFIG,
+        place=file,
+        prefix=f"{file} ",
+    )
+    for key, name in copies.items():
+        if not _same_weight(read_tensor(folder.files[TENSORS], infos[key]), read_base(name)):
+            problems.append(
+                f"{file} {key}: got other values than the model's {name}, expected the same; "
+                "give the model that the adapter was trained on as model.path"
+            )
+    raise_all(problems)
+    if isinstance(spec, LoraSpec) and spec.target_parameters:
+        raise_all(
+            f"{file} {key}: got a part of the rank that gate_proj and up_proj share, expected half "
+            "of it for each; merge the adapter into the model with PEFT"
+            for key in lora_peft.entangled(model, spec, _read_all(folder))
+        )
+
+
+def _base_name(key: str, wanted: Mapping[str, Any]) -> str:
+    """The model's tensor that a saved `base_layer` is a copy of; empty if it is none."""
+    module = key.removesuffix(".base_layer.weight")
+    if module == key or f"{module}.lora_A.weight" not in wanted:
+        return ""
+    return module.removeprefix("base_model.model.") + ".weight"
+
+
+def _same_weight(copy: np.ndarray, weight: np.ndarray) -> bool:
+    return copy.shape == weight.shape and np.array_equal(copy.astype(weight.dtype), weight)
+
+
+def read_params(
+    path: str, model: Model, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
+) -> dict[str, np.ndarray]:
+    """The trained arrays of an adapter, stacked as the model's leaves are, in float32."""
+    found = _read_all(_open(path))
+    if isinstance(spec, PrefixSpec):
+        pair = prefix.from_file(found[prefix.TENSOR], model)
+        return dict(zip(_prefix_paths(leaves), pair, strict=True))
+    return lora_peft.from_file(model, spec, leaves, found)
+
+
+def _read_all(folder: Folder) -> dict[str, np.ndarray]:
+    """The file's tensors in float32, without copies of the model's own weights."""
+    infos = _tensor_infos(folder)
+    wanted = [name for name in infos if not name.endswith(".base_layer.weight")]
+    reads = [partial(read_tensor, folder.files[TENSORS], infos[name]) for name in wanted]
+    arrays = in_order(reads, READS_AHEAD if folder.is_remote else 1)
+    return {name: array.astype(np.float32) for name, array in zip(wanted, arrays, strict=True)}
+
+
+def _prefix_paths(leaves: Mapping[str, Leaf]) -> list[str]:
+    """Paths of the prefix's keys and values, in this order."""
+    return sorted(name for name, leaf in leaves.items() if leaf.kind == "adapter")
+
+
+def _wanted_shapes(
+    model: Model, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
+) -> dict[str, tuple[int, ...]]:
+    if isinstance(spec, PrefixSpec):
+        layers, length, heads, size = leaves[_prefix_paths(leaves)[0]].shape
+        return {prefix.TENSOR: (length, layers * 2 * heads * size)}
+    return lora_peft.shapes(model, spec, leaves)
+
+
+def _tensor_infos(folder: Folder) -> dict[str, TensorInfo]:
+    if TENSORS not in folder.files:
+        raise ConfigError(
+            f"adapter.path: got {folder} without {TENSORS}, expected PEFT's safetensors file; "
+            "save the adapter with PEFT's safe_serialization"
+        )
+    return {info.name: info for info in read_header(folder.files[TENSORS], "adapter.path")[1]}
+
+
+def to_tensors(
+    model: Model, spec: LoraSpec | PrefixSpec, params: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """Our arrays as the tensors of PEFT's file, float32."""
+    if isinstance(spec, PrefixSpec):
+        at = "model.layers.self_attn.prefix"
+        key, value = (np.asarray(params[f"{at}.{name}"]) for name in ("key", "value"))
+        return {prefix.TENSOR: prefix.to_file(key, value)}
+    return lora_peft.to_file(model, spec, params)
