@@ -105,9 +105,9 @@ def _attention(shape: tuple[int, ...], segments: int, kernel: str) -> dict[str, 
         for key, one in zip(keys, sizes, strict=True)
     )
     segment = jnp.broadcast_to(jnp.arange(length) * segments // length + 1, (batch, length))
-    attend = _kernel(kernel, segment, size**-0.5)
-    backward = jax.jit(lambda q, k, v, seed: jax.vjp(attend, q, k, v)[1](seed))
-    forward = jax.jit(attend)
+    dot_product_attention = _kernel(kernel, segment, size**-0.5)
+    backward = jax.jit(lambda q, k, v, seed: jax.vjp(dot_product_attention, q, k, v)[1](seed))
+    forward = jax.jit(dot_product_attention)
     pairs = length * (length + 1) / 2 / segments  # about: of every segment its causal half
     flops = 2 * batch * heads * pairs * (size + value_size)
     ahead, both = seconds_of(lambda: forward(q, k, v)), seconds_of(lambda: backward(q, k, v, seed))
@@ -132,14 +132,14 @@ def _kernel(kernel: str, segment: Any, scale: float) -> Callable[..., Any]:
     import jax
     import jax.numpy as jnp
 
-    from dsjax.models.ops.attention import KERNELS, Tokens, attend
+    from dsjax.models.ops.attention import KERNELS, Tokens, dot_product_attention
 
     if kernel == "ours":
         return lambda q, k, v: KERNELS["gpu"](q, k, v, segment, scale, "kernel")
     if kernel == "plain":
         positions = jnp.broadcast_to(jnp.arange(segment.shape[1]), segment.shape)
         tokens = Tokens(positions, segment)
-        return lambda q, k, v: attend(q, k, v, tokens, tokens, None, scale)
+        return lambda q, k, v: dot_product_attention(q, k, v, tokens, tokens, None, scale)
     whole = bool((segment == 1).all())
     mask = None if whole else (segment[:, None, :, None] == segment[:, None, None, :])
     return lambda q, k, v: jax.nn.dot_product_attention(

@@ -81,8 +81,8 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         run = RunConfig.model_validate(_sections(folder, rows, length, remat))
-        parts = assemble(run, weights=False)
-    step = step_config(run, parts.partition, parts.mesh, 1000)
+        setup = assemble(run, weights=False)
+    step = step_config(run, setup.partition, setup.mesh, 1000)
     began = time.perf_counter()
     compiled = lower_train_step(step, rows, length).compile()
     compile_seconds = time.perf_counter() - began
@@ -91,11 +91,11 @@ def measure(
     plan = {"rows": rows, "length": length, "remat": remat, "planned_gib": planned / 2**30}
     if planned > limit:
         return plan | {"fits": False, "limit_gib": limit / 2**30}
-    leaves = parts.partition.leaves
-    frozen = {path: _random(path, leaves[path]) for path in parts.partition.frozen}
-    trainable = {path: _random(path, leaves[path]) for path in parts.partition.trainable}
+    leaves = setup.partition.leaves
+    frozen = {path: _random(path, leaves[path]) for path in setup.partition.frozen}
+    trainable = {path: _random(path, leaves[path]) for path in setup.partition.trainable}
     state = init_state(trainable, step, 0)
-    batch = _batch(rows, length, parts.model.config.vocab_size, parts.mesh)
+    batch = _batch(rows, length, setup.model.config.vocab_size, setup.mesh)
     times, losses = [], []
     for _ in range(2 + STEPS):
         began = time.perf_counter()
@@ -103,8 +103,8 @@ def measure(
         losses.append(float(told.sums.loss) / float(told.sums.weight))
         times.append(time.perf_counter() - began)
     seconds = sorted(times[2:])[STEPS // 2]
-    flops = token_flops(parts.model, parts.partition, length, remat)
-    params = sum(math.prod(leaves[p].shape) for p in parts.partition.frozen)
+    flops = token_flops(setup.model, setup.partition, length, remat)
+    params = sum(math.prod(leaves[p].shape) for p in setup.partition.frozen)
     tokens = rows * length
     stats = jax.devices()[0].memory_stats() or {}
     figures = plan | {

@@ -117,18 +117,18 @@ def run_loop(folder: Path, words: argparse.Namespace, kind: str) -> dict[str, An
     from dsjax.training.state import init_state, step_config
 
     config = _config(folder, words, kind)
-    parts = assemble(config)
-    data, total = run_data.read_data(config, parts, datetime.now()), config.training.max_steps
+    setup = assemble(config)
+    data, total = run_data.read_data(config, setup, datetime.now()), config.training.max_steps
     assert total is not None
-    step = step_config(config, parts.partition, parts.mesh, total)
-    frozen = load_frozen(parts, 0)
-    state = init_state(load_trainable(parts, 0), step, 0)
+    step = step_config(config, setup.partition, setup.mesh, total)
+    frozen = load_frozen(setup, 0)
+    state = init_state(load_trainable(setup, 0), step, 0)
     if kind in ("bare", "real"):
         take = train.compile_step(step, data.train, Hosts())
     else:
         take = _idle(words.sleep_ms / 1000 if kind == "sleep" else 0.0)
     if kind == "bare":
-        rows = to_devices(data.train.batch(0), parts.mesh)
+        rows = to_devices(data.train.batch(0), setup.mesh)
         return {"step_seconds": _repeated(take, state, frozen, rows, total)}
     run = Path(config.output_dir)
     run.mkdir()
@@ -136,7 +136,7 @@ def run_loop(folder: Path, words: argparse.Namespace, kind: str) -> dict[str, An
     train_loader: Any = loader
     saver = Checkpointer(run / CHECKPOINTS, config.checkpoint)
     hosts = Hosts()
-    loop = Loop(config, parts, train_loader, None, {}, total, frozen, timed, None, saver, hosts)
+    loop = Loop(config, setup, train_loader, None, {}, total, frozen, timed, None, saver, hosts)
     with MetricsLog(run, config.logging, 0) as log, Progress(total) as progress:
         state, _ = loop.run(state, 0, Meter(), log, progress)
     jax.block_until_ready(state)

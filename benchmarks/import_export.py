@@ -125,10 +125,10 @@ def _load(folder: Path, jax: Any) -> tuple[Any, Any, dict, dict]:
     from dsjax.training.setup import assemble, load_frozen, load_trainable
 
     config = _run_config(folder)
-    parts = assemble(config)
-    frozen, trainable = load_frozen(parts, 0), load_trainable(parts, 0)
+    setup = assemble(config)
+    frozen, trainable = load_frozen(setup, 0), load_trainable(setup, 0)
     jax.block_until_ready((frozen, trainable))
-    return config, parts, frozen, trainable
+    return config, setup, frozen, trainable
 
 
 def _nbytes(*groups: Mapping[str, Any]) -> int:
@@ -142,19 +142,19 @@ def _import(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
 
 
 def _export(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
-    from dsjax.export.folder import export_marker
+    from dsjax.export.folder import export_manifest
     from dsjax.export.model_card import card_facts
     from dsjax.export.run import export_trained
 
-    config, parts, frozen, trainable = _load(folder, jax)
+    config, setup, frozen, trainable = _load(folder, jax)
     for path, array in trainable.items():
         if path.endswith("lora_B"):
             trainable[path] = array + 0.01
     arrays = _nbytes(frozen, trainable)
-    marker = export_marker(config, "benchmark", "merged", 1, {}, "")
-    card = card_facts(config, parts, "merged", 1, [])
+    marker = export_manifest(config, "benchmark", "merged", 1, {}, "")
+    card = card_facts(config, setup, "merged", 1, [])
     with machine.PeakMemory() as memory:
-        export_trained(parts, trainable, frozen, folder / OUTPUTS["export"], marker, card)
+        export_trained(setup, trainable, frozen, folder / OUTPUTS["export"], marker, card)
     return _figures(memory, baseline, arrays)
 
 

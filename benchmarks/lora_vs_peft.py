@@ -62,17 +62,17 @@ def measure_dsjax(words: argparse.Namespace) -> dict[str, Any]:
     jax.numpy.zeros(8).block_until_ready()
     with machine.PeakMemory() as memory:
         config = RunConfig.model_validate(_sections(words))
-        parts = assemble(config)
-        step = step_config(config, parts.partition, parts.mesh, 1000)
-        frozen = load_frozen(parts, 0)
-        state = init_state(load_trainable(parts, 0), step, 0)
+        setup = assemble(config)
+        step = step_config(config, setup.partition, setup.mesh, 1000)
+        frozen = load_frozen(setup, 0)
+        state = init_state(load_trainable(setup, 0), step, 0)
         ids = _ids(words)
         targets = np.concatenate([ids[:, 1:], np.zeros_like(ids[:, :1])], axis=1)
         weights = np.ones(ids.shape, np.float32)
         weights[:, -1] = 0
         positions = np.broadcast_to(np.arange(words.length, dtype=np.int32), ids.shape)
         rows = Batch(ids, targets, weights, np.ones_like(ids), np.ascontiguousarray(positions))
-        batch = to_devices(rows, parts.mesh)
+        batch = to_devices(rows, setup.mesh)
         train_step = make_train_step(step, abstract_state(step))
         losses, times = [], []
         for _ in range(1 + words.steps):

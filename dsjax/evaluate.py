@@ -89,30 +89,30 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
         )
     # The module for multi-token prediction has no part in what is measured.
     main = config.objective.model_copy(update={"mtp_loss_weight": 0.0})
-    parts = assemble(config.model_copy(update={"objective": main}))
+    setup = assemble(config.model_copy(update={"objective": main}))
     step, meta = from_newest(lambda: newest_checkpoint(config))
-    examples = read_examples(config, parts, datetime.fromisoformat(meta["started"]))
+    examples = read_examples(config, setup, datetime.fromisoformat(meta["started"]))
     if step is None:
         print(f"no checkpoint in {config.output_dir}: the model as configured", file=sys.stderr)
-        trainable = load_trainable(parts, config.training.seed, Loading())
+        trainable = load_trainable(setup, config.training.seed, Loading())
     else:
         print(f"the checkpoint of step {step} in {config.output_dir}", file=sys.stderr)
-        step, trainable, _ = restore_trained(Path(config.output_dir), config, parts)
-    frozen = load_frozen(parts, config.training.seed, Loading())
+        step, trainable, _ = restore_trained(Path(config.output_dir), config, setup)
+    frozen = load_frozen(setup, config.training.seed, Loading())
     check_frozen(frozen, meta["frozen"], Path(config.output_dir))
-    return {"step": step, **measure(config, parts, trainable, frozen, examples)}
+    return {"step": step, **measure(config, setup, trainable, frozen, examples)}
 
 
 def evaluate_model(config: RunConfig) -> dict[str, Any]:
     """Evaluate a checkpoint, with an adapter or without."""
-    parts = assemble(config)
-    if parts.spec is None:
+    setup = assemble(config)
+    if setup.spec is None:
         # Nothing trains here: hold the weights as they are computed with, not as float32 masters.
-        parts = replace(parts, partition=parts.partition.all_frozen(config.model.dtype))
-    examples = read_examples(config, parts, datetime.now())
-    trainable = load_trainable(parts, config.training.seed)
-    frozen = load_frozen(parts, config.training.seed, Loading())
-    return measure(config, parts, trainable, frozen, examples)
+        setup = replace(setup, partition=setup.partition.for_inference(config.model.dtype))
+    examples = read_examples(config, setup, datetime.now())
+    trainable = load_trainable(setup, config.training.seed)
+    frozen = load_frozen(setup, config.training.seed, Loading())
+    return measure(config, setup, trainable, frozen, examples)
 
 
 def newest_checkpoint(config: RunConfig) -> tuple[int | None, dict[str, Any]]:
@@ -146,11 +146,11 @@ def newest_checkpoint(config: RunConfig) -> tuple[int | None, dict[str, Any]]:
     return step, meta
 
 
-def read_examples(config: RunConfig, parts: Assembly, today: datetime) -> Examples:
+def read_examples(config: RunConfig, setup: Assembly, today: datetime) -> Examples:
     """Tokenise the rows, once the batch is known to fit the devices; tell what became of them."""
-    check_batch(config.training.batch_size, 1, parts.mesh)
-    tokenizer = find_tokenizer(parts.source.directory, config.data.format, today)
-    vocabulary = parts.model.config.vocab_size
+    check_batch(config.training.batch_size, 1, setup.mesh)
+    tokenizer = find_tokenizer(setup.source.directory, config.data.format, today)
+    vocabulary = setup.model.config.vocab_size
     examples = load_evaluation(config.data, config.training.seed, tokenizer, vocabulary)
     assert examples is not None
     for line in examples.report.lines():
@@ -159,14 +159,14 @@ def read_examples(config: RunConfig, parts: Assembly, today: datetime) -> Exampl
 
 
 def measure(
-    config: RunConfig, parts: Assembly, trainable: Params, frozen: Params, examples: Examples
+    config: RunConfig, setup: Assembly, trainable: Params, frozen: Params, examples: Examples
 ) -> dict[str, Any]:
     """Run over all examples; returns what is printed."""
     section = config.data.model_copy(update={"shuffle": False})
     loader = Loader(examples, section, config.training.batch_size, config.training.seed)
-    eval_step = make_eval_step(step_config(config, parts.partition, parts.mesh, total_steps=1))
+    eval_step = make_eval_step(step_config(config, setup.partition, setup.mesh, total_steps=1))
     told = _told(eval_step, loader.steps_in_epoch(0))
-    values = evaluate_loss(told, trainable, frozen, loader, parts.mesh)
+    values = evaluate_loss(told, trainable, frozen, loader, setup.mesh)
     report = examples.report
     return {
         "loss": values["eval_loss"],

@@ -12,14 +12,14 @@ import jax
 from jax.sharding import Mesh
 
 from dsjax.config import AdapterSection, MeshSection, ModelSection
-from dsjax.distributed.mesh import complete_mesh, make_mesh
+from dsjax.distributed.mesh import make_mesh, normalize_mesh
 from dsjax.errors import ConfigError
-from dsjax.export.merge import changed_tensors, in_turn
+from dsjax.export.merge import changed_tensors, compose
 from dsjax.export.peft import write_peft
 from dsjax.models import Model
-from dsjax.training.partition import take
+from dsjax.training.partition import flatten
 from dsjax.training.setup import assemble_model, load_frozen, load_trainable
-from dsjax.weights.folders import check_apart, check_empty, written_beside
+from dsjax.weights.folders import atomic_directory, check_apart, check_empty
 from dsjax.weights.write import write_checkpoint
 
 
@@ -45,16 +45,16 @@ def load_pretrained(
     """
     if mesh is None:
         mesh = make_mesh(MeshSection(fsdp=1), jax.devices()[:1])
-    mesh = complete_mesh(mesh)
+    mesh = normalize_mesh(mesh)
     if dtype not in ("bfloat16", "float32", "float16"):
         raise ConfigError(f"dtype: got {dtype!r}, expected bfloat16, float32 or float16")
     section = ModelSection.model_validate({"path": str(path), "dtype": dtype})
     wanted = AdapterSection(path=str(adapter)) if adapter else AdapterSection()
-    parts = assemble_model(section, wanted, [], mesh)
-    if parts.spec is None:
-        parts = replace(parts, partition=parts.partition.all_frozen(dtype))
-    model = parts.partition.merge(load_trainable(parts, 0), load_frozen(parts, 0))
-    model.origin = parts
+    setup = assemble_model(section, wanted, [], mesh)
+    if setup.spec is None:
+        setup = replace(setup, partition=setup.partition.for_inference(dtype))
+    model = setup.partition.merge(load_trainable(setup, 0), load_frozen(setup, 0))
+    model.origin = setup
     return model
 
 
@@ -69,27 +69,27 @@ def save_pretrained(model: Model, directory: str, format: str = "merged") -> Non
     Raises:
         ConfigError: the folder is in use, or the model has no such form.
     """
-    parts = model.origin
-    sources = {"the model's folder": parts.section.path, "the adapter's": parts.adapter_path}
+    setup = model.origin
+    sources = {"the model's folder": setup.section.path, "the adapter's": setup.adapter_path}
     check_empty(directory, "directory")
     check_apart(directory, "directory", sources)
-    kind = parts.spec.peft_type if parts.spec else None
+    kind = setup.spec.peft_type if setup.spec else None
     if format not in ("merged", "peft"):
         raise ConfigError(f"format: got {format!r}, expected merged or peft")
     if format == "peft" and kind is None:
         raise ConfigError("format: got peft for a model without an adapter, expected merged")
     if format == "merged" and kind == "PREFIX_TUNING":
         raise ConfigError("format: got merged, expected peft; a prefix has no merged form")
-    params = take(model)
-    adapter = {path: params[path] for path in parts.partition.trainable}
-    with written_beside(
+    params = flatten(model)
+    adapter = {path: params[path] for path in setup.partition.trainable}
+    with atomic_directory(
         Path(directory), "directory", check=lambda: check_empty(directory, "directory")
     ) as folder:
         if format == "peft":
-            write_peft(folder, parts, adapter)
+            write_peft(folder, setup, adapter)
         else:
-            changes = changed_tensors(parts.model, None, params, {})
-            if parts.spec is not None:
-                merged = changed_tensors(parts.model, parts.spec, adapter, {})
-                changes |= {name: in_turn(changes[name], update) for name, update in merged.items()}
-            write_checkpoint(parts.source, folder, changes)
+            changes = changed_tensors(setup.model, None, params, {})
+            if setup.spec is not None:
+                merged = changed_tensors(setup.model, setup.spec, adapter, {})
+                changes |= {name: compose(changes[name], update) for name, update in merged.items()}
+            write_checkpoint(setup.source, folder, changes)

@@ -31,13 +31,13 @@ from dsjax import adapters
 from dsjax import config as configuration
 from dsjax.config import RunConfig, load_config, split_arguments
 from dsjax.data import Loader
-from dsjax.distributed.bootstrap import find_seat, split_seat
+from dsjax.distributed.bootstrap import detect_process, split_process_options
 from dsjax.distributed.devices import GPU_MEMORY_SHARE, peak_flops
-from dsjax.distributed.processes import Hosts, joined
+from dsjax.distributed.processes import Hosts, process_group
 from dsjax.distributed.sharding import Params
 from dsjax.errors import run_command
 from dsjax.export.disk_space import check_disk
-from dsjax.export.folder import check_continues, check_outputs, export_marker, is_complete
+from dsjax.export.folder import check_continues, check_outputs, export_manifest, is_complete
 from dsjax.export.model_card import card_facts
 from dsjax.export.run import check_dtype, export_trained
 from dsjax.training import optimizer
@@ -46,7 +46,7 @@ from dsjax.training.checkpoint import CHECKPOINTS, Checkpointer
 from dsjax.training.compilation import compile_evaluation, compile_step
 from dsjax.training.console import Loading, Progress
 from dsjax.training.continuation import identity
-from dsjax.training.eval_results import evaluated_rows, evaluation_marker
+from dsjax.training.eval_results import evaluated_rows, evaluation_manifest
 from dsjax.training.flops import token_flops
 from dsjax.training.loop import Loop, finish_evaluation
 from dsjax.training.loss_plot import plot_loss
@@ -56,9 +56,9 @@ from dsjax.training.restore import check_frozen, frozen_sums
 from dsjax.training.run_data import read_as_before
 from dsjax.training.run_dir import (
     CONFIG_FILE,
-    claimed,
-    earlier_run,
     export_path,
+    find_resume_point,
+    locked_run_dir,
     make_for_all,
 )
 from dsjax.training.setup import Assembly, assemble, load_frozen, load_trainable
@@ -68,7 +68,7 @@ from dsjax.training.state import (
     init_state,
     step_config,
 )
-from dsjax.weights.folders import write_whole
+from dsjax.weights.folders import write_atomic
 
 USAGE = """usage: python -m dsjax.train --config FILE [section.key=value ...]
 
@@ -88,7 +88,7 @@ Several processes find each other by what a TPU VM, GKE, Slurm or Open MPI tells
 
 def main(argv: Sequence[str]) -> int:
     """Print what was asked for, or run."""
-    given, words = split_seat(argv)
+    given, words = split_process_options(argv)
     path, overrides, wanted = split_arguments(words)
     if "--help" in wanted:
         print(USAGE + configuration.describe())
@@ -99,10 +99,10 @@ def main(argv: Sequence[str]) -> int:
     if "--print-config" in wanted:
         print(configuration.to_yaml(load_config(path, overrides)), end="")
         return 0
-    with joined(find_seat(given, os.environ)) as hosts:
+    with process_group(detect_process(given, os.environ)) as hosts:
         code = train(load_config(path, overrides), hosts)
         if code:
-            hosts.say(f"to go on: {shlex.join(sys.orig_argv)}")
+            hosts.log_once(f"to go on: {shlex.join(sys.orig_argv)}")
         return code
 
 
@@ -120,74 +120,78 @@ def train(config: RunConfig, hosts: Hosts | None = None) -> int:
         ConfigError: an input is wrong.
     """
     hosts = hosts or Hosts()
-    hosts.agree(same_start(config))
+    hosts.assert_equal(launch_fingerprint(config))
     check_outputs(config)
-    with claimed(Path(config.output_dir), hosts):  # first: nobody else changes what is looked at
+    with locked_run_dir(
+        Path(config.output_dir), hosts
+    ):  # first: nobody else changes what is looked at
         return _train(config, hosts)
 
 
 def _train(config: RunConfig, hosts: Hosts) -> int:
     """The stages of a run, alone in its output directory."""
     seed, primary = config.training.seed, hosts.primary
-    # ---- 1. Devices and 2. model: the checkpoint against its config.json, the adapter, the parts
-    parts = assemble(config)
-    form = export_form(config, parts)
+    # ---- 1. Devices and 2. model: the checkpoint against its config.json, the adapter, what trains
+    setup = assemble(config)
+    form = export_form(config, setup)
 
     # ---- 3. Data: rows to tokens, order and packing of the whole run
     run = Path(config.output_dir)
-    earlier = earlier_run(run, config)
-    start, started = earlier.step, hosts.decide(lambda: earlier.started)
-    config, data = read_as_before(config, earlier, parts, datetime.fromisoformat(started), hosts)
+    earlier = find_resume_point(run, config)
+    start, started = earlier.step, hosts.broadcast_from_primary(lambda: earlier.started)
+    config, data = read_as_before(config, earlier, setup, datetime.fromisoformat(started), hosts)
     total = data.train.total_steps(config.training.num_train_epochs, config.training.max_steps)
-    contents = {**parts.contents(), "data.train": data.fingerprint}
-    hosts.agree({**contents, **data.digests()})
+    contents = {**setup.contents(), "data.train": data.fingerprint}
+    hosts.assert_equal({**contents, **data.digests()})
 
     # ---- 4. An earlier run in the same place: the same, or refused
     optimizer.check_rates(config.optimizer, total, config.objective.bias_update_speed > 0)
     check_continues(earlier, config, form, total, contents)
-    hosts.agree({"output_dir": f"a run of {start} steps"})
+    hosts.assert_equal({"output_dir": f"a run of {start} steps"})
 
     # ---- 5. Announcement: what will happen, before it takes long
-    table = announce(config, parts, data, total) if hosts.primary else ""
+    table = announce(config, setup, data, total) if hosts.primary else ""
     rows = data.eval_fingerprint
-    if hosts.decide(lambda: is_complete(config, rows, form, earlier, total, contents)):
+    if hosts.broadcast_from_primary(
+        lambda: is_complete(config, rows, form, earlier, total, contents)
+    ):
         if hosts.primary and not (run / PICTURE).is_file():
             plot_loss(run)
-        hosts.say(f"nothing to do: {total} steps and all results are there")
+        hosts.log_once(f"nothing to do: {total} steps and all results are there")
         return 0
 
     # ---- 6. The step: one function, compiled before there is anything to hold
-    step = step_config(config, parts.partition, parts.mesh, total)
-    check_disk(config, parts, step, form, start < total, hosts)
+    step = step_config(config, setup.partition, setup.mesh, total)
+    check_disk(config, setup, step, form, start < total, hosts)
     train_step = compile_step(step, data.train, hosts) if start < total else None
     eval_step = compile_evaluation(step, data.eval, hosts) if data.eval else None
 
     # ---- 7. Parameters: from the files onto the devices
-    frozen = load_frozen(parts, seed, Loading(primary=primary))
+    frozen = load_frozen(setup, seed, Loading(primary=primary))
     hosts.barrier()  # the first exchange between devices gives up on a late process after 30 s
     if start:
         check_frozen(frozen, earlier.meta["frozen"], run)
     began = {"started": started, "contents": contents, "frozen": frozen_sums(frozen)}
-    trainable = {} if start else load_trainable(parts, seed, Loading(primary=primary))
+    trainable = {} if start else load_trainable(setup, seed, Loading(primary=primary))
 
     # ---- 8. State: the newest complete checkpoint's, or the first
     make_for_all(run / CHECKPOINTS, hosts)
     checkpointer = Checkpointer(run / CHECKPOINTS, config.checkpoint)
-    meter = Meter(*speed_limits(parts, config, data.train))
+    meter = Meter(*speed_limits(setup, config, data.train))
     if start:
         state = checkpointer.restore(start, abstract_state(step))
         meter.restore(checkpointer.meta(start)["meter"])
-        hosts.say(f"resuming after step {start} of {total}")
+        hosts.log_once(f"resuming after step {start} of {total}")
     else:
         state = init_state(trainable, step, seed)
     del trainable
     if primary:
-        write_whole(run / CONFIG_FILE, configuration.to_yaml(configuration.located(config)))
+        write_atomic(run / CONFIG_FILE, configuration.to_yaml(configuration.located(config)))
 
     # ---- 9. The loop
     loop = Loop(
         config,
-        parts,
+        setup,
         data.train,
         data.eval,
         began,
@@ -208,16 +212,16 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
             return 128 + stopped
         state = release(state)  # it is saved; evaluation and proof need the room
         sums = meter.run_sums()
-        marker = evaluation_marker(total, sums, data.eval_fingerprint)
-        failures = [finish_evaluation(run, loop, state, log, progress, marker)]
+        manifest = evaluation_manifest(total, sums, data.eval_fingerprint)
+        failures = [finish_evaluation(run, loop, state, log, progress, manifest)]
         log.log_summary(total, meter.summary())
     del loop, train_step, eval_step  # programs take room on the devices too
 
     # ---- 10. Results: the export, which nothing before it may prevent, and the picture
     try:
         if form is not None:
-            check_disk(config, parts, step, form, False, hosts)  # others write there too
-            done = export_run(config, parts, form, total, sums, contents, state, frozen, hosts)
+            check_disk(config, setup, step, form, False, hosts)  # others write there too
+            done = export_run(config, setup, form, total, sums, contents, state, frozen, hosts)
             failures.append(done)
     finally:
         if primary:
@@ -229,7 +233,7 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
 
 def export_run(
     config: RunConfig,
-    parts: Assembly,
+    setup: Assembly,
     form: str,
     total: int,
     sums: Mapping[str, float],
@@ -240,15 +244,15 @@ def export_run(
 ) -> Exception | None:
     """Export a finished run; returns why the proof did not run, for the caller to raise."""
     run, out = Path(config.output_dir), export_path(config)
-    facts = card_facts(config, parts, form, total, read_metrics(run / METRICS_FILE))
+    facts = card_facts(config, setup, form, total, read_metrics(run / METRICS_FILE))
     name = identity(config, contents)
-    marker = export_marker(config, name, form, total, sums, evaluated_rows(run))
+    manifest = export_manifest(config, name, form, total, sums, evaluated_rows(run))
     progress = Loading("writing", hosts.primary)
     least = config.export.min_kept
     done = export_trained(
-        parts, state.trainable, frozen, out, marker, facts, progress, hosts, min_kept=least
+        setup, state.trainable, frozen, out, manifest, facts, progress, hosts, min_kept=least
     )
-    hosts.say(f"exported {form} to {out}{done}")
+    hosts.log_once(f"exported {form} to {out}{done}")
     return done.failure
 
 
@@ -268,7 +272,7 @@ def raise_failures(failures: Sequence[Exception | None]) -> None:
         raise found[0]
 
 
-def same_start(config: RunConfig) -> dict[str, Any]:
+def launch_fingerprint(config: RunConfig) -> dict[str, Any]:
     """What has to be the same on all processes before anything is read."""
     keys = {
         f"{section}.{key}": value
@@ -280,23 +284,23 @@ def same_start(config: RunConfig) -> dict[str, Any]:
     return keys | versions | {"devices": f"{len(devices)} x {devices[0].device_kind}"}
 
 
-def export_form(config: RunConfig, parts: Assembly) -> str | None:
+def export_form(config: RunConfig, setup: Assembly) -> str | None:
     """What to export.
 
     Raises:
         ConfigError: this model or adapter has no such form.
     """
-    check_dtype(config, parts)
-    form = configuration.export_format(config.export, parts.spec.peft_type if parts.spec else None)
-    if form == "peft" and parts.spec is not None:
-        adapters.check_peft_form(parts.model, parts.spec)
+    check_dtype(config, setup)
+    form = configuration.export_format(config.export, setup.spec.peft_type if setup.spec else None)
+    if form == "peft" and setup.spec is not None:
+        adapters.check_peft_form(setup.model, setup.spec)
     return form
 
 
-def speed_limits(parts: Assembly, config: RunConfig, loader: Loader) -> tuple[float, float | None]:
+def speed_limits(setup: Assembly, config: RunConfig, loader: Loader) -> tuple[float, float | None]:
     """FLOPs that a training token needs, and the devices' peak, None if unknown."""
     remat = config.training.gradient_checkpointing
-    flops = token_flops(parts.model, parts.partition, loader.sequence_length, remat)
+    flops = token_flops(setup.model, setup.partition, loader.sequence_length, remat)
     peak = peak_flops(jax.devices()[0].device_kind, config.model.dtype)
     return flops.needed, None if peak is None else peak * jax.device_count()
 

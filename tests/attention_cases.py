@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the attention kernels of all platforms are held against: arrays, and what `attend` gives.
+"""What all platforms' attention kernels are held against: arrays, and the plain path's results.
 
 In: the sizes of rows and heads. Out: random arrays, and results with the gradients of queries, keys
 and values. Not here: the kernels, which segments rows have.
@@ -9,12 +9,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import in_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny_steps
 
-from dsjax.models.ops.attention import Tokens, attend
+from dsjax.models.ops.attention import Tokens, dot_product_attention
 
 Arrays = tuple[jax.Array, ...]
 
@@ -44,17 +44,19 @@ def with_gradients(function: Any, q: Any, k: Any, v: Any, dout: Any) -> Arrays:
     return out, *pull(dout.astype(out.dtype))
 
 
-@functools.partial(jax.jit, compiler_options=in_memory.QUICK_COMPILE)
+@functools.partial(jax.jit, compiler_options=tiny_steps.QUICK_COMPILE)
 def expected(arrays: Arrays, segment_BT: jax.Array) -> Arrays:
-    """What `attend` gives for rows that see themselves."""
+    """What `dot_product_attention` gives for rows that see themselves."""
     scale = arrays[0].shape[-1] ** -0.5
     place_BT = jnp.broadcast_to(jnp.arange(segment_BT.shape[1]), segment_BT.shape)
     tokens = Tokens(place_BT, segment_BT)
-    return with_gradients(lambda q, k, v: attend(q, k, v, tokens, tokens, None, scale), *arrays)
+    return with_gradients(
+        lambda q, k, v: dot_product_attention(q, k, v, tokens, tokens, None, scale), *arrays
+    )
 
 
 def check(ours: Callable[..., Arrays], arrays: Arrays, segment_BT: jax.Array) -> None:
-    """Hold a kernel's float32 result and gradients against `attend`'s."""
+    """Hold a kernel's float32 result and gradients against `dot_product_attention`'s."""
     pairs = zip(ours(arrays, segment_BT), expected(arrays, segment_BT), strict=True)
     for (got, want), bound in zip(pairs, (1e-5, 1e-4, 1e-4, 1e-4), strict=True):
         np.testing.assert_allclose(got, want, rtol=bound, atol=bound)

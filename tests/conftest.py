@@ -34,6 +34,9 @@ os.environ |= {
     # With a bound, JAX writes the cache under a lock: processes share it without torn entries.
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 * 2**30),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    # XLA aborts the process where a device keeps the others waiting for a minute; on a busy machine
+    # eight simulated ones wait for two cores.
+    "XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 }
 
 # Commands that tests start hear SIGINT, also where the tests themselves run in the background.

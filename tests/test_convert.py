@@ -20,7 +20,7 @@ from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import Params, leaf_shardings
 from dsjax.errors import ConfigError
 from dsjax.models import build, entries_of
-from dsjax.training.partition import decide
+from dsjax.training.partition import make_partition
 from dsjax.weights import hf_directory
 from dsjax.weights import load as loading
 from dsjax.weights.convert import to_flax
@@ -57,7 +57,7 @@ def _load(
     devices = jax.devices()[: section.data * section.fsdp * section.tensor]
     leaves = {
         path: replace(leaf, dtype=np.dtype(dtype))
-        for path, leaf in decide(model).leaves.items()
+        for path, leaf in make_partition(model).leaves.items()
         if not only or path.endswith(only)
     }
     shardings = leaf_shardings(leaves, make_mesh(section, devices))

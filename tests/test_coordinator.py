@@ -12,7 +12,8 @@ from contextlib import ExitStack, closing, suppress
 import pytest
 
 from dsjax.distributed import coordinator
-from dsjax.distributed.bootstrap import Seat, meet
+from dsjax.distributed.bootstrap import wait_for_all
+from dsjax.distributed.launchers import ProcessSpec
 from dsjax.errors import ConfigError
 
 SOON = 3.0
@@ -51,12 +52,14 @@ class Meeting:
 
     def come(self, process: int, processes: int | None = None) -> Callable[[], str | None]:
         """Go there as a process; returns what waits for the answer, the problem if there is one."""
-        seat = Seat(f"localhost:{self.port}", processes or self.processes, process, wait=self.wait)
+        spec = ProcessSpec(
+            f"localhost:{self.port}", processes or self.processes, process, wait=self.wait
+        )
         told: list[str | None] = []
 
         def visit() -> None:
             try:
-                meet(seat)
+                wait_for_all(spec)
                 told.append(None)
             except ConfigError as error:
                 told.append(str(error))
@@ -227,11 +230,11 @@ def test_nonsense_in_process_0s_place(answer: bytes):
         threading.Thread(target=serve, daemon=True).start()
         port = server.getsockname()[1]
         with pytest.raises(ConfigError, match="did not answer as process 0 of a run"):
-            meet(Seat(f"localhost:{port}", 2, 1, wait=0.5))
+            wait_for_all(ProcessSpec(f"localhost:{port}", 2, 1, wait=0.5))
         server.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 80, "no.such.host.invalid"])
 def test_a_name_that_is_no_hosts(host: str):
     with pytest.raises(ConfigError, match="did not reach process 0 within 0.3 s"):
-        meet(Seat(f"{host}:7", 2, 1, wait=0.3))
+        wait_for_all(ProcessSpec(f"{host}:7", 2, 1, wait=0.3))

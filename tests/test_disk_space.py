@@ -57,12 +57,12 @@ def prepared(case: str, folder: Path) -> tuple[RunConfig, Assembly]:
     return values, assemble(values)
 
 
-def counted(config: RunConfig, parts: Assembly, monkeypatch: pytest.MonkeyPatch) -> int:
+def counted(config: RunConfig, setup: Assembly, monkeypatch: pytest.MonkeyPatch) -> int:
     """What a run asks room for, for its export."""
     needs: dict[str, int] = {}
     monkeypatch.setattr(disk_space, "check_room", lambda _, wanted, *__: needs.update(wanted))
-    step = step_config(config, parts.partition, parts.mesh, 2)
-    check_disk(config, parts, step, "merged", False, Hosts())
+    step = step_config(config, setup.partition, setup.mesh, 2)
+    check_disk(config, setup, step, "merged", False, Hosts())
     return needs["the export"]
 
 
@@ -80,15 +80,15 @@ def tensor_bytes(folder: Path) -> int:
 def test_what_is_counted_is_what_is_written(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, parts = prepared(case, tmp_path)
-    expected = counted(config, parts, monkeypatch)
-    out, masks = tmp_path / "out", parts.partition.layer_masks
+    config, setup = prepared(case, tmp_path)
+    expected = counted(config, setup, monkeypatch)
+    out, masks = tmp_path / "out", setup.partition.layer_masks
     out.mkdir()
-    leaves = {path: parts.partition.leaves[path] for path in parts.partition.trainable}
+    leaves = {path: setup.partition.leaves[path] for path in setup.partition.trainable}
     zeros = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
-    changes = changed_tensors(parts.model, parts.spec, zeros, masks)
+    changes = changed_tensors(setup.model, setup.spec, zeros, masks)
     assert changes
-    write_checkpoint(parts.source, out, changes, quantised=config.export.dtype == "fp8")
+    write_checkpoint(setup.source, out, changes, quantised=config.export.dtype == "fp8")
     assert tensor_bytes(out) == expected
 
 

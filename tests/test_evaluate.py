@@ -122,7 +122,7 @@ def test_over_long_rows_can_be_dropped(run, config: Path):
 def test_the_newest_checkpoint_of_a_run_is_evaluated(run, config: Path, rows: Path, tmp_path: Path):
     trained = tiny.build_checkpoint(tmp_path / "trained", "llama_gqa", seed=9)
     settings = load_config(config, [f"model.path={trained}"])
-    parts = assemble(settings)
+    setup = assemble(settings)
     (tmp_path / "run").mkdir()
     checkpointer = Checkpointer(tmp_path / "run" / "checkpoints", CheckpointSection())
     meta = {
@@ -130,7 +130,7 @@ def test_the_newest_checkpoint_of_a_run_is_evaluated(run, config: Path, rows: Pa
         "contents": assemble(load_config(config)).contents(),
         "frozen": {},
     }
-    checkpointer.save(3, {"trainable": load_trainable(parts, 0)}, meta, force=True)
+    checkpointer.save(3, {"trainable": load_trainable(setup, 0)}, meta, force=True)
     checkpointer.close()
 
     result = run("--config", config)

@@ -6,27 +6,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import in_memory
 import jax
 import numpy as np
 import pytest
 import small_run
+import tiny_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsjax import train
-from dsjax.adapters.lora import LoraSpec
+from dsjax.adapters.lora import LoraConfig
 from dsjax.distributed.compiled import memory_of
 from dsjax.training import evaluation
 from dsjax.training.evaluation import lower_eval_step, make_eval_step
 
-ADAPTER = LoraSpec(r=4, lora_alpha=8, target_modules=["o_proj"], lora_dropout=0.5)
+ADAPTER = LoraConfig(r=4, lora_alpha=8, target_modules=["o_proj"], lora_dropout=0.5)
 
 
 def assert_portions_change_nothing(shape: dict, mesh: dict, portions: list[int], seed: int) -> None:
     """Compare the sums of a batch in portions with those of the whole."""
-    run = in_memory.start(shape, ADAPTER, mesh)
-    batch = in_memory.batch(rows=16, seed=seed)
+    run = tiny_steps.start(shape, ADAPTER, mesh)
+    batch = tiny_steps.batch(rows=16, seed=seed)
 
     def sums(count: int) -> Any:
         step = make_eval_step(replace(run.config, accumulation=count))
@@ -44,7 +44,7 @@ def assert_portions_change_nothing(shape: dict, mesh: dict, portions: list[int],
 
 
 @pytest.mark.parametrize(
-    ("shape", "mesh"), [({}, {"fsdp": 2}), (in_memory.V3, {"fsdp": 2, "expert": 2})]
+    ("shape", "mesh"), [({}, {"fsdp": 2}), (tiny_steps.V3, {"fsdp": 2, "expert": 2})]
 )
 def test_portions_change_no_sum(shape: dict, mesh: dict) -> None:
     assert_portions_change_nothing(shape, mesh, [2, 8], 0)
@@ -63,11 +63,11 @@ def test_portions_change_no_sum_on_any_mesh(
 ) -> None:
     # Also more portions than the devices leave rows for.
     mesh = {"data": 2**data, "expert": 2**expert}
-    assert_portions_change_nothing(in_memory.V3, mesh, [2**portions], seed)
+    assert_portions_change_nothing(tiny_steps.V3, mesh, [2**portions], seed)
 
 
 def test_a_portion_s_memory_is_all_that_an_evaluation_needs() -> None:
-    run = in_memory.start({"vocab_size": 512}, ADAPTER)
+    run = tiny_steps.start({"vocab_size": 512}, ADAPTER)
 
     def needed(rows: int, portions: int) -> int:
         config = replace(run.config, accumulation=portions)

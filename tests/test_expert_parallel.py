@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import in_memory
 import jax
 import numpy as np
 import pytest
+import tiny_steps
 
-from dsjax.adapters.lora import LoraSpec
+from dsjax.adapters.lora import LoraConfig
 from dsjax.config import MeshSection
 from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import Leaf, check_experts
@@ -27,7 +27,7 @@ MESHES = {
 
 def _crowded(path: str, leaf: Leaf) -> np.ndarray:
     """A correction bias that sends every token to the same experts, all of one device."""
-    values = in_memory.random_array(path, leaf)
+    values = tiny_steps.random_array(path, leaf)
     if path.endswith("e_score_correction_bias"):
         values[:, 4:8] += 100
     return values
@@ -37,27 +37,27 @@ RECIPES: dict[str, dict[str, Any]] = {
     "full": {},
     "full, crowded": {"values": _crowded},
     "lora": {
-        "adapter": LoraSpec(
+        "adapter": LoraConfig(
             r=3, lora_alpha=4, target_modules=["gate_proj", "up_proj", "down_proj", "o_proj"]
         )
     },
-    "lora, uneven, crowded": {"adapter": in_memory.UNEVEN_EXPERTS, "values": _crowded},
+    "lora, uneven, crowded": {"adapter": tiny_steps.UNEVEN_EXPERTS, "values": _crowded},
 }
 
 
-def _two_steps(recipe: str, mesh: Mapping[str, int] | None) -> in_memory.Outcome:
-    return in_memory.two_steps(in_memory.start(in_memory.V3, mesh=mesh, **RECIPES[recipe]))
+def _two_steps(recipe: str, mesh: Mapping[str, int] | None) -> tiny_steps.Outcome:
+    return tiny_steps.two_steps(tiny_steps.start(tiny_steps.V3, mesh=mesh, **RECIPES[recipe]))
 
 
 @functools.cache
-def _one_device(recipe: str) -> in_memory.Outcome:
+def _one_device(recipe: str) -> tiny_steps.Outcome:
     return _two_steps(recipe, None)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_mesh_gives_the_result_of_one_device(mesh: str, recipe: str) -> None:
-    in_memory.assert_same(_two_steps(recipe, MESHES[mesh]), _one_device(recipe))
+    tiny_steps.assert_same(_two_steps(recipe, MESHES[mesh]), _one_device(recipe))
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def test_chunks_of_tokens_give_the_result_of_whole_rows(
     # A token has 3 experts and 32 float32 numbers; one device has 8 rows, an expert's device the 4
     # of its own group.
     monkeypatch.setattr(moe, "CHUNK_BYTES", 5 * 8 * 3 * 32 * 4)
-    in_memory.assert_same(_two_steps(recipe, mesh), expected)
+    tiny_steps.assert_same(_two_steps(recipe, mesh), expected)
     assert sizes == {size}
 
 
 def test_experts_are_held_in_parts() -> None:
-    run = in_memory.start(in_memory.V3, mesh={"expert": 4, "tensor": 2})
+    run = tiny_steps.start(tiny_steps.V3, mesh={"expert": 4, "tensor": 2})
     weight = run.state.trainable["model.layers.mlp.experts.gate_proj.weight"]
     assert weight.shape == (2, 8, 16, 32)
     assert {shard.data.shape for shard in weight.addressable_shards} == {(2, 2, 8, 32)}
@@ -103,7 +103,7 @@ def test_experts_are_held_in_parts() -> None:
 def test_a_mesh_that_does_not_divide_the_experts(
     shape: dict[str, Any], mesh: dict[str, int], said: str
 ) -> None:
-    run = in_memory.start(in_memory.V3 | shape)
+    run = tiny_steps.start(tiny_steps.V3 | shape)
     section = MeshSection(**({"fsdp": 1} | mesh))
     devices = jax.devices()[: math.prod(mesh.values())]
     with pytest.raises(ConfigError, match=said):

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dsjax.export.folder import is_exported, write_marker
-from dsjax.training.run_dir import MARKER
+from dsjax.export.folder import is_exported, write_manifest
+from dsjax.training.run_dir import MANIFEST
 
 
 @pytest.mark.parametrize(
@@ -27,8 +27,8 @@ def test_an_export_is_there_if_it_keeps_what_is_asked_for(
     tmp_path: Path, kept: Any, least: float | None, there: bool
 ) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    write_marker(tmp_path, {"run": "this"})
-    marker = json.loads((tmp_path / MARKER).read_text())
-    (tmp_path / MARKER).write_text(json.dumps({**marker, "kept": kept}))
+    write_manifest(tmp_path, {"run": "this"})
+    marker = json.loads((tmp_path / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps({**marker, "kept": kept}))
     assert is_exported(tmp_path, {"run": "this"}, least) == there
     assert not is_exported(tmp_path, {"run": "another"}, least)

@@ -11,11 +11,11 @@ from dsjax.config import ExportSection, load_config
 from dsjax.errors import ConfigError
 from dsjax.export.folder import check_outputs, check_replaceable
 from dsjax.weights.folders import (
+    atomic_directory,
     check_empty,
     check_possible,
     check_room,
     leftovers_of,
-    written_beside,
 )
 
 
@@ -24,7 +24,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
-    with written_beside(tmp_path / "deep" / "out") as folder:
+    with atomic_directory(tmp_path / "deep" / "out") as folder:
         (folder / "a").write_text("new")
         assert not (tmp_path / "deep" / "out").exists()
     assert _files(tmp_path) == {"deep", "deep/out", "deep/out/a"}
@@ -38,7 +38,7 @@ def test_a_url_is_no_place_to_write() -> None:
 def test_an_old_folder_is_replaced_whole(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
-    with written_beside(tmp_path / "out") as folder:
+    with atomic_directory(tmp_path / "out") as folder:
         (folder / "new").write_text("new")
         assert _files(tmp_path / "out") == {"old"}
     assert _files(tmp_path) == {"out", "out/new"}
@@ -47,7 +47,7 @@ def test_an_old_folder_is_replaced_whole(tmp_path: Path) -> None:
 def test_a_failure_leaves_the_old_folder_and_nothing_beside_it(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
-    with pytest.raises(RuntimeError, match="disk"), written_beside(tmp_path / "out") as folder:
+    with pytest.raises(RuntimeError, match="disk"), atomic_directory(tmp_path / "out") as folder:
         (folder / "new").write_text("half")
         raise RuntimeError("disk")
     assert _files(tmp_path) == {"out", "out/old"}
@@ -58,7 +58,7 @@ def test_what_a_killed_attempt_left_is_removed(replaced: bool, tmp_path: Path) -
     for name in (".out.partial", ".out.old") if replaced else (".out.partial",):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("half")
-    with written_beside(tmp_path / "out") as folder:
+    with atomic_directory(tmp_path / "out") as folder:
         assert _files(folder) == set()
         (folder / "a").write_text("new")
     assert _files(tmp_path) == {"out", "out/a"}
@@ -68,7 +68,7 @@ def test_a_relative_path_is_taken_from_where_it_was_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with written_beside(Path("out")) as folder:
+    with atomic_directory(Path("out")) as folder:
         (folder / "a").write_text("new")
         monkeypatch.chdir("/")
     assert _files(tmp_path) == {"out", "out/a"}
@@ -76,13 +76,13 @@ def test_a_relative_path_is_taken_from_where_it_was_named(
 
 def test_a_folder_is_written_by_one_at_a_time(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with written_beside(out) as folder:
+    with atomic_directory(out) as folder:
         (folder / "a").write_text("first")
         refusal = rf"--out: got '{out}', which another process is writing, expected none"
-        with pytest.raises(ConfigError, match=refusal), written_beside(out, "--out"):
+        with pytest.raises(ConfigError, match=refusal), atomic_directory(out, "--out"):
             pass
     assert (out / "a").read_text() == "first"
-    with written_beside(out) as folder:
+    with atomic_directory(out) as folder:
         (folder / "a").write_text("second")
     assert _files(tmp_path) == {"out", "out/a"} and (out / "a").read_text() == "second"
 
@@ -90,11 +90,11 @@ def test_a_folder_is_written_by_one_at_a_time(tmp_path: Path) -> None:
 def test_what_came_since_the_first_look_is_not_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
     check_empty(out)
-    with written_beside(out) as folder:
+    with atomic_directory(out) as folder:
         (folder / "a").write_text("another's")
     with (
         pytest.raises(ConfigError, match="is not empty"),
-        written_beside(out, check=lambda: check_empty(out)),
+        atomic_directory(out, check=lambda: check_empty(out)),
     ):
         pass
     assert _files(tmp_path) == {"out", "out/a"}
@@ -151,7 +151,7 @@ def test_what_will_be_removed_counts_as_free(
     for needed, removed in ((5_101, leftovers), (101, ()), (101, [tmp_path / "none"])):
         with pytest.raises(ConfigError, match="--out: got 0.0 MiB free at"):
             check_room(out, {"it": needed}, "--out", removed)
-    with written_beside(out):
+    with atomic_directory(out):
         assert not (leftovers[0] / "deep").exists() and not leftovers[1].exists()
 
 

@@ -30,7 +30,7 @@ from dsjax.training.event_file import EventFile
 from dsjax.training.loss_plot import plot_loss
 from dsjax.training.metrics_log import TRAIN_KEYS, MetricsLog
 from dsjax.weights.convert import to_flax, to_hf
-from dsjax.weights.folders import write_whole, written_beside
+from dsjax.weights.folders import atomic_directory, write_atomic
 from dsjax.weights.safetensors import SafetensorsWriter
 
 KIB = 1024
@@ -63,7 +63,7 @@ def write_events(folder: Path) -> str:
 
 
 def write_text(folder: Path) -> str:
-    write_whole(folder / "config.yaml", "x" * 50 * KIB)
+    write_atomic(folder / "config.yaml", "x" * 50 * KIB)
     return "config.yaml"
 
 
@@ -75,7 +75,7 @@ def write_picture(folder: Path) -> str:
 
 
 def write_tensors(folder: Path) -> str:
-    with written_beside(folder / "export") as directory:
+    with atomic_directory(folder / "export") as directory:
         entries = [("a", np.dtype(np.float32), (64 * KIB,))]
         with SafetensorsWriter(directory / "model.safetensors", entries) as writer:
             writer.append("a", np.ones(64 * KIB, np.float32))
@@ -83,7 +83,7 @@ def write_tensors(folder: Path) -> str:
 
 
 def write_card(folder: Path) -> str:
-    with written_beside(folder / "export") as directory:
+    with atomic_directory(folder / "export") as directory:
         (directory / "README.md").write_text("x" * 50 * KIB)
     return "export"
 
@@ -92,7 +92,7 @@ def write_examples(folder: Path) -> str:
     store, field = ExampleStore(), np.ones(4 * KIB, np.int32)
     for _ in range(8):
         store.append(Example(field, field, field.astype(np.float32)))
-    store.seal()
+    store.finalize()
     return "the folder for temporary files (TMPDIR)"
 
 

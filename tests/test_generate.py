@@ -131,7 +131,7 @@ class Letters(TextStream):
 
 
 def test_the_first_row_is_printed_as_it_comes_and_others_wait(capsys):
-    answers = command.Answers([Letters(), Letters()], {0}, ["one", "two"])
+    answers = command.StreamPrinter([Letters(), Letters()], {0}, ["one", "two"])
     said = []
     for row, token in [(0, ord("a")), (1, ord("x")), (0, ord("b")), (1, ord("y")), (0, 0)]:
         assert not answers.take(row, token)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dsjax.config import load_config
-from dsjax.distributed.sharding import leaf_sharding, undivided
+from dsjax.distributed.sharding import leaf_sharding, replication_report
 from dsjax.plan.report import table
 from dsjax.plan.topologies import open_topology
 from dsjax.training.setup import assemble
@@ -35,10 +35,10 @@ def _table(recipe: str) -> str:
     words = [f"mesh.{axis}={size}" for axis, size in sizes.items()]
     words.append(f"model.path={ROOT}/tests/model_configs/{model}")
     config = load_config(ROOT / f"configs/{recipe}.yaml", words)
-    parts = assemble(config, open_topology(topology).devices, weights=False)
-    mesh = parts.mesh
+    setup = assemble(config, open_topology(topology).devices, weights=False)
+    mesh = setup.mesh
     rows = [("array", "shape", "dtype", "divided by", "on a device")]
-    for name, leaf in parts.partition.leaves.items():
+    for name, leaf in setup.partition.leaves.items():
         sharding = leaf_sharding(leaf, mesh)
         held = sharding.shard_shape(leaf.shape)
         spec = " ".join(str(entry).replace("'", "").replace(",)", ")") for entry in sharding.spec)
@@ -46,7 +46,7 @@ def _table(recipe: str) -> str:
         whole, part = shapes
         rows.append((name, whole, leaf.dtype.name, spec, part))
     head = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
-    lines = [head, "", *table(rows), "", *undivided(parts.partition.leaves, mesh)]
+    lines = [head, "", *table(rows), "", *replication_report(setup.partition.leaves, mesh)]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -160,7 +160,7 @@ def test_all_stop_at_the_same_step(make: Make, seed: int):
             time.sleep(pauses[index])
             if step % together == 0:
                 until(lambda step=step: min(begun) >= step)
-            number = processes[index].stop_reached()
+            number = processes[index].reached_preemption()
             if number is not None:
                 return step, number
         return 0, None
@@ -169,14 +169,14 @@ def test_all_stop_at_the_same_step(make: Make, seed: int):
     timer.start()
     ends = in_threads([lambda index=index: steps(index) for index in range(3)])
     assert len(set(ends)) == 1 and ends[0][0] > 0 and ends[0][1] == 15
-    assert in_threads([process.stop_wanted for process in processes]) == [15] * 3
+    assert in_threads([process.any_preemption for process in processes]) == [15] * 3
 
 
 def test_a_signal_after_the_last_step_stops_all(make: Make):
     processes = make(2)
     processes[1].ask_to_stop(2)
-    assert in_threads([process.stop_wanted for process in processes]) == [2, 2]
-    assert [process.stop_reached() for process in processes] == [None, None]
+    assert in_threads([process.any_preemption for process in processes]) == [2, 2]
+    assert [process.reached_preemption() for process in processes] == [None, None]
 
 
 def test_all_hear_what_differs(make: Make):
@@ -184,7 +184,7 @@ def test_all_hear_what_differs(make: Make):
 
     def told(process: Hosts, mine: dict[str, int]) -> str:
         with pytest.raises(ConfigError) as error:
-            process.agree(mine)
+            process.assert_equal(mine)
         return str(error.value)
 
     tasks = [lambda p=p, f=f: told(p, f) for p, f in zip(make(3), facts, strict=True)]
@@ -196,7 +196,7 @@ def test_all_hear_what_differs(make: Make):
 
 def test_one_decides(make: Make):
     processes = make(3)
-    tasks = [lambda p=p: p.decide(lambda: {"by": p.index}) for p in processes]
+    tasks = [lambda p=p: p.broadcast_from_primary(lambda: {"by": p.index}) for p in processes]
     assert in_threads(tasks) == [{"by": 0}] * 3
 
 

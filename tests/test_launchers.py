@@ -7,8 +7,8 @@ from types import ModuleType
 import pytest
 
 from dsjax.distributed import launchers
-from dsjax.distributed.bootstrap import Seat, find_seat, refuse_several, split_seat
-from dsjax.distributed.launchers import Launched, Sign, detect
+from dsjax.distributed.bootstrap import detect_process, refuse_several, split_process_options
+from dsjax.distributed.launchers import ProcessSpec, Sign, detect
 from dsjax.errors import ConfigError
 
 SLURM = {
@@ -90,7 +90,7 @@ def test_several_are_refused_with_the_fix(name: str, set_all):
     environment, found = SEVERAL[name]
     set_all(environment)
     with pytest.raises(ConfigError) as error:
-        find_seat({}, environment)
+        detect_process({}, environment)
     assert str(error.value).startswith(f"processes: got {found}")
     assert "--coordinator" in str(error.value) or "dsjax[tpu]" in str(error.value)
     sign = detect(environment, 1.0)
@@ -99,21 +99,21 @@ def test_several_are_refused_with_the_fix(name: str, set_all):
         refuse_several("dsjax.export", environment)
     assert detect({k: v for k, v in environment.items() if k != sign.variable}, 1.0) is None
     # What is typed wins.
-    assert find_seat(split_seat(["--processes", "1"])[0], environment) is None
-    given = split_seat(["--coordinator=h:7", "--processes=2", "--process=1"])[0]
-    assert find_seat(given, environment) == Seat("h:7", 2, 1)
+    assert detect_process(split_process_options(["--processes", "1"])[0], environment) is None
+    given = split_process_options(["--coordinator=h:7", "--processes=2", "--process=1"])[0]
+    assert detect_process(given, environment) == ProcessSpec("h:7", 2, 1)
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_one_alone_is_not_refused(name: str, set_all):
     set_all(ALONE[name])
-    assert find_seat({}, ALONE[name]) is None
+    assert detect_process({}, ALONE[name]) is None
     refuse_several("dsjax.export", ALONE[name])
 
 
 def test_the_options_name_the_launchers_variables():
     with pytest.raises(ConfigError) as error:
-        find_seat({}, {"WORLD_SIZE": "2", "RANK": "1"})
+        detect_process({}, {"WORLD_SIZE": "2", "RANK": "1"})
     options = "--coordinator $MASTER_ADDR:8476 --processes $WORLD_SIZE --process $RANK"
     assert f"expected {options}; or --processes 1" in str(error.value)
 
@@ -159,7 +159,7 @@ def test_a_pod_that_may_not_ask_kubernetes_is_told_what_to_give(
     monkeypatch.setattr(launchers, "find_spec", lambda name: package)
     environment = set_all(SEVERAL["an Indexed Job"][0])
     with pytest.raises(ConfigError, match="processes: got pod 0 of a Kubernetes Indexed Job"):
-        find_seat({}, environment)
+        detect_process({}, environment)
 
 
 @pytest.mark.parametrize("launcher", [SLURM, OPEN_MPI_4], ids=["slurm", "open mpi"])
@@ -183,8 +183,8 @@ def test_a_pod_that_may_not_ask_kubernetes_is_told_what_to_give(
 )
 def test_which_devices_are_a_processs(launcher, more, devices, set_all):
     found = detect(set_all(launcher, more), 1.0)
-    assert isinstance(found, Launched)
-    assert (found.processes, found.process, found.local_devices) == (8, 7, devices)
+    assert isinstance(found, ProcessSpec)
+    assert (found.num_processes, found.process_id, found.local_device_ids) == (8, 7, devices)
 
 
 def test_more_processes_than_gpus_are_refused(set_all):
@@ -196,7 +196,7 @@ def test_more_processes_than_gpus_are_refused(set_all):
 def test_the_only_process_of_a_machine_has_all_its_devices(set_all):
     tasks = {"SLURM_STEP_TASKS_PER_NODE": "4,1", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
     found = detect(set_all(SLURM, tasks), 1.0)
-    assert isinstance(found, Launched) and found.local_devices is None
+    assert isinstance(found, ProcessSpec) and found.local_device_ids is None
 
 
 def test_an_address_without_a_port_is_refused(set_all):

@@ -21,8 +21,8 @@ from dsjax.distributed import lock_file
 from dsjax.distributed.lock_file import LOCK_FILE, locked
 from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
-from dsjax.training.run_dir import claimed, read_marker
-from dsjax.weights.folders import check_empty, written_beside
+from dsjax.training.run_dir import locked_run_dir, read_manifest
+from dsjax.weights.folders import atomic_directory, check_empty
 
 ROOT = Path(__file__).parents[1]
 HERE = socket.gethostname(), lock_file._boot_id()
@@ -104,8 +104,8 @@ def claims(folder: Path) -> dict[Path, Callable]:
     """What is locked, by the file that is locked for it."""
     (folder / "run").mkdir(exist_ok=True)
     return {
-        folder / "run" / LOCK_FILE: lambda: claimed(folder / "run", Hosts()),
-        folder / "run" / ".export.lock": lambda: written_beside(folder / "run" / "export"),
+        folder / "run" / LOCK_FILE: lambda: locked_run_dir(folder / "run", Hosts()),
+        folder / "run" / ".export.lock": lambda: atomic_directory(folder / "run" / "export"),
     }
 
 
@@ -258,7 +258,7 @@ def test_never_do_two_hold_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def enter(worker: int) -> int:
         for tries in range(100_000):
             try:
-                with claimed(run, Hosts()):
+                with locked_run_dir(run, Hosts()):
                     inside.append(worker)
                     assert inside == [worker]
                     time.sleep(0.0005)
@@ -279,16 +279,16 @@ def test_never_do_two_hold_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_what_a_kill_leaves_is_nobody_s_file(tmp_path: Path):
     (tmp_path / LOCK_FILE).write_text("elsewhere 4711 x\n")
     check_empty(tmp_path)
-    with written_beside(tmp_path, check=lambda: check_empty(tmp_path)) as folder:
+    with atomic_directory(tmp_path, check=lambda: check_empty(tmp_path)) as folder:
         (folder / "a").touch()
-    assert [path.name for path in tmp_path.iterdir()] == ["a"] and read_marker(tmp_path) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and read_manifest(tmp_path) is None
 
 
 @pytest.mark.parametrize("ends", ["well", "by an error"])
 def test_a_run_folder_keeps_no_lock(tmp_path: Path, ends: str):
     run = tmp_path / "above" / "run"
     try:
-        with claimed(run, Hosts()):
+        with locked_run_dir(run, Hosts()):
             assert [path.name for path in run.iterdir()] == [LOCK_FILE]
             (run / "checkpoints").mkdir()
             if ends != "well":

@@ -115,7 +115,7 @@ def test_a_signal_during_the_last_exchange_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """What was announced is done, also where the processes have just agreed to go on."""
-    stop_wanted = Hosts.stop_wanted
+    stop_wanted = Hosts.any_preemption
 
     def signalled_meanwhile(self: Hosts) -> int | None:
         answer = stop_wanted(self)

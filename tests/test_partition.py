@@ -3,25 +3,25 @@
 
 from typing import Any
 
-import in_memory
 import jax
 import numpy as np
 import pytest
+import tiny_steps
 
 from dsjax.adapters import attach
-from dsjax.adapters.lora import LoraSpec
-from dsjax.adapters.prefix import PrefixSpec
+from dsjax.adapters.lora import LoraConfig
+from dsjax.adapters.prefix import PrefixConfig
 from dsjax.errors import ConfigError
 from dsjax.models import base_shapes
-from dsjax.training.partition import Partition, decide, put, report, take
+from dsjax.training.partition import Partition, flatten, make_partition, report, unflatten
 
 STACKED = 9  # parameters of a block without biases: two norms, four and three projections
 
 
 def _decide(freeze: list[str] | None = None, adapter: Any = None, **shape: Any) -> Partition:
-    model = in_memory.model_of(**{"num_hidden_layers": 3} | shape)
+    model = tiny_steps.model_of(**{"num_hidden_layers": 3} | shape)
     attach(model, adapter)
-    return decide(model, freeze=freeze or [], dtype="bfloat16")
+    return make_partition(model, freeze=freeze or [], dtype="bfloat16")
 
 
 def test_without_adapter_everything_trains() -> None:
@@ -33,9 +33,9 @@ def test_without_adapter_everything_trains() -> None:
 
 
 @pytest.mark.parametrize(
-    "adapter", [LoraSpec(r=2, lora_alpha=2, target_modules=["q_proj"]), PrefixSpec(4)]
+    "adapter", [LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"]), PrefixConfig(4)]
 )
-def test_an_adapter_trains_alone(adapter: LoraSpec | PrefixSpec) -> None:
+def test_an_adapter_trains_alone(adapter: LoraConfig | PrefixConfig) -> None:
     partition = _decide(adapter=adapter)
     kinds = {path: leaf.kind for path, leaf in partition.leaves.items()}
     assert {kinds[path] for path in partition.trainable} == {"adapter"}
@@ -45,7 +45,7 @@ def test_an_adapter_trains_alone(adapter: LoraSpec | PrefixSpec) -> None:
     assert {leaf.dtype.name for leaf in partition.leaves.values() if leaf.kind == "base"} == {
         "bfloat16"
     }
-    expected = 3 * 2 * (32 + 32) if isinstance(adapter, LoraSpec) else 3 * 2 * 4 * 2 * 8
+    expected = 3 * 2 * (32 + 32) if isinstance(adapter, LoraConfig) else 3 * 2 * 4 * 2 * 8
     assert partition.counts()[0] == expected
 
 
@@ -90,7 +90,7 @@ def test_a_layer_number_is_whole() -> None:
 
 def test_counts_leave_frozen_layers_out() -> None:
     whole, some = _decide(), _decide(["model.layers.0", "lm_head"])
-    shapes = base_shapes(in_memory.model_of(num_hidden_layers=3))
+    shapes = base_shapes(tiny_steps.model_of(num_hidden_layers=3))
     layers = sum(np.prod(shape) for path, shape in shapes.items() if ".layers." in path)
     assert some.counts() == (whole.counts()[0] - layers // 3 - 64 * 32, whole.counts()[1])
     rows = {row[0]: row[1:] for row in report(some)}
@@ -138,22 +138,22 @@ def test_every_wrong_pattern_is_named() -> None:
 def test_patterns_beside_an_adapter_are_refused() -> None:
     message = r"training.freeze: got \['lm_head'\] with an adapter, expected \[\]"
     with pytest.raises(ConfigError, match=message):
-        _decide(["lm_head"], PrefixSpec(2))
+        _decide(["lm_head"], PrefixConfig(2))
 
 
 @pytest.mark.parametrize(
     ("param_dtype", "trained"), [(None, "float32"), ("float32", "float32"), ("bfloat16",) * 2]
 )
 def test_dtypes_follow_what_trains(param_dtype: str | None, trained: str) -> None:
-    model = in_memory.model_of()
-    partition = decide(model, freeze=["lm_head"], dtype="float16", param_dtype=param_dtype)
+    model = tiny_steps.model_of()
+    partition = make_partition(model, freeze=["lm_head"], dtype="float16", param_dtype=param_dtype)
     dtypes = {path: leaf.dtype.name for path, leaf in partition.leaves.items()}
     assert dtypes.pop("lm_head.weight") == "float16"
     assert set(dtypes.values()) == {trained}
 
 
 def test_a_model_that_is_only_used_trains_nothing() -> None:
-    attached = _decide(adapter=LoraSpec(r=2, lora_alpha=2)).all_frozen("float16")
+    attached = _decide(adapter=LoraConfig(r=2, lora_alpha=2)).for_inference("float16")
     assert attached.trainable == () and set(attached.frozen) == set(attached.leaves)
     assert {(leaf.kind, leaf.dtype.name) for leaf in attached.leaves.values()} == {
         ("base", "float16"),
@@ -163,13 +163,13 @@ def test_a_model_that_is_only_used_trains_nothing() -> None:
 
 
 def test_a_routers_bias_is_float32_whatever_the_model_is_held_in() -> None:
-    leaves = decide(in_memory.model_of(**in_memory.V3)).all_frozen("bfloat16").leaves
+    leaves = make_partition(tiny_steps.model_of(**tiny_steps.V3)).for_inference("bfloat16").leaves
     dtypes = {path.rpartition(".")[2]: leaf.dtype.name for path, leaf in leaves.items()}
     assert dtypes == {"e_score_correction_bias": "float32", "weight": "bfloat16"}
 
 
 def test_arrays_go_in_and_come_out() -> None:
-    partition = _decide(adapter=PrefixSpec(2))
+    partition = _decide(adapter=PrefixConfig(2))
     params = {
         path: jax.numpy.full(leaf.shape, number, leaf.dtype)
         for number, (path, leaf) in enumerate(partition.leaves.items())
@@ -177,6 +177,8 @@ def test_arrays_go_in_and_come_out() -> None:
     trainable = {path: params[path] for path in partition.trainable}
     frozen = {path: params[path] for path in partition.frozen}
     model = partition.merge(trainable, frozen)
-    assert take(model).keys() == params.keys()
-    assert all(take(model)[path] is params[path] for path in params)
-    assert all(take(put(partition.graphdef, params))[path] is params[path] for path in params)
+    assert flatten(model).keys() == params.keys()
+    assert all(flatten(model)[path] is params[path] for path in params)
+    assert all(
+        flatten(unflatten(partition.graphdef, params))[path] is params[path] for path in params
+    )

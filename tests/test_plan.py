@@ -85,11 +85,11 @@ def test_a_plan_is_what_the_run_then_needs(
     )
 
     config = load_config(file, words[2:])
-    parts = assemble(config)
-    step = step_config(config, parts.partition, parts.mesh, 12)
+    setup = assemble(config)
+    step = step_config(config, setup.partition, setup.mesh, 12)
     live = memory_of(lower_train_step(step, 16, config.data.max_length).compile(), "cpu")
-    frozen = load_frozen(parts, 0)
-    state = init_state(load_trainable(parts, 0), step, 0)
+    frozen = load_frozen(setup, 0)
+    state = init_state(load_trainable(setup, 0), step, 0)
     device, classes = jax.devices()[0], planned["classes"]
 
     assert planned["fits"] and set(planned) >= KEYS
@@ -99,7 +99,7 @@ def test_a_plan_is_what_the_run_then_needs(
     assert classes["optimizer"] == _held(state[1:], device)
     given = sum(size for name, size in classes.items() if name != "temporaries")
     assert given == pytest.approx(live.arguments, rel=0.05)
-    trained, everything = parts.partition.counts()
+    trained, everything = setup.partition.counts()
     assert (planned["trainable_params"], planned["total_params"]) == (trained, everything)
     assert planned["devices"] == 8 and planned["platform"] == "cpu"
     assert planned["collectives"] != [] and planned["unknown_loops"] == 0
@@ -209,8 +209,8 @@ def test_the_banner_of_a_run_agrees_with_its_plan(
     file = _config(tmp_path, "full", "deepseek_v3_hub", data=8, fsdp=1)
     words = ["training.batch_size=16"]
     config = load_config(file, words)
-    parts = assemble(config)
-    train.announce(config, parts, train.read_data(config, parts, datetime.now(UTC)), 12)
+    setup = assemble(config)
+    train.announce(config, setup, train.read_data(config, setup, datetime.now(UTC)), 12)
     told = re.search(r"memory +([\d.]+) MiB per device", capsys.readouterr().err)
     classes = planning.state_bytes(
         planning.prepare(config, open_topology("cpu:8"))[1], 16, config.data.max_length

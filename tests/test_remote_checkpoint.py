@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import bucket
 import jax
+import memory_bucket
 import numpy as np
 import pytest
 import tiny
 import torch
-from bucket import Bucket
 from jax.sharding import NamedSharding
+from memory_bucket import Bucket
 
 import dsjax
 from dsjax import config
@@ -24,14 +24,14 @@ from dsjax.distributed.sharding import Leaf, Params, leaf_shardings
 from dsjax.errors import ConfigError
 from dsjax.export import command as export
 from dsjax.models import build
-from dsjax.training.partition import decide
+from dsjax.training.partition import make_partition
 from dsjax.weights import load as loading
 
 
 @pytest.fixture
 def store() -> Iterator[Bucket]:
     """An empty bucket."""
-    with bucket.opened() as found:
+    with memory_bucket.opened() as found:
         yield found
 
 
@@ -53,7 +53,7 @@ def load(path: str | Path, mesh: Mapping[str, int], ending: str = "") -> tuple[P
     source = loading.open_checkpoint(str(path))
     model = build(source.config, "float32")
     loading.check_coverage(source, model)
-    leaves = {p: leaf for p, leaf in decide(model).leaves.items() if p.endswith(ending)}
+    leaves = {p: leaf for p, leaf in make_partition(model).leaves.items() if p.endswith(ending)}
     shardings = leaf_shardings(leaves, make_mesh(MeshSection(**mesh)))
     return loading.load_base(source, model, leaves, shardings), list(leaves.values())[-1]
 
@@ -257,7 +257,7 @@ def test_a_folder_without_a_model(store: Bucket, tmp_path: Path) -> None:
 def test_faults_of_files_name_their_urls(llama: Path, store: Bucket) -> None:
     url = store.upload(llama)
     shard = sorted(file.name for file in llama.glob("*.safetensors"))[0]
-    system = bucket.MemoryFileSystem()
+    system = memory_bucket.MemoryFileSystem()
     system.pipe_file(f"/bucket/model/{shard}", b"version https://git-lfs.github.com/spec/v1\n")
     assert refusal(url).startswith(
         f"model.path: got a git-lfs pointer in {url}/{shard}, expected the file itself"

@@ -2,11 +2,11 @@
 """Rounding at random loses nothing on average, and is the same wherever an array lies."""
 
 import hypothesis.strategies as st
-import in_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_steps
 from hypothesis import given, settings
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -103,10 +103,10 @@ def test_a_step_on_another_mesh_stores_the_same_but_for_neighbours() -> None:
     """The gradients' last bits differ with the order of sums; few values are that near to a bit."""
     stored = []
     for mesh in (None, {"fsdp": 2, "tensor": 2}):
-        run = in_memory.start(
+        run = tiny_steps.start(
             mesh=mesh, model={"param_dtype": "bfloat16"}, optimizer={"learning_rate": 1e-4}
         )
-        run.step(in_memory.batch())
+        run.step(tiny_steps.batch())
         stored.append(run.trainable())
     same = [(stored[0][path] == stored[1][path]).mean() for path in stored[0]]
     assert min(same) > 0.99

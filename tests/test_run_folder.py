@@ -16,7 +16,13 @@ from dsjax.errors import ConfigError
 from dsjax.export.folder import check_continues
 from dsjax.training.checkpoint import Checkpointer
 from dsjax.training.metrics_log import METRICS_FILE, TRAIN_KEYS, MetricsLog, read_metrics
-from dsjax.training.run_dir import CONFIG_FILE, MARKER, Earlier, earlier_run, split_as_before
+from dsjax.training.run_dir import (
+    CONFIG_FILE,
+    MANIFEST,
+    ResumePoint,
+    find_resume_point,
+    split_as_before,
+)
 
 
 @pytest.fixture
@@ -48,7 +54,7 @@ def summarise(run: Path, config: RunConfig) -> None:
 
 def export(run: Path, config: RunConfig) -> None:
     (run / "export").mkdir()
-    (run / "export" / MARKER).write_text(json.dumps({"run": "this"}))
+    (run / "export" / MANIFEST).write_text(json.dumps({"run": "this"}))
 
 
 RESULTS = [save_step, summarise, export]
@@ -62,7 +68,7 @@ def test_an_attempt_that_saved_nothing_stands_in_no_way(config: RunConfig, remov
     if removed != "nothing":
         shutil.rmtree(run / removed)
     for same in (config, smaller(config)):
-        found = earlier_run(run, same)
+        found = find_resume_point(run, same)
         assert found.step == 0 and not found.meta
 
 
@@ -70,9 +76,9 @@ def test_an_attempt_that_saved_nothing_stands_in_no_way(config: RunConfig, remov
 def test_results_are_protected(config: RunConfig, leave):
     run = Path(config.output_dir)
     leave(run, config)
-    assert earlier_run(run, config).step == (1 if leave is save_step else 0)
+    assert find_resume_point(run, config).step == (1 if leave is save_step else 0)
     with pytest.raises(ConfigError, match="holds a run with other training.batch_size, expected"):
-        earlier_run(run, smaller(config))
+        find_resume_point(run, smaller(config))
 
 
 def test_an_export_elsewhere_is_a_result(config: RunConfig, tmp_path: Path):
@@ -81,14 +87,14 @@ def test_an_export_elsewhere_is_a_result(config: RunConfig, tmp_path: Path):
     run, old = Path(config.output_dir), config.model_copy(update={"export": section})
     (run / CONFIG_FILE).write_text(configuration.to_yaml(old))
     with pytest.raises(ConfigError, match="with other training.batch_size"):
-        earlier_run(run, smaller(config))
+        find_resume_point(run, smaller(config))
 
 
 def test_a_file_of_another_s_that_is_named_like_ours_stays(config: RunConfig):
     run = Path(config.output_dir)
     (run / CONFIG_FILE).write_text("services: {web: {image: nginx}}\n")
     with pytest.raises(ConfigError, match="whose config.yaml is not one that a run wrote"):
-        earlier_run(run, config)
+        find_resume_point(run, config)
 
 
 def test_lines_of_the_attempt_are_not_mixed_with_the_new_ones(tmp_path: Path):
@@ -102,14 +108,14 @@ def test_lines_of_the_attempt_are_not_mixed_with_the_new_ones(tmp_path: Path):
 
 def test_other_contents_are_named_before_the_export_that_they_make_another_s(config: RunConfig):
     export(Path(config.output_dir), config)
-    began = Earlier(3, "2026-01-01T00:00:00", {"contents": {"adapter.path": "a"}})
+    began = ResumePoint(3, "2026-01-01T00:00:00", {"contents": {"adapter.path": "a"}})
     with pytest.raises(ConfigError, match=r"^adapter.path: got other contents \(b\) than those"):
         check_continues(began, config, "merged", 4, {"adapter.path": "b"})
 
 
 @pytest.mark.parametrize("began", [None, 8, 0.25])
 def test_a_start_without_the_held_out_rows_parts_them_as_before(config: RunConfig, began):
-    earlier = Earlier(3, "2026-01-01T00:00:00", {}, began)
+    earlier = ResumePoint(3, "2026-01-01T00:00:00", {}, began)
     assert split_as_before(config, earlier, Hosts()).data.val_size == began
     for keys in ({"val_size": 5}, {"eval": ["rows.jsonl"]}):
         given = config.model_copy(update={"data": config.data.model_copy(update=keys)})

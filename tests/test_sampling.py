@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from dsjax.decoding.sampling import Sampling, filtered, pick, row_keys, sampling_problems
+from dsjax.decoding.sampling import Sampling, filter_logits, row_keys, sample, sampling_problems
 
 
 def reference(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -34,7 +34,7 @@ def test_what_is_left_is_what_transformers_leaves(seed, temperature, top_k, top_
     logits = np.random.default_rng(seed).normal(0, 2, (3, 40)).astype(np.float32)
     sampling = Sampling(temperature, top_k, top_p)
 
-    ours, theirs = filtered(jnp.asarray(logits), sampling), reference(logits, sampling)
+    ours, theirs = filter_logits(jnp.asarray(logits), sampling), reference(logits, sampling)
 
     np.testing.assert_array_equal(np.isinf(ours), np.isinf(theirs))
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
@@ -43,12 +43,12 @@ def test_what_is_left_is_what_transformers_leaves(seed, temperature, top_k, top_
 def test_the_token_that_crosses_top_p_is_kept():
     logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
     for top_p, kept in ((0.39, 1), (0.41, 2), (0.69, 2), (0.71, 3), (0.95, 4), (1e-6, 1)):
-        left = filtered(logits, Sampling(1.0, None, top_p))
+        left = filter_logits(logits, Sampling(1.0, None, top_p))
         assert np.isfinite(left).sum() == kept
 
 
 def test_of_tied_tokens_top_p_keeps_no_more_than_it_needs():
-    left = filtered(jnp.zeros((1, 10)), Sampling(1.0, None, 0.25))
+    left = filter_logits(jnp.zeros((1, 10)), Sampling(1.0, None, 0.25))
     assert np.isfinite(left).sum() == 3
 
 
@@ -57,7 +57,7 @@ def test_draws_follow_the_distribution():
     rows = 20_000
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities)), (rows, 4))
 
-    drawn = np.asarray(pick(logits, row_keys(0, rows), Sampling(1.0)))
+    drawn = np.asarray(sample(logits, row_keys(0, rows), Sampling(1.0)))
 
     shares = np.bincount(drawn, minlength=4) / rows
     # Four standard deviations of a share.
@@ -68,15 +68,15 @@ def test_draws_follow_the_distribution():
 
 def test_temperature_zero_takes_the_likeliest():
     logits = jax.random.normal(jax.random.key(0), (5, 30))
-    picked = pick(logits, row_keys(0, 5), Sampling())
+    picked = sample(logits, row_keys(0, 5), Sampling())
     np.testing.assert_array_equal(picked, np.argmax(logits, axis=-1))
 
 
 def test_a_rows_draws_do_not_depend_on_the_others():
     logits = jnp.zeros((6, 100))
-    all_rows = pick(logits, row_keys(7, 6), Sampling(1.0))
+    all_rows = sample(logits, row_keys(7, 6), Sampling(1.0))
     assert len(set(all_rows.tolist())) > 1
-    np.testing.assert_array_equal(pick(logits[:2], row_keys(7, 2), Sampling(1.0)), all_rows[:2])
+    np.testing.assert_array_equal(sample(logits[:2], row_keys(7, 2), Sampling(1.0)), all_rows[:2])
 
 
 @pytest.mark.parametrize(

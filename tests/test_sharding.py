@@ -7,25 +7,25 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import in_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_steps
 from jax.experimental import topologies
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from dsjax.adapters import attach
-from dsjax.adapters.lora import LoraSpec
-from dsjax.adapters.prefix import PrefixSpec
+from dsjax.adapters.lora import LoraConfig
+from dsjax.adapters.prefix import PrefixConfig
 from dsjax.config import MeshSection
 from dsjax.distributed import sharding
 from dsjax.distributed.compiled import collectives_of
 from dsjax.distributed.mesh import batch_shards, check_batch, make_mesh, replicated
 from dsjax.distributed.sharding import Leaf
 from dsjax.errors import ConfigError
-from dsjax.training.partition import decide
+from dsjax.training.partition import make_partition
 
 MESHES = {
     "data 8": {"data": 8},
@@ -38,7 +38,7 @@ MESHES = {
 RECIPES: dict[str, dict[str, Any]] = {
     "lora": {
         "shape": {"model_type": "qwen2"},
-        "adapter": LoraSpec(
+        "adapter": LoraConfig(
             r=4,
             lora_alpha=8,
             target_modules=["q_proj", "k_proj", "o_proj", "up_proj", "down_proj", "lm_head"],
@@ -49,13 +49,13 @@ RECIPES: dict[str, dict[str, Any]] = {
         "shape": {"num_key_value_heads": 1, "vocab_size": 61, "tie_word_embeddings": True},
         "optimizer": {"weight_decay": 0.1},
     },
-    "prefix": {"shape": {"model_type": "qwen3"}, "adapter": PrefixSpec(3)},
+    "prefix": {"shape": {"model_type": "qwen3"}, "adapter": PrefixConfig(3)},
 }
 
 
-def _two_steps(recipe: str, mesh: Mapping[str, int] | None) -> in_memory.Outcome:
-    run = in_memory.start(mesh=mesh, **RECIPES[recipe])
-    outcome = in_memory.two_steps(run, RECIPES[recipe]["shape"].get("vocab_size", 64))
+def _two_steps(recipe: str, mesh: Mapping[str, int] | None) -> tiny_steps.Outcome:
+    run = tiny_steps.start(mesh=mesh, **RECIPES[recipe])
+    outcome = tiny_steps.two_steps(run, RECIPES[recipe]["shape"].get("vocab_size", 64))
     for path, array in run.state.trainable.items():
         leaf = run.config.partition.leaves[path]
         assert array.sharding == sharding.leaf_sharding(leaf, run.config.mesh), path
@@ -63,23 +63,27 @@ def _two_steps(recipe: str, mesh: Mapping[str, int] | None) -> in_memory.Outcome
 
 
 @functools.cache
-def _one_device(recipe: str) -> in_memory.Outcome:
+def _one_device(recipe: str) -> tiny_steps.Outcome:
     return _two_steps(recipe, None)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_mesh_gives_the_result_of_one_device(recipe: str, mesh: str) -> None:
-    in_memory.assert_same(_two_steps(recipe, MESHES[mesh]), _one_device(recipe))
+    tiny_steps.assert_same(_two_steps(recipe, MESHES[mesh]), _one_device(recipe))
 
 
 DROPPING: dict[str, dict[str, Any]] = {
-    "dense": {"adapter": LoraSpec(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.5)}
+    "dense": {
+        "adapter": LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.5)
+    }
     | {"shape": {"model_type": "qwen2"}},
-    "head": {"adapter": LoraSpec(r=4, lora_alpha=8, target_modules=["lm_head"], lora_dropout=0.3)},
+    "head": {
+        "adapter": LoraConfig(r=4, lora_alpha=8, target_modules=["lm_head"], lora_dropout=0.3)
+    },
     "v3": {
-        "shape": in_memory.V3,
-        "adapter": LoraSpec(
+        "shape": tiny_steps.V3,
+        "adapter": LoraConfig(
             r=4,
             lora_alpha=8,
             target_modules=["q_b_proj", "kv_b_proj", "o_proj", "shared_experts.down_proj"],
@@ -90,8 +94,8 @@ DROPPING: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def _dropped(recipe: str) -> in_memory.Outcome:
-    return in_memory.two_steps(in_memory.start(**DROPPING[recipe]))
+def _dropped(recipe: str) -> tiny_steps.Outcome:
+    return tiny_steps.two_steps(tiny_steps.start(**DROPPING[recipe]))
 
 
 @pytest.mark.parametrize(
@@ -109,25 +113,25 @@ def test_dropout_is_the_same_on_every_mesh_and_in_any_number_of_portions(
 ) -> None:
     monkeypatch.setattr(importlib.import_module("dsjax.objectives.sft"), "TOKENS_PER_CHUNK", 32)
     training = {"batch_size": 8, "gradient_accumulation_steps": pieces}
-    run = in_memory.start(**DROPPING[recipe], mesh=mesh, training=training)
-    in_memory.assert_same(in_memory.two_steps(run), _dropped(recipe))
+    run = tiny_steps.start(**DROPPING[recipe], mesh=mesh, training=training)
+    tiny_steps.assert_same(tiny_steps.two_steps(run), _dropped(recipe))
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_dropout_sends_nothing(mesh: dict[str, int]) -> None:
     sent = {}
     for p in (0.0, 0.5):
-        adapter = LoraSpec(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=p)
-        run = in_memory.start(adapter=adapter, mesh=mesh)
-        text = run.lower(in_memory.batch()).compile().as_text() or ""
+        adapter = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=p)
+        run = tiny_steps.start(adapter=adapter, mesh=mesh)
+        text = run.lower(tiny_steps.batch()).compile().as_text() or ""
         sent[p] = {c.kind: c.bytes for c in collectives_of(text).by_kind}
     assert sent[0.0] and sent[0.0] == sent[0.5]
 
 
 def _lora_leaves(**shape: Any) -> Mapping[str, Leaf]:
-    model = in_memory.model_of(**shape)
-    attach(model, LoraSpec(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj", "lm_head"]))
-    return decide(model).leaves
+    model = tiny_steps.model_of(**shape)
+    attach(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj", "lm_head"]))
+    return make_partition(model).leaves
 
 
 def _mesh(**axes: int) -> jax.sharding.Mesh:
@@ -271,7 +275,7 @@ def test_one_device_gathers_nothing() -> None:
 
 
 def test_moments_are_sharded_like_their_parameters_and_counters_are_replicated() -> None:
-    run = in_memory.start(mesh={"fsdp": 4, "tensor": 2})
+    run = tiny_steps.start(mesh={"fsdp": 4, "tensor": 2})
     leaves, mesh = run.config.partition.leaves, run.config.mesh
 
     adam, _, schedule = run.state.opt_state
@@ -290,7 +294,7 @@ def test_moments_are_sharded_like_their_parameters_and_counters_are_replicated()
 def test_dimensions_that_cannot_be_divided_are_reported() -> None:
     leaves = _lora_leaves(vocab_size=61)
 
-    lines = sharding.undivided(leaves, _mesh(tensor=4, fsdp=2))
+    lines = sharding.replication_report(leaves, _mesh(tensor=4, fsdp=2))
 
     reason = "vocab 61 is replicated, mesh.tensor 4 does not divide it"
     assert lines == [
@@ -298,7 +302,7 @@ def test_dimensions_that_cannot_be_divided_are_reported() -> None:
         f"lm_head.weight: {reason}",
         f"model.embed_tokens.weight: {reason}",
     ]
-    assert sharding.undivided(leaves, _mesh(data=8, fsdp=1)) == []
+    assert sharding.replication_report(leaves, _mesh(data=8, fsdp=1)) == []
 
 
 def test_matrices_that_are_held_more_than_once_are_reported() -> None:
@@ -310,7 +314,7 @@ def test_matrices_that_are_held_more_than_once_are_reported() -> None:
         "norm": _leaf((2, 5), ("layers", "embed")),
     }
     named = "mesh.fsdp 4 x mesh.expert 2 divides none of its dimensions"
-    assert sharding.undivided(leaves, _mesh(fsdp=4, expert=2)) == [
+    assert sharding.replication_report(leaves, _mesh(fsdp=4, expert=2)) == [
         f"one: 2 x 3 x 6 is held 4 times, {named}",
         f"none: 2 x 3 x 5 is held 8 times, {named}",
         "experts: 2 x 6 x 9 x 5 is held 4 times, mesh.fsdp 4 divides none of its dimensions",

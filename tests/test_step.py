@@ -4,13 +4,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import in_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_steps
 
-from dsjax.adapters.lora import LoraSpec
+from dsjax.adapters.lora import LoraConfig
 from dsjax.distributed.sharding import Leaf
 from dsjax.models.layers import Dropout
 from dsjax.training.evaluation import make_eval_step
@@ -18,7 +18,7 @@ from dsjax.training.loss_scale import FIRST_LOSS_SCALE, GROW_AFTER, LossScale
 from dsjax.training.optimizer import make_schedule
 from dsjax.training.state import abstract_state
 
-ADAPTER = LoraSpec(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+ADAPTER = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 
 
 def _bytes(arrays: dict[str, Any]) -> dict[str, bytes]:
@@ -29,11 +29,11 @@ def _bytes(arrays: dict[str, Any]) -> dict[str, bytes]:
 def test_accumulation_gives_the_update_of_the_big_batch(
     mesh: dict[str, int] | None, counts: tuple[int, ...]
 ) -> None:
-    batch = in_memory.batch()
+    batch = tiny_steps.batch()
     outcomes = []
     for pieces in counts:
         training = {"batch_size": 8, "gradient_accumulation_steps": pieces}
-        run = in_memory.start(adapter=ADAPTER, mesh=mesh, training=training)
+        run = tiny_steps.start(adapter=ADAPTER, mesh=mesh, training=training)
         report = run.step(batch)
         outcomes.append((report, run.gradients(), run.trainable()))
 
@@ -45,20 +45,20 @@ def test_accumulation_gives_the_update_of_the_big_batch(
         assert float(report.grad_norm) == pytest.approx(float(whole.grad_norm), rel=1e-6)
         for path in gradients:
             # In float64 all of them agree to 2e-15; in float32 each is about 1e-6 from that.
-            assert in_memory.distance(own_gradients[path], gradients[path]) < 2e-6, path
-            assert in_memory.distance(own_trained[path], trained[path]) < 1e-6, path
+            assert tiny_steps.distance(own_gradients[path], gradients[path]) < 2e-6, path
+            assert tiny_steps.distance(own_trained[path], trained[path]) < 1e-6, path
 
 
 def test_an_adapter_trains_alone_at_the_rate_that_is_told() -> None:
     course = {"learning_rate": 0.5, "warmup_steps": 2, "lr_scheduler_type": "cosine"}
-    run = in_memory.start(adapter=ADAPTER, optimizer=course | {"weight_decay": 0.5})
+    run = tiny_steps.start(adapter=ADAPTER, optimizer=course | {"weight_decay": 0.5})
     frozen, before = _bytes(run.frozen), run.trainable()
 
-    rates = [float(run.step(in_memory.batch()).learning_rate)]
+    rates = [float(run.step(tiny_steps.batch()).learning_rate)]
     assert _bytes(run.trainable()) == _bytes(before)  # the warm-up's first rate is 0
-    rates += [float(run.step(in_memory.batch()).learning_rate) for _ in range(3)]
+    rates += [float(run.step(tiny_steps.batch()).learning_rate) for _ in range(3)]
 
-    schedule = make_schedule(in_memory.run_config(optimizer=course).optimizer, 100)
+    schedule = make_schedule(tiny_steps.run_config(optimizer=course).optimizer, 100)
     np.testing.assert_array_equal(rates, [schedule(step) for step in range(4)])
     assert _bytes(run.frozen) == frozen
     assert all(".lora_" in path for path in before)
@@ -68,14 +68,14 @@ def test_an_adapter_trains_alone_at_the_rate_that_is_told() -> None:
 
 def _with_negative_zeros(path: str, leaf: Leaf) -> np.ndarray:
     """-0 becomes +0 when anything is added to it."""
-    values = in_memory.random_array(path, leaf)
+    values = tiny_steps.random_array(path, leaf)
     values.reshape(-1)[::3] = -0.0
     return values
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_frozen_layers_of_a_trained_stack_keep_their_bytes(param_dtype: str) -> None:
-    run = in_memory.start(
+    run = tiny_steps.start(
         model={"dtype": "bfloat16", "param_dtype": param_dtype},
         optimizer={"weight_decay": 0.5},
         training={"freeze": ["model.layers.0", "lm_head"]},
@@ -83,10 +83,10 @@ def test_frozen_layers_of_a_trained_stack_keep_their_bytes(param_dtype: str) -> 
     )
     before, frozen = run.trainable(), _bytes(run.frozen)
 
-    report = run.step(in_memory.batch())
+    report = run.step(tiny_steps.batch())
     squares = [float((gradient**2).sum(dtype=np.float64)) for gradient in run.gradients().values()]
     assert float(report.grad_norm) == pytest.approx(sum(squares) ** 0.5, rel=1e-5)
-    run.step(in_memory.batch(seed=1))
+    run.step(tiny_steps.batch(seed=1))
 
     assert set(frozen) == {"lm_head.weight"} and _bytes(run.frozen) == frozen
     stacks = 0
@@ -105,9 +105,9 @@ def test_frozen_layers_of_a_trained_stack_keep_their_bytes(param_dtype: str) -> 
 
 
 def test_float16_skips_an_overflow_and_finds_its_scale() -> None:
-    exact = in_memory.start(adapter=ADAPTER)
-    exact.step(in_memory.batch())
-    run = in_memory.start(
+    exact = tiny_steps.start(adapter=ADAPTER)
+    exact.step(tiny_steps.batch())
+    run = tiny_steps.start(
         adapter=ADAPTER,
         model={"dtype": "float16"},
         optimizer={"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2},
@@ -118,7 +118,7 @@ def test_float16_skips_an_overflow_and_finds_its_scale() -> None:
 
     zero = jnp.int32(0)
     run.state = run.state._replace(loss_scale=LossScale(jnp.float32(2.0**100), zero + 5, zero))
-    report = run.step(in_memory.batch())
+    report = run.step(tiny_steps.batch())
 
     assert not np.isfinite(report.grad_norm) and int(report.skipped) == 1
     assert (float(report.sums.loss), float(report.sums.weight)) == (0.0, 0.0)
@@ -132,15 +132,15 @@ def test_float16_skips_an_overflow_and_finds_its_scale() -> None:
             scale=jnp.float32(FIRST_LOSS_SCALE), good_steps=jnp.int32(GROW_AFTER - 1)
         )
     )
-    report = run.step(in_memory.batch())
+    report = run.step(tiny_steps.batch())
 
     assert float(report.learning_rate) == 0.0  # a skipped step is no step of the warm-up
     assert run.state.loss_scale == (2 * FIRST_LOSS_SCALE, 0, 1)
     for path, gradient in exact.gradients().items():
         ours = np.asarray(run.state.opt_state[0].mu[path]) / np.float32(0.1)
-        assert in_memory.distance(ours, gradient) < 1e-2, path
+        assert tiny_steps.distance(ours, gradient) < 1e-2, path
 
-    report = run.step(in_memory.batch())
+    report = run.step(tiny_steps.batch())
     assert float(report.learning_rate) == pytest.approx(0.005)
     assert run.state.loss_scale == (2 * FIRST_LOSS_SCALE, 1, 1)
     assert all((array != before[path]).any() for path, array in run.trainable().items())
@@ -160,9 +160,9 @@ def test_float16_skips_an_overflow_and_finds_its_scale() -> None:
     ],
 )
 def test_moments_are_float32_whatever_the_weights_are_held_in(
-    adapter: LoraSpec | None, model: dict[str, str], base: str | None, trained: str, optim: str
+    adapter: LoraConfig | None, model: dict[str, str], base: str | None, trained: str, optim: str
 ) -> None:
-    run = in_memory.start(adapter=adapter, model=model, optimizer={"optim": optim})
+    run = tiny_steps.start(adapter=adapter, model=model, optimizer={"optim": optim})
 
     state = abstract_state(run.config)
 
@@ -179,9 +179,9 @@ def test_moments_are_float32_whatever_the_weights_are_held_in(
 
 
 def test_clipping_and_a_batch_without_a_trained_token() -> None:
-    run = in_memory.start(adapter=ADAPTER, optimizer={"max_grad_norm": 0.1})
+    run = tiny_steps.start(adapter=ADAPTER, optimizer={"max_grad_norm": 0.1})
     empty = run.fresh()
-    batch = in_memory.batch()
+    batch = tiny_steps.batch()
     report = run.step(batch)
 
     clipped = run.gradients()
@@ -223,12 +223,12 @@ def test_dropout_differs_everywhere_and_comes_back_with_seed_and_step(
 ) -> None:
     masks = Masks(monkeypatch)
     # Inputs of both modules have the same shape, so that equal keys would give equal masks.
-    adapter = LoraSpec(
+    adapter = LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj"], lora_dropout=0.5
     )
     training = {"batch_size": 8, "gradient_accumulation_steps": 2}
-    run = in_memory.start(adapter=adapter, training=training)
-    again, reseeded, batch = run.fresh(), run.fresh(), in_memory.batch()
+    run = tiny_steps.start(adapter=adapter, training=training)
+    again, reseeded, batch = run.fresh(), run.fresh(), tiny_steps.batch()
 
     first = masks.of(lambda: run.step(batch))
     second = masks.of(lambda: run.step(batch))
@@ -247,8 +247,8 @@ def test_dropout_differs_everywhere_and_comes_back_with_seed_and_step(
 
 
 def test_donated_state_is_used_up_and_the_batch_is_not() -> None:
-    run = in_memory.start(adapter=ADAPTER, mesh={"fsdp": 2, "tensor": 2, "data": 2})
-    old, batch = run.state, jax.tree.map(jnp.asarray, in_memory.batch())
+    run = tiny_steps.start(adapter=ADAPTER, mesh={"fsdp": 2, "tensor": 2, "data": 2})
+    old, batch = run.state, jax.tree.map(jnp.asarray, tiny_steps.batch())
 
     run.step(batch)  # a donation that cannot be used warns, and warnings are errors
 
@@ -257,21 +257,21 @@ def test_donated_state_is_used_up_and_the_batch_is_not() -> None:
 
 
 @pytest.mark.parametrize("adapter", [ADAPTER, None], ids=["lora", "full"])
-def test_the_program_does_not_grow_with_depth(adapter: LoraSpec | None) -> None:
+def test_the_program_does_not_grow_with_depth(adapter: LoraConfig | None) -> None:
     sizes = []
     for layers in (2, 12):
-        run = in_memory.start({"num_hidden_layers": layers}, adapter)
-        sizes.append(len(run.lower(in_memory.batch()).as_text().splitlines()))
+        run = tiny_steps.start({"num_hidden_layers": layers}, adapter)
+        sizes.append(len(run.lower(tiny_steps.batch()).as_text().splitlines()))
     assert sizes[0] == sizes[1]
 
 
 def _falls(param_dtype: str, steps: int) -> tuple[list[float], Any]:
     """The loss of one batch, step by step, at the rate that one would take for a real model."""
-    run = in_memory.start(
+    run = tiny_steps.start(
         model={"dtype": "bfloat16", "param_dtype": param_dtype},
         optimizer={"learning_rate": 1e-5, "adam_epsilon": 1e-8},
     )
-    batch = in_memory.batch()
+    batch = tiny_steps.batch()
     reports = [run.step(batch) for _ in range(steps)]
     losses = [float(report.sums.loss) / float(report.sums.weight) for report in reports]
     return losses, reports[-1].updates_lost
@@ -290,8 +290,8 @@ def test_parameters_in_bfloat16_learn_as_those_in_float32_do(steps: int) -> None
 
 
 def test_rounding_of_parameters_differs_by_step_and_comes_back() -> None:
-    run = in_memory.start(model={"param_dtype": "bfloat16"}, optimizer={"learning_rate": 1e-4})
-    batch = in_memory.batch()
+    run = tiny_steps.start(model={"param_dtype": "bfloat16"}, optimizer={"learning_rate": 1e-4})
+    batch = tiny_steps.batch()
     run.compile(batch)
     again, later = run.fresh(), run.fresh()
     later.state = later.state._replace(step=later.state.step + 1)
@@ -302,13 +302,13 @@ def test_rounding_of_parameters_differs_by_step_and_comes_back() -> None:
 
 
 def test_the_share_of_lost_updates_counts_what_trains() -> None:
-    run = in_memory.start(
+    run = tiny_steps.start(
         model={"param_dtype": "bfloat16"},
         optimizer={"learning_rate": 1e-3, "weight_decay": 0.5},
         training={"freeze": ["model.layers.0", "lm_head"]},
     )
     before = run.trainable()
-    told = run.step(in_memory.batch()).updates_lost
+    told = run.step(tiny_steps.batch()).updates_lost
     updated = {p: np.asarray(m) != 0 for p, m in run.state.opt_state[0].mu.items()}
     same = sum(
         int((a[updated[p]] == before[p][updated[p]]).sum()) for p, a in run.trainable().items()

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import bucket
+import memory_bucket
 import pytest
-from bucket import Bucket
 from fsspec.implementations.memory import MemoryFileSystem
+from memory_bucket import Bucket
 
 from dsjax.errors import ConfigError
 from dsjax.weights import storage
@@ -21,7 +21,7 @@ from dsjax.weights import storage
 @pytest.fixture
 def store() -> Iterator[Bucket]:
     """An empty bucket."""
-    with bucket.opened() as found:
+    with memory_bucket.opened() as found:
         yield found
 
 

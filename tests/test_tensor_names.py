@@ -75,7 +75,7 @@ def test_an_adapter_with_as_many_names(
     monkeypatch.setattr(peft, "_tensor_infos", lambda _: infos)
     began = time.process_time()
     with pytest.raises(ConfigError) as caught:
-        peft.check_tensors(str(tmp_path), r1.model, peft.PrefixSpec(1), {}, len)
+        peft.check_tensors(str(tmp_path), r1.model, peft.PrefixConfig(1), {}, len)
     assert time.process_time() - began < 20
     assert len(str(caught.value).splitlines()) == 2 * (MOST_EXAMPLES + 1)
     assert f"and {len(wanted) - MOST_EXAMPLES:,} more missing tensors" in str(caught.value)
@@ -83,7 +83,7 @@ def test_an_adapter_with_as_many_names(
     other = module + "model.layers.0.self_attn.q_proj.lora_A.weight"
     infos = {name.replace(module, "", 1): SimpleNamespace(shape=s) for name, s in wanted.items()}
     with pytest.raises(ConfigError) as caught:
-        peft.check_tensors(str(tmp_path), r1.model, peft.PrefixSpec(1), {}, len)
+        peft.check_tensors(str(tmp_path), r1.model, peft.PrefixConfig(1), {}, len)
     said = str(caught.value)
     assert f"got {len(wanted):,} tensors whose names lack 'base_model.model.' (" in said
     assert said.startswith(f"adapter.path {tmp_path}/adapter_model.safetensors: ")

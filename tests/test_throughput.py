@@ -6,27 +6,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import in_memory
 import jax.numpy as jnp
 import pytest
-from products import step_flops
+import tiny_steps
+from jaxpr_flops import step_flops
 
 from dsjax import adapters
-from dsjax.adapters.lora import LoraSpec
-from dsjax.adapters.prefix import PrefixSpec
+from dsjax.adapters.lora import LoraConfig
+from dsjax.adapters.prefix import PrefixConfig
 from dsjax.models import Model, build, moe, predict_ahead
 from dsjax.training.flops import TokenFlops, token_flops
-from dsjax.training.partition import decide
+from dsjax.training.partition import make_partition
 
 POLICIES = ("none", "dots", "names", "full")
 OTHERS = ("none", "dots", "full")
-ALL = LoraSpec(r=4, lora_alpha=8)
-QV = LoraSpec(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
-QKV_LATENTS = LoraSpec(r=4, lora_alpha=8, target_modules=["q_a_proj", "kv_a_proj_with_mqa"])
-ONE_LAYER = LoraSpec(r=4, lora_alpha=8, layers_to_transform=[2])
+ALL = LoraConfig(r=4, lora_alpha=8)
+QV = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+QKV_LATENTS = LoraConfig(r=4, lora_alpha=8, target_modules=["q_a_proj", "kv_a_proj_with_mqa"])
+ONE_LAYER = LoraConfig(r=4, lora_alpha=8, layers_to_transform=[2])
 NO_GROUPS = {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "q_lora_rank": None}
-V2 = in_memory.V3 | NO_GROUPS | {"model_type": "deepseek_v2"}
-V32 = in_memory.V3 | {
+V2 = tiny_steps.V3 | NO_GROUPS | {"model_type": "deepseek_v2"}
+V32 = tiny_steps.V3 | {
     "model_type": "deepseek_v32",
     "index_n_heads": 2,
     "index_head_dim": 8,
@@ -38,7 +38,7 @@ class Case(NamedTuple):
     """What is trained how."""
 
     shape: Mapping[str, Any]
-    adapter: LoraSpec | PrefixSpec | None = None
+    adapter: LoraConfig | PrefixConfig | None = None
     freeze: tuple[str, ...] = ()
     mtp: bool = False
 
@@ -47,30 +47,30 @@ CASES = {
     "llama": Case({}),
     "llama_lora": Case({}, ALL),
     "llama_lora_on_q_and_v": Case({}, QV),
-    "llama_prefix": Case({}, PrefixSpec(8)),
+    "llama_prefix": Case({}, PrefixConfig(8)),
     "llama_upper_half": Case({"num_hidden_layers": 4}, None, ("embed_tokens", r"layers\.[01]")),
     "llama_head_only": Case({}, None, ("model",)),
     "qwen3_tied": Case({"model_type": "qwen3", "head_dim": 12, "tie_word_embeddings": True}),
     "v2_lora": Case(V2, ALL),
-    "v3": Case(in_memory.V3),
-    "v3_lora_on_latents": Case(in_memory.V3, QKV_LATENTS),
-    "v3_lora_on_experts": Case(in_memory.V3, in_memory.UNEVEN_EXPERTS),
-    "v3_lora_in_one_layer": Case(in_memory.V3, ONE_LAYER),
-    "v3_ahead": Case(in_memory.V3 | {"num_nextn_predict_layers": 1}, mtp=True),
+    "v3": Case(tiny_steps.V3),
+    "v3_lora_on_latents": Case(tiny_steps.V3, QKV_LATENTS),
+    "v3_lora_on_experts": Case(tiny_steps.V3, tiny_steps.UNEVEN_EXPERTS),
+    "v3_lora_in_one_layer": Case(tiny_steps.V3, ONE_LAYER),
+    "v3_ahead": Case(tiny_steps.V3 | {"num_nextn_predict_layers": 1}, mtp=True),
     "v32": Case(V32),
     "v32_lora": Case(V32, ALL),
 }
 
 
-def start(case: Case, remat: str) -> in_memory.Run:
+def start(case: Case, remat: str) -> tiny_steps.Run:
     training = {"freeze": list(case.freeze), "gradient_checkpointing": remat}
     objective = {"mtp_loss_weight": 0.3 * case.mtp}
     shape = {"max_position_embeddings": 4096, **case.shape}
-    return in_memory.start(shape, case.adapter, training=training, objective=objective)
+    return tiny_steps.start(shape, case.adapter, training=training, objective=objective)
 
 
 def model_of(case: Case) -> Model:
-    model = build(in_memory.SHAPE | case.shape, "float32")
+    model = build(tiny_steps.SHAPE | case.shape, "float32")
     if case.mtp:
         predict_ahead(model)
     adapters.attach(model, case.adapter)
@@ -79,12 +79,12 @@ def model_of(case: Case) -> Model:
 
 def flops(case: Case, length: int, remat: str = "none", chunks: bool = False) -> TokenFlops:
     model = model_of(case)
-    return token_flops(model, decide(model, freeze=case.freeze), length, remat, chunks)
+    return token_flops(model, make_partition(model, freeze=case.freeze), length, remat, chunks)
 
 
 def assert_executed(case: Case, length: int, remat: str, chunks: bool = False) -> None:
     rows = 2
-    found = step_flops(start(case, remat), in_memory.batch(rows, length)) / (rows * length)
+    found = step_flops(start(case, remat), tiny_steps.batch(rows, length)) / (rows * length)
     # The plain path multiplies the whole square of which half is causal: rows of twice the length.
     assert flops(case, 2 * length, remat, chunks).executed == pytest.approx(found, 1e-12)
 
@@ -143,7 +143,7 @@ WIDE = {
 LLAMA1 = WIDE | {"num_hidden_layers": 1}
 QWEN1 = LLAMA1 | {"model_type": "qwen3", "head_dim": 48}
 V2_2 = V2 | WIDE | {"num_hidden_layers": 2, "q_lora_rank": None}
-V3_2 = in_memory.V3 | WIDE | {"num_hidden_layers": 2}
+V3_2 = tiny_steps.V3 | WIDE | {"num_hidden_layers": 2}
 
 
 # The lowest layer that trains counts whole, but nothing asks for the gradient of its input: of q, k
@@ -176,7 +176,7 @@ def test_needed_flops_are_what_xla_counts(case, below, monkeypatch):
     # Whether XLA sees that the head's recomputation is its forward product depends on its version.
     monkeypatch.setattr("jax.checkpoint", lambda function: function)
     rows, length = 8, 64
-    batch = in_memory.batch(rows, length)
+    batch = tiny_steps.batch(rows, length)
     compiled: Any = start(case, "none").compile(batch).compiled
     found = compiled.cost_analysis()["flops"] / (rows * length)
     needed = flops(case, 2 * length).needed - below
@@ -212,7 +212,7 @@ def test_nothing_is_needed_below_the_lowest_layer_that_trains():
 
 
 def test_a_token_meets_the_experts_it_is_sent_to():
-    more = flops(Case(in_memory.V3 | {"n_routed_experts": 16}), 24).needed
+    more = flops(Case(tiny_steps.V3 | {"n_routed_experts": 16}), 24).needed
     routers = 2 * 8 * 32
     assert more - flops(CASES["v3"], 24).needed == 6 * routers
 
@@ -234,8 +234,8 @@ def test_a_query_sees_half_a_row_its_window_or_what_the_indexer_chose():
 def test_the_example_of_the_document():
     config = Path(__file__).parent / "model_configs/deepseek_v2_lite/config.json"
     model = build(json.loads(config.read_text()), "bfloat16")
-    adapters.attach(model, LoraSpec(r=16, lora_alpha=32))
-    partition = decide(model, dtype="bfloat16")
+    adapters.attach(model, LoraConfig(r=16, lora_alpha=32))
+    partition = make_partition(model, dtype="bfloat16")
     found = {remat: token_flops(model, partition, 2048, remat) for remat in POLICIES}
     text = (Path(__file__).parent.parent / "docs" / "throughput.md").read_text("utf-8")
     assert f"| needed | {found['none'].needed:,.0f} |" in text

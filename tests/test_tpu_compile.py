@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import in_memory
 import pytest
+import tiny_steps
 from compiled_text import Program, by_tokens, squares
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = 4608  # no width is a multiple of it
 
-LLAMA: dict[str, Any] = in_memory.SHAPE | {
+LLAMA: dict[str, Any] = tiny_steps.SHAPE | {
     "vocab_size": 32000,
     "hidden_size": 2048,
     "intermediate_size": 5504,
@@ -33,7 +33,7 @@ LLAMA: dict[str, Any] = in_memory.SHAPE | {
 }
 """1.3B parameters."""
 
-V3: dict[str, Any] = LLAMA | in_memory.V3
+V3: dict[str, Any] = LLAMA | tiny_steps.V3
 V3 |= {
     "num_hidden_layers": 8,
     "first_k_dense_replace": 3,
@@ -173,16 +173,16 @@ def _compile(case: Case, text: Path) -> dict[str, Any]:
     from jax.experimental import topologies
 
     from dsjax import adapters
-    from dsjax.adapters.lora import LoraSpec
+    from dsjax.adapters.lora import LoraConfig
     from dsjax.config import MeshSection
     from dsjax.distributed.mesh import make_mesh
     from dsjax.distributed.sharding import leaf_shardings
     from dsjax.models import build
-    from dsjax.training.partition import decide
+    from dsjax.training.partition import make_partition
     from dsjax.training.state import step_config
     from dsjax.training.step import lower_train_step
 
-    config = in_memory.run_config(
+    config = tiny_steps.run_config(
         {"dtype": "bfloat16"},
         training={"gradient_checkpointing": "full", "batch_size": case.rows},
     )
@@ -190,8 +190,8 @@ def _compile(case: Case, text: Path) -> dict[str, Any]:
     mesh = make_mesh(MeshSection(**case.mesh), topology.devices)
     model = build(case.shape, "bfloat16")
     if case.targets:
-        adapters.attach(model, LoraSpec(r=16, lora_alpha=32, target_modules=case.targets))
-    partition = decide(model, dtype="bfloat16")
+        adapters.attach(model, LoraConfig(r=16, lora_alpha=32, target_modules=case.targets))
+    partition = make_partition(model, dtype="bfloat16")
     parts = step_config(config, partition, mesh, total_steps=10)
     shardings = leaf_shardings(partition.leaves, mesh)
     compiled = lower_train_step(parts, case.rows, LENGTH).compile()

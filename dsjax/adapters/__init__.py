@@ -14,13 +14,13 @@ import jax
 from jax.sharding import NamedSharding
 
 from dsjax.adapters import lora, lora_peft, prefix
-from dsjax.adapters.lora import LoraSpec
-from dsjax.adapters.prefix import PrefixSpec
+from dsjax.adapters.lora import LoraConfig
+from dsjax.adapters.prefix import PrefixConfig
 from dsjax.config import AdapterSection
 from dsjax.distributed.sharding import Leaf
 from dsjax.models import Model
 
-Spec = LoraSpec | PrefixSpec
+Spec = LoraConfig | PrefixConfig
 
 ADAPTERS = {"LORA": lora, "PREFIX_TUNING": prefix}
 """adapter.peft_type -> the module that implements it."""
@@ -29,8 +29,8 @@ FIELDS = {"LORA": lora_peft.config_fields, "PREFIX_TUNING": prefix.config_fields
 """adapter.peft_type -> what writes the fields of adapter_config.json that are its own."""
 
 KEYS = {
-    "LORA": tuple(key for key in LoraSpec.__dataclass_fields__ if key != "target_parameters"),
-    "PREFIX_TUNING": tuple(PrefixSpec.__dataclass_fields__),
+    "LORA": tuple(key for key in LoraConfig.__dataclass_fields__ if key != "target_parameters"),
+    "PREFIX_TUNING": tuple(PrefixConfig.__dataclass_fields__),
 }
 """adapter.peft_type -> the keys of the section that it uses."""
 
@@ -80,7 +80,7 @@ def check_peft_form(model: Model, spec: Spec) -> None:
     peft_config(model, spec, base="")
 
 
-def targets_parameters(model: Model, spec: Spec | None) -> bool:
+def uses_target_parameters(model: Model, spec: Spec | None) -> bool:
     """Whether PEFT's file of this adapter names weights, which older readers do not know."""
     return spec is not None and bool(peft_config(model, spec, "").get("target_parameters"))
 

@@ -98,7 +98,7 @@ def split(
     return a.reshape(experts, -1, a.shape[-1]), b_EOr
 
 
-def side_by_side(
+def stack_gate_up(
     gate: tuple[np.ndarray, np.ndarray], up: tuple[np.ndarray, np.ndarray]
 ) -> tuple[Float[np.ndarray, "E R I"], Float[np.ndarray, "E P R"]]:
     """The factors of gate and up as those of both at once: A stacked, B a block for each."""
@@ -109,10 +109,10 @@ def side_by_side(
     return np.concatenate([a_gate_ErI, a_up_ErI], axis=1), b_EPR
 
 
-def apart(
+def split_gate_up(
     a_ERI: Float[np.ndarray, "E R I"], b_EPR: Float[np.ndarray, "E P R"]
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]] | None:
-    """Undo `side_by_side`; None where gate and up share a part of their ranks."""
+    """Undo `stack_gate_up`; None where gate and up share a part of their ranks."""
     out, rank = b_EPR.shape[1] // 2, b_EPR.shape[2] // 2
     if b_EPR[:, :out, rank:].any() or b_EPR[:, out:, :rank].any():
         return None

@@ -12,13 +12,13 @@ from typing import Any
 
 from dsjax.adapters import lora
 from dsjax.adapters.expert_lora import is_routed, parameter_of
-from dsjax.adapters.lora import LoraSpec
+from dsjax.adapters.lora import LoraConfig
 from dsjax.adapters.targets import ends_of
 from dsjax.errors import raise_all
 from dsjax.models import Model, entries_of
 
 
-def without_idle(model: Model, spec: LoraSpec) -> tuple[LoraSpec, list[str]]:
+def without_idle(model: Model, spec: LoraConfig) -> tuple[LoraConfig, list[str]]:
     """Leave out targets, patterns and layers that are not in the model, unless nothing stays.
 
     Returns:
@@ -58,7 +58,7 @@ def _kept(wanted: list[Any], there: list[Any], idle: list[str]) -> list[Any]:
 
 
 def _is_there(pattern: str, modules: list[str]) -> bool:
-    return any(lora.ends_in(pattern, module) for module in modules)
+    return any(lora.matches_suffix(pattern, module) for module in modules)
 
 
 def _modules(model: Model) -> list[str]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LoRA (arXiv 2106.09685) with PEFT's initialisation, scaling, dropout and target matching.
 
-In: a `LoraSpec` and a model. Out: A and B in the slot of every targeted linear map, and where in
+In: a `LoraConfig` and a model. Out: A and B in the slot of every targeted linear map, and where in
 them each module's factors lie. A stack holds one A and one B for all its layers; where layers (or
 experts) differ in rank, or have no adapter, the missing rows are zeros, which stay zeros: each
 factor's gradient is a product with the other. Not done here: the update of routed experts
@@ -40,7 +40,7 @@ from dsjax.models.parameters import AdapterBuffer, AdapterParam, abstract, stack
 
 
 @dataclass(frozen=True)
-class LoraSpec:
+class LoraConfig:
     """PEFT's LoraConfig, the fields that we honour, under its names.
 
     `target_parameters` comes from PEFT's files only: names of weights, among them those that hold
@@ -76,7 +76,7 @@ class LoraSpec:
         """The parameter under whose name a module is targeted, and how many share its rank."""
         return self.pattern.parameter_target(module)
 
-    def whole(self, module: str) -> tuple[int, int | float, int]:
+    def peft_rank_alpha(self, module: str) -> tuple[int, int | float, int]:
         """Rank and alpha as PEFT counts them, and how many modules share them, by full name."""
         key, share = self.parameter_target(module) or (module, 1)
         rank = _pattern_value(self.rank_pattern, key, self.r)
@@ -84,28 +84,28 @@ class LoraSpec:
 
     def rank_of(self, module: str) -> int:
         """Rank of the adapter of one module, by its full name."""
-        rank, _, share = self.whole(module)
+        rank, _, share = self.peft_rank_alpha(module)
         return rank // share
 
     def alpha_of(self, module: str) -> float:
         """Alpha of the adapter of one module: with its own rank it gives the same scaling."""
-        _, alpha, share = self.whole(module)
+        _, alpha, share = self.peft_rank_alpha(module)
         return alpha / (math.sqrt(share) if self.use_rslora else share)
 
     def scaling_of(self, module: str) -> float:
         """What the update of one module is multiplied by: alpha / r, or alpha / sqrt(r)."""
-        rank, alpha, _ = self.whole(module)
+        rank, alpha, _ = self.peft_rank_alpha(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
 def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     for pattern, value in patterns.items():
-        if ends_in(pattern, module):
+        if matches_suffix(pattern, module):
             return value
     return default
 
 
-def ends_in(pattern: str, module: str) -> bool:
+def matches_suffix(pattern: str, module: str) -> bool:
     """PEFT's rule for rank_pattern and alpha_pattern: a regular expression for the name's end.
 
     Trap: it may take `re` forever; `pattern_problems` has to have passed.
@@ -113,7 +113,7 @@ def ends_in(pattern: str, module: str) -> bool:
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
-def pattern_problems(spec: LoraSpec, names: Iterable[str]) -> list[str]:
+def pattern_problems(spec: LoraConfig, names: Iterable[str]) -> list[str]:
     """Keys of rank_pattern and alpha_pattern that cannot be matched against modules.
 
     Args:
@@ -183,7 +183,7 @@ class Lora(nnx.Module):
         return product * self.scaling[...]
 
 
-def attach(model: Model, spec: LoraSpec) -> None:
+def attach(model: Model, spec: LoraConfig) -> None:
     """Put an adapter into the slot of every targeted linear map.
 
     Raises:
@@ -199,7 +199,7 @@ def attach(model: Model, spec: LoraSpec) -> None:
             linear.adapter = Lora(linear, path, ranks, scalings, spec.lora_dropout)
 
 
-def targets(model: Model, spec: LoraSpec) -> dict[str, dict[str, bool]]:
+def targets(model: Model, spec: LoraConfig) -> dict[str, dict[str, bool]]:
     """The targeted linear maps: path -> for each module's name, whether it is adapted.
 
     The modules of a path are its layers, and in each layer its experts, in the order of its arrays.
@@ -212,7 +212,7 @@ def targets(model: Model, spec: LoraSpec) -> dict[str, dict[str, bool]]:
     return {path: modules for path, modules in hits.items() if any(modules.values())}
 
 
-def _check(spec: LoraSpec, names: list[str], model: Model) -> None:
+def _check(spec: LoraConfig, names: list[str], model: Model) -> None:
     problems = target_problems(spec.pattern, names, model) + pattern_problems(spec, names)
     raise_all(problems)
     hits = chosen(spec.pattern, names)
@@ -231,12 +231,12 @@ def _check(spec: LoraSpec, names: list[str], model: Model) -> None:
             f"adapter.{key}: got {pattern!r}, which matches no adapted module; "
             f"{nearest(pattern, short_names(keys) + keys)}"
             for pattern in patterns
-            if not any(ends_in(pattern, name) for name in keys)
+            if not any(matches_suffix(pattern, name) for name in keys)
         ]
     raise_all(problems)
 
 
-def _expert_problems(spec: LoraSpec, adapted: list[str]) -> list[str]:
+def _expert_problems(spec: LoraConfig, adapted: list[str]) -> list[str]:
     """What routed experts cannot have: dropout (nor has PEFT), half of an odd rank."""
     routed = [name for name in adapted if is_routed(name)]
     problems = []
@@ -246,9 +246,9 @@ def _expert_problems(spec: LoraSpec, adapted: list[str]) -> list[str]:
             f"adapter.target_modules ({routed[0]})"
         )
     odd = {
-        parameter_of(name)[0]: spec.whole(name)[0]
+        parameter_of(name)[0]: spec.peft_rank_alpha(name)[0]
         for name in routed
-        if spec.whole(name)[0] % spec.whole(name)[2]
+        if spec.peft_rank_alpha(name)[0] % spec.peft_rank_alpha(name)[2]
     }
     problems += [
         f"adapter.rank_pattern: got rank {rank} for {key}, expected an even one: half of it for "
@@ -275,7 +275,7 @@ def initial(path: str, leaf: Leaf, model: Model, key: jax.Array) -> jax.Array:
     return values * jnp.asarray(rows.reshape(*leaf.shape[:-1], 1), leaf.dtype)
 
 
-def tensors(model: Model, spec: LoraSpec) -> dict[str, tuple[str, tuple[Any, ...]]]:
+def tensors(model: Model, spec: LoraConfig) -> dict[str, tuple[str, tuple[Any, ...]]]:
     """Both factors of every adapted module under PEFT's names: (path, index into that array)."""
     found = {}
     for path, modules in targets(model, spec).items():

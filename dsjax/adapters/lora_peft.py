@@ -19,14 +19,14 @@ from dsjax.adapters import lora
 from dsjax.adapters.expert_lora import (
     DOWN,
     GATE_UP,
-    apart,
     fuse,
     is_routed,
     parameter_of,
-    side_by_side,
     split,
+    split_gate_up,
+    stack_gate_up,
 )
-from dsjax.adapters.lora import LoraSpec
+from dsjax.adapters.lora import LoraConfig
 from dsjax.adapters.targets import in_layers, linear_modules, module_at, short_names
 from dsjax.distributed.sharding import Leaf
 from dsjax.errors import raise_all
@@ -45,7 +45,7 @@ Place = tuple[str, int, int]
 """Where one kind of a layer's experts is: path of the adapter, layer of its stack, rank."""
 
 
-def config_fields(model: Model, spec: LoraSpec) -> dict[str, Any]:
+def config_fields(model: Model, spec: LoraConfig) -> dict[str, Any]:
     """The fields of adapter_config.json that are LoRA's own, all written out.
 
     Raises:
@@ -79,7 +79,7 @@ def config_fields(model: Model, spec: LoraSpec) -> dict[str, Any]:
     return fields
 
 
-def peft_targets(model: Model, spec: LoraSpec) -> dict[str, Whole]:
+def peft_targets(model: Model, spec: LoraConfig) -> dict[str, Whole]:
     """What PEFT adapts: names of modules and of parameters -> rank and alpha.
 
     Raises:
@@ -108,9 +108,9 @@ def _is_parameter(key: str, model: Model) -> bool:
     return key.endswith(".weight") or (routed and model.config.model_type in BY_PARAMETER)
 
 
-def _whole(spec: LoraSpec, module: str, share: int) -> Whole:
+def _whole(spec: LoraConfig, module: str, share: int) -> Whole:
     """Rank and alpha of a target that `share` modules have in common; the scaling stays."""
-    rank, alpha, own = spec.whole(module)
+    rank, alpha, own = spec.peft_rank_alpha(module)
     if own == share:
         return rank, alpha
     return rank * share, alpha * (math.sqrt(share) if spec.use_rslora else share)
@@ -136,7 +136,7 @@ def _check_fused(model: Model, found: Mapping[str, Mapping[str, Whole | None]]) 
     raise_all(problems[:8])
 
 
-def _listed(model: Model, spec: LoraSpec, found: list[str]) -> list[str]:
+def _listed(model: Model, spec: LoraConfig, found: list[str]) -> list[str]:
     """`target_modules` as a list: of short names if they say the same, else of the whole names.
 
     PEFT refuses an expression that also matches a module that is not linear, such as a whole MLP.
@@ -160,7 +160,7 @@ def _patterns(
     """
     patterns = sorted(given.items())
     found = {
-        name: next((value for end, value in patterns if lora.ends_in(end, name)), default)
+        name: next((value for end, value in patterns if lora.matches_suffix(end, name)), default)
         for name in wanted
     }
     if found == dict(wanted):
@@ -193,7 +193,7 @@ def _weights(model: Model) -> set[str]:
     return names | {parameter_of(module)[0] for module in modules}
 
 
-def _fused(model: Model, spec: LoraSpec) -> dict[str, dict[str, Place]]:
+def _fused(model: Model, spec: LoraConfig) -> dict[str, dict[str, Place]]:
     """The modules `experts` that have an adapter: name -> gate_proj, up_proj, ... -> where."""
     found: dict[str, dict[str, Place]] = {}
     if model.config.model_type not in BY_PARAMETER:
@@ -222,7 +222,7 @@ def _fused_keys(container: str, kinds: Iterable[str]) -> dict[str, tuple[str, ..
     }
 
 
-def _plain(model: Model, spec: LoraSpec) -> dict[str, tuple[str, tuple[Any, ...]]]:
+def _plain(model: Model, spec: LoraConfig) -> dict[str, tuple[str, tuple[Any, ...]]]:
     """`lora.tensors` without those that are fused."""
     pieces = lora.tensors(model, spec)
     if model.config.model_type not in BY_PARAMETER:
@@ -231,7 +231,9 @@ def _plain(model: Model, spec: LoraSpec) -> dict[str, tuple[str, tuple[Any, ...]
     return {k: v for k, v in pieces.items() if not is_routed(k[start:].rsplit(".", 2)[0])}
 
 
-def shapes(model: Model, spec: LoraSpec, leaves: Mapping[str, Leaf]) -> dict[str, tuple[int, ...]]:
+def shapes(
+    model: Model, spec: LoraConfig, leaves: Mapping[str, Leaf]
+) -> dict[str, tuple[int, ...]]:
     """Every tensor of the adapter in PEFT's file, and its shape."""
     # Arrays of no memory: every element is the same one.
     empty = {
@@ -250,14 +252,14 @@ def shapes(model: Model, spec: LoraSpec, leaves: Mapping[str, Leaf]) -> dict[str
     return found
 
 
-def to_file(model: Model, spec: LoraSpec, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def to_file(model: Model, spec: LoraConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Our arrays as the tensors of PEFT's file, float32."""
     host = {path: np.asarray(array) for path, array in params.items()}
     tensors = {key: host[path][index] for key, (path, index) in _plain(model, spec).items()}
     for container, places in _fused(model, spec).items():
         for key, kinds in _fused_keys(container, places).items():
             pairs = [_pair(host, places[kind]) for kind in kinds]
-            a, b = fuse(*(pairs[0] if len(pairs) == 1 else side_by_side(*pairs)))
+            a, b = fuse(*(pairs[0] if len(pairs) == 1 else stack_gate_up(*pairs)))
             tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a, b
     return {key: np.ascontiguousarray(array) for key, array in tensors.items()}
 
@@ -269,9 +271,9 @@ def _pair(host: Mapping[str, np.ndarray], place: Place) -> tuple[np.ndarray, np.
 
 
 def from_file(
-    model: Model, spec: LoraSpec, leaves: Mapping[str, Leaf], found: Mapping[str, np.ndarray]
+    model: Model, spec: LoraConfig, leaves: Mapping[str, Leaf], found: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Undo `to_file`; `entangled` has named nothing."""
+    """Undo `to_file`; `shared_rank_tensors` has named nothing."""
     params = {
         path: np.zeros(leaf.shape, np.float32)
         for path, leaf in leaves.items()
@@ -283,7 +285,7 @@ def from_file(
         for key, kinds in _fused_keys(container, places).items():
             experts = params[f"{places[kinds[0]][0]}.lora_A"].shape[1]
             pair = split(found[f"{key}.lora_A.weight"], found[f"{key}.lora_B.weight"], experts)
-            pairs = (pair,) if len(kinds) == 1 else apart(*pair)
+            pairs = (pair,) if len(kinds) == 1 else split_gate_up(*pair)
             assert pairs is not None, key
             for kind, values in zip(kinds, pairs, strict=True):
                 for into, value in zip(_pair(params, places[kind]), values, strict=True):
@@ -291,7 +293,9 @@ def from_file(
     return params
 
 
-def entangled(model: Model, spec: LoraSpec, found: Mapping[str, np.ndarray]) -> list[str]:
+def shared_rank_tensors(
+    model: Model, spec: LoraConfig, found: Mapping[str, np.ndarray]
+) -> list[str]:
     """Names of tensors in which gate and up share a part of their ranks: no pair for each.
 
     Args:
@@ -305,6 +309,6 @@ def entangled(model: Model, spec: LoraSpec, found: Mapping[str, np.ndarray]) -> 
             a, b = f"{key}.lora_A.weight", f"{key}.lora_B.weight"
             path, _, _ = places[kinds[0]]
             experts = module_at(model, path.removesuffix(".adapter")).experts
-            if len(kinds) == 2 and apart(*split(found[a], found[b], experts)) is None:
+            if len(kinds) == 2 and split_gate_up(*split(found[a], found[b], experts)) is None:
                 names.append(b)
     return names

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefix-tuning (arXiv 2101.00190) with PEFT's semantics: trained keys and values before the row.
 
-In: a `PrefixSpec` and a model with plain key/value heads. Out: a prefix in the attention's slot,
+In: a `PrefixConfig` and a model with plain key/value heads. Out: a prefix in the attention's slot,
 and the same numbers as PEFT's one tensor. The keys are stored after rope; real tokens start at
 position P and every segment of a packed row sees the prefix. Not done here: a merged form, which
 does not exist.
@@ -29,7 +29,7 @@ TENSOR = "prompt_embeddings"
 
 
 @dataclass(frozen=True)
-class PrefixSpec:
+class PrefixConfig:
     """PEFT's PrefixTuningConfig, the fields that we honour, under its names."""
 
     num_virtual_tokens: int
@@ -58,7 +58,7 @@ def _before(prefix_PKH: jax.Array, x_BSKH: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.broadcast_to(prefix_PKH, rows).astype(x_BSKH.dtype), x_BSKH], 1)
 
 
-def attach(model: Model, spec: PrefixSpec) -> None:
+def attach(model: Model, spec: PrefixConfig) -> None:
     """Put a prefix into the attention's slot.
 
     Raises:
@@ -99,7 +99,7 @@ def to_file(
     return np.ascontiguousarray(both.transpose(2, 0, 1, 3, 4).reshape(key_LPKH.shape[1], -1))
 
 
-def config_fields(model: Model, spec: PrefixSpec) -> dict[str, Any]:
+def config_fields(model: Model, spec: PrefixConfig) -> dict[str, Any]:
     """The fields of adapter_config.json that are prefix-tuning's own, all written out."""
     c = model.config
     return {

@@ -124,7 +124,7 @@ def load_examples(
       ConfigError: a source or row is wrong (several rows in one message), or nothing is left.
     """
     examples = Examples(name)
-    sink = _Sink(section, tokenizer, vocab_size, examples, kept)
+    sink = _RowEncoder(section, tokenizer, vocab_size, examples, kept)
     columns = Columns(section.column_mapping)
     for source in open_sources(sources, section, name, columns):
         sink.read(source)
@@ -133,7 +133,7 @@ def load_examples(
     # Rows to evaluate on may have our names already.
     unmet = columns.problems() if name == "data.train" else []
     raise_all(unmet + sink.problems + sink.refusals())
-    examples.seal()
+    examples.finalize()
     _check_left(examples.report, section)
     return examples
 
@@ -151,7 +151,7 @@ def decode_sample(example: Example, tokenizer: PreTrainedTokenizerFast | None) -
     return text
 
 
-class _Sink:
+class _RowEncoder:
     """Tokenises rows, applies `data.max_length` and `data.overlong`, stores and counts."""
 
     def __init__(

@@ -39,7 +39,7 @@ class Example(NamedTuple):
 
 
 class ExampleStore:
-    """Examples in an unnamed file: append all of them, `seal`, then read by index."""
+    """Examples in an unnamed file: append all of them, `finalize`, then read by index."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="dsjax-examples-")
@@ -59,7 +59,7 @@ class ExampleStore:
                 self._file.write(content)
         self._sizes.append(len(example.input_ids))
 
-    def seal(self) -> None:
+    def finalize(self) -> None:
         """Finish writing; from here on the examples can be read."""
         with files_of(_PLACE):
             self._file.flush()

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
-from dsjax.decoding.sampling import Sampling, pick, row_keys, sampling_problems
+from dsjax.decoding.sampling import Sampling, row_keys, sample, sampling_problems
 from dsjax.errors import raise_all
 from dsjax.models import Model
 from dsjax.models.rope import positions_like
@@ -32,7 +32,7 @@ OnToken = Callable[[int, int], bool | None]
 """Told (row, token) for every new token, in order; True ends that row."""
 
 
-class Next(NamedTuple):
+class DecodeState(NamedTuple):
     """What a decode step goes on from: each row's newest token, its position, its key."""
 
     token: Int[Array, " B"]
@@ -156,7 +156,7 @@ def _decode(graphdef, state, cache, newest, *, sampling):
     return chosen, hidden.cache
 
 
-def _choose(model, hidden_BD, position_B, keys_B, sampling) -> Next:
+def _choose(model, hidden_BD, position_B, keys_B, sampling) -> DecodeState:
     """The token that stands at `position_B`, given the hidden state before it."""
     draws_B = jax.vmap(jax.random.fold_in)(keys_B, position_B)
-    return Next(pick(model.head(hidden_BD), draws_B, sampling), position_B, keys_B)
+    return DecodeState(sample(model.head(hidden_BD), draws_B, sampling), position_B, keys_B)

@@ -54,7 +54,7 @@ def row_keys(seed: int, rows: int) -> jax.Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
 
 
-def filtered(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+def filter_logits(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
     """Logits to draw from, for a temperature above 0; what may not be drawn is -inf."""
     logits_BV = logits_BV / sampling.temperature
     if sampling.top_k is not None:
@@ -77,9 +77,11 @@ def _in_nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
     return jnp.zeros_like(kept_BV).at[rows_B1, order_BV].set(kept_BV)
 
 
-def pick(logits_BV: Float[Array, "B V"], keys_B: jax.Array, sampling: Sampling) -> Int[Array, " B"]:
+def sample(
+    logits_BV: Float[Array, "B V"], keys_B: jax.Array, sampling: Sampling
+) -> Int[Array, " B"]:
     """Choose the next token of every row, each with a key of its own."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, filtered(logits_BV, sampling))
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, filter_logits(logits_BV, sampling))
     return drawn_B.astype(jnp.int32)

@@ -2,55 +2,26 @@
 """How the processes of a run find each other, before jax connects them.
 
 In: `--coordinator HOST:PORT --processes N --process I` of a command line, or the environment that a
-launcher made (`launchers`). Out: a `Seat`, None for a process alone; and
-after `meet` all processes are there. Why meet first: where the coordinator cannot be reached, or a
-process never comes, `jax.distributed.initialize` aborts the process without saying which. Not done
-here: process 0's side of it (`coordinator`), what they do together (`processes`).
+launcher made (`launchers`). Out: a `ProcessSpec`, None for a process alone; and after
+`wait_for_all` all processes are there. Why wait first: where the coordinator cannot be reached, or
+a process never comes, `jax.distributed.initialize` aborts the process without saying which. Not
+done here: process 0's side of it (`coordinator`), what they do together (`processes`).
 """
 
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from dsjax.distributed.coordinator import GRACE, PAUSE, greeting, parse, receive, send
-from dsjax.distributed.launchers import Sign, detect
+from dsjax.distributed.launchers import WAIT, ProcessSpec, Sign, detect
 from dsjax.errors import ConfigError, raise_all
-
-WAIT = 45.0
-"""Seconds after which a process that is not there is missing; with the start, within a minute."""
 
 _OPTIONS = ("--coordinator", "--processes", "--process", "--wait")
 _MOST_BYTES = 2**16
 
 
-@dataclass(frozen=True)
-class Seat:
-    """This process among those of its run.
-
-    Attributes:
-        coordinator: where process 0 listens, HOST:PORT.
-        processes: how many there are.
-        process: which one this is.
-        local_devices: ids of the devices that are this process's; None for all that it sees.
-        wait: seconds to wait for the others.
-    """
-
-    coordinator: str
-    processes: int
-    process: int
-    local_devices: list[int] | None = None
-    wait: float = WAIT
-
-    @property
-    def address(self) -> tuple[str, int]:
-        """Host and port of the coordinator."""
-        host, _, port = self.coordinator.rpartition(":")
-        return host.strip("[]"), int(port)
-
-
-def split_seat(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def split_process_options(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Take the options of this module out of a command line: (given options, other words)."""
     given: dict[str, str] = {}
     rest: list[str] = []
@@ -64,11 +35,11 @@ def split_seat(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return given, rest
 
 
-def find_seat(given: Mapping[str, str], environment: Mapping[str, str]) -> Seat | None:
+def detect_process(given: Mapping[str, str], environment: Mapping[str, str]) -> ProcessSpec | None:
     """Which process of how many this is; None if it is alone.
 
     Args:
-        given: options of the command line, from `split_seat`.
+        given: options of the command line, from `split_process_options`.
         environment: of this process.
 
     Raises:
@@ -81,16 +52,14 @@ def find_seat(given: Mapping[str, str], environment: Mapping[str, str]) -> Seat 
     if processes == 1:
         return None
     if "--coordinator" in given:
-        return Seat(given["--coordinator"], processes, int(given["--process"]), None, wait)
+        return ProcessSpec(given["--coordinator"], processes, int(given["--process"]), None, wait)
     found = detect(environment, wait)
     if isinstance(found, Sign):
         raise ConfigError(
             f"processes: got {found.found}, expected {found.fix}; or --processes 1 for a run of "
             "this process alone"
         )
-    if found is None:
-        return None
-    return Seat(found.coordinator, found.processes, found.process, found.local_devices, wait)
+    return found
 
 
 def refuse_several(command: str, environment: Mapping[str, str]) -> None:
@@ -105,7 +74,7 @@ def refuse_several(command: str, environment: Mapping[str, str]) -> None:
     if isinstance(found, Sign):
         several, outside = found.found, f"or by env -u {found.variable}"
     else:
-        several, outside = str(found.processes), "on a TPU host, with JAX_PLATFORMS=cpu"
+        several, outside = str(found.num_processes), "on a TPU host, with JAX_PLATFORMS=cpu"
     raise ConfigError(
         f"processes: got {several}, expected 1; {command} runs as one process: start it "
         f"on one machine, outside of the launcher ({outside})"
@@ -140,28 +109,28 @@ def _option_problems(given: Mapping[str, str]) -> Iterator[str]:
         yield f"--wait: got {wait!r}, expected seconds"
 
 
-def meet(seat: Seat) -> None:
+def wait_for_all(spec: ProcessSpec) -> None:
     """Return once all processes are there.
 
     Raises:
-        ConfigError: they are not, within `seat.wait` seconds, with the same message on all that
+        ConfigError: they are not, within `spec.wait` seconds, with the same message on all that
             came; or this one is refused, for a number that does not fit.
     """
-    if seat.process == 0:
-        receive(seat.coordinator, seat.address[1], seat.processes, seat.wait)
+    if spec.process_id == 0:
+        receive(spec.coordinator_address, spec.address[1], spec.num_processes, spec.wait)
     else:
-        _visit(seat)
+        _connect(spec)
 
 
-def _visit(seat: Seat) -> None:
+def _connect(spec: ProcessSpec) -> None:
     """As any other process: go to the address until process 0 answers."""
     began, reason = time.monotonic(), "no answer"
-    while time.monotonic() - began < seat.wait:
+    while time.monotonic() - began < spec.wait:
         try:
-            with socket.create_connection(seat.address, timeout=GRACE) as connection:
-                send(connection, greeting(seat.process, seat.processes))
+            with socket.create_connection(spec.address, timeout=GRACE) as connection:
+                send(connection, greeting(spec.process_id, spec.num_processes))
                 # It answers when all are there, or gives up at the end of its own waiting.
-                answer = _read(connection, seat.wait + GRACE)
+                answer = _read(connection, spec.wait + GRACE)
         except (OSError, UnicodeError) as error:  # the latter of a name that can be no host's
             reason = getattr(error, "strerror", None) or str(error)
             time.sleep(PAUSE)
@@ -172,14 +141,14 @@ def _visit(seat: Seat) -> None:
             raise ConfigError(answer["problem"])
         reason = "it did not answer as process 0 of a run"
         time.sleep(PAUSE)
-    _unreachable(seat, reason)
+    _unreachable(spec, reason)
 
 
-def _unreachable(seat: Seat, reason: str) -> NoReturn:
+def _unreachable(spec: ProcessSpec, reason: str) -> NoReturn:
     raise ConfigError(
-        f"--coordinator: got {seat.coordinator}, where process {seat.process} did not reach "
-        f"process 0 within {seat.wait:g} s ({reason}), expected the address of process 0; see its "
-        "console, and whether the network lets this port through"
+        f"--coordinator: got {spec.coordinator_address}, where process {spec.process_id} did not "
+        f"reach process 0 within {spec.wait:g} s ({reason}), expected the address of process 0; "
+        "see its console, and whether the network lets this port through"
     )
 
 

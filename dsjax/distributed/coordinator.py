@@ -107,7 +107,7 @@ class _Meeting:
 
     server: socket.socket
     processes: int
-    guests: dict[int, socket.socket] = field(default_factory=dict)
+    workers: dict[int, socket.socket] = field(default_factory=dict)
     refusals: list[str] = field(default_factory=list)
     _strangers: dict[socket.socket, _Stranger] = field(default_factory=dict)
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
@@ -118,7 +118,7 @@ class _Meeting:
 
     def missing(self) -> list[int]:
         """The processes that are not there."""
-        return [number for number in range(1, self.processes) if number not in self.guests]
+        return [number for number in range(1, self.processes) if number not in self.workers]
 
     def look(self, seconds: float) -> None:
         """Take what comes within some time, and close what has been silent for too long."""
@@ -136,16 +136,16 @@ class _Meeting:
 
     def answer_all(self, problem: str | None) -> None:
         """Tell all guests, and wait a moment for them to close: the port is then free at once."""
-        for guest in self.guests.values():
+        for worker in self.workers.values():
             with suppress(OSError):
-                send(guest, {"problem": problem})
+                send(worker, {"problem": problem})
         deadline = time.monotonic() + _FAREWELL
-        while self.guests and time.monotonic() < deadline:
+        while self.workers and time.monotonic() < deadline:
             self.look(PAUSE)
 
     def close(self) -> None:
         """Close every connection."""
-        for connection in (*self._strangers, *self.guests.values()):
+        for connection in (*self._strangers, *self.workers.values()):
             connection.close()
         self._selector.close()
 
@@ -191,14 +191,14 @@ class _Meeting:
                 f"--processes: got {self.processes} on process 0 and {processes} on process "
                 f"{process}, expected the same on all",
             )
-        elif process in self.guests:
+        elif process in self.workers:
             self._refuse(
                 connection,
                 f"--process: got {process} twice, expected each of 0 to {processes - 1} once",
             )
         else:
             del self._strangers[connection]
-            self.guests[process] = connection
+            self.workers[process] = connection
 
     def _refuse(self, connection: socket.socket, problem: str) -> None:
         """Tell one process, which may be of another run: this one goes on waiting for its own."""
@@ -218,7 +218,7 @@ class _Meeting:
     def _drop(self, connection: socket.socket) -> None:
         self._selector.unregister(connection)
         self._strangers.pop(connection, None)
-        self.guests = {n: guest for n, guest in self.guests.items() if guest is not connection}
+        self.workers = {n: worker for n, worker in self.workers.items() if worker is not connection}
         connection.close()
 
 

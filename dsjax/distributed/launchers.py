@@ -3,8 +3,8 @@
 
 In: the environment. Out: where the processes meet and which one this is, as far as jax understands
 the launcher (TPU VM, GKE and JobSet, Slurm, Open MPI 4); of others a sign that there are several,
-so that none takes itself for the only one. Not done here: the options of a command line, meeting
-(`bootstrap`).
+so that none takes itself for the only one. Not done here: the options of a command line,
+waiting for the others (`bootstrap`).
 """
 
 import re
@@ -16,22 +16,33 @@ from jax._src.clusters import ClusterEnv
 
 from dsjax.errors import ConfigError
 
+WAIT = 45.0
+"""Seconds after which a process that is not there is missing; with the start, within a minute."""
+
 
 @dataclass(frozen=True)
-class Launched:
-    """This process among those that a launcher started.
+class ProcessSpec:
+    """This process among those of its run, in the words of `jax.distributed.initialize`.
 
     Attributes:
-        coordinator: where process 0 listens, HOST:PORT.
-        processes: how many there are.
-        process: which one this is.
-        local_devices: ids of the devices that are this process's; None for all that it sees.
+        coordinator_address: where process 0 listens, HOST:PORT.
+        num_processes: how many there are.
+        process_id: which one this is.
+        local_device_ids: the devices that are this process's; None for all that it sees.
+        wait: seconds to wait for the others.
     """
 
-    coordinator: str
-    processes: int
-    process: int
-    local_devices: list[int] | None
+    coordinator_address: str
+    num_processes: int
+    process_id: int
+    local_device_ids: list[int] | None = None
+    wait: float = WAIT
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the coordinator."""
+        host, _, port = self.coordinator_address.rpartition(":")
+        return host.strip("[]"), int(port)
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ _TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 _INDEX = "JOB_COMPLETION_INDEX"
 
 
-def detect(environment: Mapping[str, str], seconds: float) -> Launched | Sign | None:
+def detect(environment: Mapping[str, str], seconds: float) -> ProcessSpec | Sign | None:
     """What a launcher says; None for a process alone.
 
     Args:
@@ -102,8 +113,8 @@ def detect(environment: Mapping[str, str], seconds: float) -> Launched | Sign | 
         address = address or cluster.get_coordinator_address(int(seconds), port)
         if not re.fullmatch(r".+:\d+", address):
             raise ValueError(f"JAX_COORDINATOR_ADDRESS is {address!r}, not HOST:PORT")
-        devices = _local_devices(cluster, environment)
-        return Launched(address, processes, cluster.get_process_id(), devices)
+        devices = _local_device_ids(cluster, environment)
+        return ProcessSpec(address, processes, cluster.get_process_id(), devices, seconds)
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -203,7 +214,9 @@ def _indexed(environment: Mapping[str, str]) -> Sign | None:
     return None
 
 
-def _local_devices(cluster: type[ClusterEnv], environment: Mapping[str, str]) -> list[int] | None:
+def _local_device_ids(
+    cluster: type[ClusterEnv], environment: Mapping[str, str]
+) -> list[int] | None:
     """One device for each of several processes of a machine; all for the only one on it.
 
     jax by itself would give one device also to the only process of a machine, and number it among

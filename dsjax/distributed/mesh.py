@@ -94,7 +94,7 @@ def _working_meshes(section: MeshSection, devices: int) -> str:
     return f"mesh.fsdp={left}{words}, or {alone}" if words else alone
 
 
-def complete_mesh(mesh: Mesh) -> Mesh:
+def normalize_mesh(mesh: Mesh) -> Mesh:
     """A mesh of the caller's as the rules need it: all axes, those that it lacks of size 1.
 
     Raises:

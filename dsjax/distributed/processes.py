@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processes of a run as one: they agree, they stop at the same step, they fail together.
 
-In: a `Seat` among the processes (`bootstrap`), None for a process alone. Out: `Hosts`, which every
-stage asks who writes and what all have decided. A process alone asks nobody, and starts nothing.
-What is told goes through the key-value store of jax's coordinator; a thread of each process looks
-there twice a second, so that no step waits for it. Not done here: moving arrays (`arrays`).
+In: a `ProcessSpec` among the processes (`bootstrap`), None for a process alone. Out: `Hosts`, which
+every stage asks who writes and what all have decided. A process alone asks nobody, and starts
+nothing. What is told goes through the key-value store of jax's coordinator; a thread of each
+process looks there twice a second, so that no step waits for it. Not done here: moving arrays
+(`arrays`).
 """
 
 import hashlib
@@ -24,8 +25,9 @@ import jax
 from jax._src.distributed import global_state
 
 from dsjax import signals
-from dsjax.distributed.bootstrap import Seat, meet
+from dsjax.distributed.bootstrap import wait_for_all
 from dsjax.distributed.coordinator import numbered
+from dsjax.distributed.launchers import ProcessSpec
 from dsjax.errors import ConfigError, raise_all, system_fault
 
 SILENT = 30.0
@@ -93,14 +95,14 @@ class Hosts:
         assert self._client is not None, "a process alone has nobody to tell"
         return self._client
 
-    def say(self, text: str) -> None:
+    def log_once(self, text: str) -> None:
         """Print a line on stderr, once for all processes."""
         if self.primary:
             print(text, file=sys.stderr)
 
     # What all decide together: every process calls these in the same order.
 
-    def exchange(self, text: str, within: float = math.inf) -> list[str]:
+    def all_gather_text(self, text: str, within: float = math.inf) -> list[str]:
         """Give a text, get those of all processes in their order, once all have called this.
 
         Args:
@@ -132,22 +134,29 @@ class Hosts:
 
     def barrier(self) -> None:
         """Wait until all processes are here."""
-        self.exchange("")
+        self.all_gather_text("")
 
-    def decide(self, ask: Callable[[], T]) -> T:
+    def broadcast_from_primary(self, ask: Callable[[], T]) -> T:
         """Process 0's answer, which JSON can hold, on every process."""
-        return json.loads(self.exchange(json.dumps(ask()) if self.primary else "")[0])
+        return json.loads(self.all_gather_text(json.dumps(ask()) if self.primary else "")[0])
 
-    def agree(self, facts: Mapping[str, Any]) -> None:
+    def assert_equal(self, facts: Mapping[str, Any]) -> None:
         """Hold what this process knows against what the others know.
 
         Raises:
             ConfigError: on every process, with a line for each fact that differs.
         """
         mine = json.dumps({name: str(value) for name, value in facts.items()})
-        if len(set(self.exchange(hashlib.blake2b(mine.encode(), digest_size=16).hexdigest()))) == 1:
+        if (
+            len(
+                set(
+                    self.all_gather_text(hashlib.blake2b(mine.encode(), digest_size=16).hexdigest())
+                )
+            )
+            == 1
+        ):
             return
-        everyone = [json.loads(text) for text in self.exchange(mine)]
+        everyone = [json.loads(text) for text in self.all_gather_text(mine)]
         problems = []
         for name in dict.fromkeys(name for theirs in everyone for name in theirs):
             values: dict[str, list[int]] = {}
@@ -164,7 +173,7 @@ class Hosts:
         """Note a signal, as its handler does."""
         self._asked = self._asked or number
 
-    def stop_reached(self) -> int | None:
+    def reached_preemption(self) -> int | None:
         """The signal to stop by now; every process asks equally often, and gets the same answer.
 
         Once a process has been asked to stop, the thread of each tells how often this was called,
@@ -178,9 +187,9 @@ class Hosts:
             self._tick += 1
             return self._stop_signal if self._tick == self._stop_at else None
 
-    def stop_wanted(self) -> int | None:
+    def any_preemption(self) -> int | None:
         """Whether any process has been asked to stop; for the end of a loop, all wait for all."""
-        asked = [json.loads(text) for text in self.exchange(json.dumps(self._asked))]
+        asked = [json.loads(text) for text in self.all_gather_text(json.dumps(self._asked))]
         return next((number for number in asked if number), None)
 
     # Failing: one tells, all end.
@@ -189,7 +198,7 @@ class Hosts:
         """Begin to watch the other processes."""
         self._thread.start()
 
-    def part(self) -> None:
+    def shutdown(self) -> None:
         """End together: nobody leaves before all have done their work."""
         self.barrier()
         self._leaving.set()
@@ -295,7 +304,7 @@ class Hosts:
             self._settle_stop(json.loads(told[_STOP]))
 
     def _settle_stop(self, number: int) -> None:
-        """Hold the calls of `stop_reached` up until all processes' numbers of them are known."""
+        """Hold up `reached_preemption` until all processes' numbers of its calls are known."""
         mine = f"{_AT}{self.index}"
         at = dict(self._store.key_value_dir_get(_AT))
         if mine not in at:
@@ -324,27 +333,27 @@ def _told(error: BaseException) -> tuple[int, str]:
 
 
 @contextmanager
-def joined(seat: Seat | None) -> Iterator[Hosts]:
-    """Meet the other processes, connect, and stay together until the end of the block.
+def process_group(spec: ProcessSpec | None) -> Iterator[Hosts]:
+    """Wait for the other processes, connect, and stay together until the end of the block.
 
     An error in the block of one process ends all of them, with the cause on every console.
 
     Raises:
         ConfigError: the others did not come.
     """
-    if seat is None:
+    if spec is None:
         yield Hosts()
         return
-    meet(seat)
+    wait_for_all(spec)
     # CPU processes compute together by gloo. jax's way to notice SIGTERM would take the signal from
     # us also where nobody asks for it: while weights are read, it would stop nothing.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
-        seat.coordinator,
-        seat.processes,
-        seat.process,
-        seat.local_devices,
+        spec.coordinator_address,
+        spec.num_processes,
+        spec.process_id,
+        spec.local_device_ids,
         cluster_detection_method="deactivate",  # else it asks the environment again
         initialization_timeout=60,
         heartbeat_timeout_seconds=JAX_SILENT,
@@ -352,11 +361,11 @@ def joined(seat: Seat | None) -> Iterator[Hosts]:
     )
     # A TPU numbers its processes itself.
     index, count = jax.process_index(), jax.process_count()
-    hosts = Hosts(index, count, global_state.client, keeps_store=seat.process == 0)
+    hosts = Hosts(index, count, global_state.client, keeps_store=spec.process_id == 0)
     hosts.start()
     with signals.sent_to(hosts.end_by):
         try:
             yield hosts
         except BaseException as error:
             hosts.fail(error)
-        hosts.part()
+        hosts.shutdown()

@@ -75,7 +75,7 @@ RULES = {
 }
 """Logical axis -> the mesh axis that divides it."""
 
-WEIGHT_AXES = (("fsdp", "expert"), ("fsdp",), ("expert",))
+FSDP_AXES = (("fsdp", "expert"), ("fsdp",), ("expert",))
 """Mesh axes that divide a matrix besides, for memory alone: the first group that fits is taken. It
 divides the first dimension that it can, since XLA for CUDA would hold a transposed copy of a whole
 stack if it had to gather another one; never the vocabulary, which logits are computed by."""
@@ -205,7 +205,7 @@ def _free_groups(axes: Axes) -> list[tuple[str, ...]]:
     if sum(axis != "layers" for axis in axes) < 2:
         return []
     taken = RULES["experts"] if "experts" in axes else ""
-    groups = [tuple(axis for axis in group if axis != taken) for group in WEIGHT_AXES]
+    groups = [tuple(axis for axis in group if axis != taken) for group in FSDP_AXES]
     return [group for group in groups if group]
 
 
@@ -218,7 +218,7 @@ def leaf_shardings(leaves: Mapping[str, Leaf], mesh: Mesh) -> dict[str, NamedSha
     return {path: leaf_sharding(leaf, mesh) for path, leaf in leaves.items()}
 
 
-def undivided(leaves: Mapping[str, Leaf], mesh: Mesh) -> list[str]:
+def replication_report(leaves: Mapping[str, Leaf], mesh: Mesh) -> list[str]:
     """A line for everything that is replicated because mesh axes do not divide it."""
     lines = []
     for path, leaf in leaves.items():

@@ -22,7 +22,7 @@ from dsjax.config.command_line import CommandParser
 from dsjax.config.paths import is_url, written_to_url
 from dsjax.distributed.bootstrap import refuse_several
 from dsjax.errors import ConfigError
-from dsjax.export.folder import check_free, check_own, export_marker
+from dsjax.export.folder import check_free, check_own, export_manifest
 from dsjax.export.model_card import card_facts
 from dsjax.export.run import check_dtype, export_bytes, export_trained
 from dsjax.training.continuation import identity
@@ -49,22 +49,22 @@ def main(argv: Sequence[str]) -> int:
     here = {"mesh": MeshSection(), "output_dir": str(run)}
     config = run_config(run).model_copy(update=here)
     check_free(out, config, "--out")  # before anything is loaded
-    parts = assemble(config)
-    form = _checked_form(words.format, parts)
-    check_dtype(config, parts)
-    step, trainable, meta = restore_trained(run, config, parts)
+    setup = assemble(config)
+    form = _checked_form(words.format, setup)
+    check_dtype(config, setup)
+    step, trainable, meta = restore_trained(run, config, setup)
     name = identity(config, meta["contents"])
     check_own(out, name, "--out")
-    size = export_bytes(config, parts, form)
+    size = export_bytes(config, setup, form)
     check_room(out, {"the export": size}, "--out", leftovers_of(out))
     sums = meta["meter"]["run"]
-    marker = export_marker(config, name, form, step, sums, evaluated_rows(run))
-    frozen = load_frozen(parts, config.training.seed)
+    manifest = export_manifest(config, name, form, step, sums, evaluated_rows(run))
+    frozen = load_frozen(setup, config.training.seed)
     check_frozen(frozen, meta["frozen"], run)
-    facts = card_facts(config, parts, form, step, read_metrics(run / METRICS_FILE))
+    facts = card_facts(config, setup, form, step, read_metrics(run / METRICS_FILE))
     least = config.export.min_kept
     done = export_trained(
-        parts, trainable, frozen, out, marker, facts, field="--out", min_kept=least
+        setup, trainable, frozen, out, manifest, facts, field="--out", min_kept=least
     )
     said = "exported" if done.written else "already there:"
     print(f"{said} step {step} as {form} to {out}{done}", file=sys.stderr)
@@ -73,12 +73,12 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _checked_form(form: str, parts: Assembly) -> str:
-    kind = parts.spec.peft_type if parts.spec else None
+def _checked_form(form: str, setup: Assembly) -> str:
+    kind = setup.spec.peft_type if setup.spec else None
     if form == "peft" and kind is None:
         raise ConfigError("--format: got peft for a run without an adapter, expected merged")
-    if form == "peft" and parts.spec is not None:
-        adapters.check_peft_form(parts.model, parts.spec)
+    if form == "peft" and setup.spec is not None:
+        adapters.check_peft_form(setup.model, setup.spec)
     if form == "merged" and kind == "PREFIX_TUNING":
         raise ConfigError(
             "--format: got merged with PREFIX_TUNING, expected peft; a prefix has no merged form"

@@ -23,7 +23,7 @@ from dsjax.weights.folders import check_room, leftovers_of
 
 def check_disk(
     config: RunConfig,
-    parts: Assembly,
+    setup: Assembly,
     step: StepConfig,
     form: str | None,
     saves: bool,
@@ -45,7 +45,7 @@ def check_disk(
         needs[run] = {"a checkpoint": size}
     if form is not None:
         place = run if config.export.path is None else export_path(config)
-        needs.setdefault(place, {})["the export"] = export_bytes(config, parts, form)
+        needs.setdefault(place, {})["the export"] = export_bytes(config, setup, form)
     for place, wanted in needs.items():
         field = "output_dir" if place == run else "export.path"
         check_room(place, wanted, field, [*half_saved, *half_exported])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whose an export's folder is: what may be replaced, and what is there already.
 
-In: a run's configuration and what its training summed up to. Out: the marker that lies in every
+In: a run's configuration and what its training summed up to. Out: the manifest that lies in every
 export, and a refusal of every folder that is not this run's own. Not done here: what else an export
 holds (export.py).
 """
@@ -17,18 +17,18 @@ from dsjax.config import RunConfig, located
 from dsjax.errors import ConfigError
 from dsjax.training.checkpoint import CHECKPOINTS
 from dsjax.training.continuation import identity
-from dsjax.training.eval_results import evaluated_rows, evaluation_marker, is_evaluated
+from dsjax.training.eval_results import evaluated_rows, evaluation_manifest, is_evaluated
 from dsjax.training.metrics_log import METRICS_FILE, read_metrics
 from dsjax.training.restore import check_contents
-from dsjax.training.run_dir import MARKER, Earlier, export_path, read_marker
+from dsjax.training.run_dir import MANIFEST, ResumePoint, export_path, read_manifest
 from dsjax.weights.folders import check_apart, check_empty
 from dsjax.weights.storage import READS_AHEAD, file_digest, in_order
 
 
-def export_marker(
+def export_manifest(
     config: RunConfig, run: str, form: str, step: int, sums: Mapping[str, float], eval_rows: str
 ) -> dict[str, Any]:
-    """What an export says it is; two trainings that differ in anything have different markers.
+    """What an export says it is; two trainings that differ in anything have different manifests.
 
     Args:
         config: the run's.
@@ -39,7 +39,7 @@ def export_marker(
         eval_rows: fingerprint of the rows whose results the model card shows. They tell
             apart what the configuration does not: other rows in files of the same names.
     """
-    marker = {
+    manifest = {
         "format": form,
         "step": step,
         "model": located(config).model.path,
@@ -47,31 +47,31 @@ def export_marker(
         "sums": dict(sums),
         "eval": eval_rows,
     }
-    return marker | ({"dtype": config.export.dtype} if config.export.dtype else {})
+    return manifest | ({"dtype": config.export.dtype} if config.export.dtype else {})
 
 
-def write_marker(folder: Path, marker: Mapping[str, Any], kept: float | None = None) -> None:
+def write_manifest(folder: Path, manifest: Mapping[str, Any], kept: float | None = None) -> None:
     """Mark a folder whose files are all written, and proven to be what they should be.
 
     Args:
         folder: the export.
-        marker: what it says it is.
+        manifest: what it says it is.
         kept: of what training changed, the part that merged weights keep.
     """
-    text = json.dumps({**marker, "kept": kept, "files": _contents(folder)})
-    (folder / MARKER).write_text(text + "\n", "utf-8")
+    text = json.dumps({**manifest, "kept": kept, "files": _contents(folder)})
+    (folder / MANIFEST).write_text(text + "\n", "utf-8")
 
 
-def is_exported(out: Path, marker: Mapping[str, Any], min_kept: float | None) -> bool:
+def is_exported(out: Path, manifest: Mapping[str, Any], min_kept: float | None) -> bool:
     """Whether a folder holds this very export, whole: every file as it was when it was proven.
 
     The files are read from end to end, for a damaged disk or a hand that edits leaves names and
     sizes as they are. That takes as long as one copy, and only where there is nothing else to do.
     What keeps less than `min_kept` was written when less was asked for, and is not this export.
     """
-    found = read_marker(out) or {}
+    found = read_manifest(out) or {}
     files, kept = found.pop("files", None), found.pop("kept", None)
-    if found != marker or not isinstance(files, dict) or not isinstance(kept, float | None):
+    if found != manifest or not isinstance(files, dict) or not isinstance(kept, float | None):
         return False
     if is_too_little(kept, min_kept):
         return False
@@ -84,8 +84,8 @@ def is_too_little(kept: float | None, min_kept: float | None) -> bool:
 
 
 def _contents(folder: Path) -> dict[str, str]:
-    """A digest of each file by its path in the folder, the marker left out."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARKER]
+    """A digest of each file by its path in the folder, the manifest left out."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
     names = [path.relative_to(folder).as_posix() for path in files]
     reads = [partial(file_digest, path) for path in files]
     return dict(zip(names, in_order(reads, READS_AHEAD), strict=True))
@@ -115,7 +115,7 @@ def check_free(out: Path, config: RunConfig, field: str) -> None:
                 f"{field}: got {str(out)!r}, in which {key} ({str(path)!r}) lies, expected a "
                 "folder that holds nothing but the export"
             )
-    if read_marker(out) is None:
+    if read_manifest(out) is None:
         check_empty(out, field)
 
 
@@ -125,14 +125,14 @@ def check_own(out: Path, run: str, field: str = "export.path") -> None:
     Raises:
         ConfigError: somebody's files lie there, or the export of another run.
     """
-    marker = read_marker(out)
-    if marker is None:
+    manifest = read_manifest(out)
+    if manifest is None:
         check_empty(out, field)
-    elif marker.get("run") != run:
+    elif manifest.get("run") != run:
         raise ConfigError(
             f"{field}: got {str(out)!r}, which holds the export of another run (of "
-            f"{marker.get('model')!r}, step {marker.get('step')}), expected this run's own or a "
-            "new folder; choose another, or remove that one"
+            f"{manifest.get('model')!r}, step {manifest.get('step')}), expected this run's own or "
+            "a new folder; choose another, or remove that one"
         )
 
 
@@ -162,12 +162,16 @@ def _needed(config: RunConfig) -> list[tuple[str, Path]]:
 
 
 def check_continues(
-    earlier: Earlier, config: RunConfig, form: str | None, total: int, contents: Mapping[str, str]
+    earlier: ResumePoint,
+    config: RunConfig,
+    form: str | None,
+    total: int,
+    contents: Mapping[str, str],
 ) -> None:
     """Hold a run against the earlier one that it goes on with; nothing is written yet.
 
     Args:
-        earlier: what `earlier_run` found.
+        earlier: what `find_resume_point` found.
         config: the run's.
         form: what it exports.
         total: its steps.
@@ -193,7 +197,7 @@ def is_complete(
     config: RunConfig,
     eval_rows: str,
     form: str | None,
-    earlier: Earlier,
+    earlier: ResumePoint,
     total: int,
     contents: Mapping[str, str],
 ) -> bool:
@@ -208,12 +212,12 @@ def is_complete(
         contents: digests of what it reads, by its keys.
     """
     run = Path(config.output_dir)
-    results = evaluation_marker(total, earlier.sums, eval_rows)
+    results = evaluation_manifest(total, earlier.sums, eval_rows)
     if earlier.step < total or (eval_rows and not is_evaluated(run, results)):
         return False
     if form is not None:
         name = identity(config, contents)
-        marker = export_marker(config, name, form, total, earlier.sums, evaluated_rows(run))
-        return is_exported(export_path(config), marker, config.export.min_kept)
+        manifest = export_manifest(config, name, form, total, earlier.sums, evaluated_rows(run))
+        return is_exported(export_path(config), manifest, config.export.min_kept)
     rows = read_metrics(run / METRICS_FILE)
     return any("train_loss" in row and row["step"] == total for row in rows)

@@ -39,7 +39,7 @@ def changed_tensors(
         if model.lm_head is None and EMBEDDING in changes:
             changes[HEAD] = changes[EMBEDDING]  # the copy that some tied checkpoints carry
         return changes
-    assert isinstance(spec, lora.LoraSpec), "a prefix has no merged form"
+    assert isinstance(spec, lora.LoraConfig), "a prefix has no merged form"
     pieces = lora.tensors(model, spec)
 
     @cache
@@ -70,7 +70,7 @@ def _trained_rows(array: Any, index: tuple[int, ...]) -> Change:
     return Change(lambda rows: host_part(array, (*index, *rows)), apply)
 
 
-def in_turn(first: Change, second: Change) -> Change:
+def compose(first: Change, second: Change) -> Change:
     """Two changes of one tensor, one after the other."""
     return Change(
         lambda rows: (first.fetch(rows), second.fetch(rows)),

@@ -91,7 +91,7 @@ def write_model_card(directory: Path, facts: CardFacts) -> Path:
 def card_text(facts: CardFacts) -> str:
     """Return the card: YAML front matter, then Markdown."""
     name = facts.base_model.rstrip("/").split("/")[-1]
-    parts = [
+    paragraphs = [
         f"---\n{_front_matter(facts)}---",
         f"# {name}, {facts.method}",
         f"Trained from `{facts.base_model}` with dsjax ({facts.method}, {facts.step:,} steps).",
@@ -106,8 +106,8 @@ def card_text(facts: CardFacts) -> str:
     ]
     if is_url(facts.base_model) or Path(facts.base_model).exists():
         note = "`base_model` above is no hub id; put the model's hub id there to publish this."
-        parts.insert(3, note)
-    return "\n\n".join(parts) + "\n"
+        paragraphs.insert(3, note)
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def kept_text(kept: float) -> str:
@@ -214,24 +214,24 @@ TURN_END = (
 )
 
 
-def card_facts(config: RunConfig, parts: Assembly, form: str, step: int, rows: list) -> CardFacts:
+def card_facts(config: RunConfig, setup: Assembly, form: str, step: int, rows: list) -> CardFacts:
     """What the model card says of a run."""
-    stop = added_stop(parts.source)
-    by_parameter = form == "peft" and adapters.targets_parameters(parts.model, parts.spec)
+    stop = added_stop(setup.source)
+    by_parameter = form == "peft" and adapters.uses_target_parameters(setup.model, setup.spec)
     return CardFacts(
         base_model=config.model.path,
         library_name="peft" if form == "peft" else "transformers",
-        method=parts.spec.peft_type if parts.spec else "full fine-tuning",
+        method=setup.spec.peft_type if setup.spec else "full fine-tuning",
         step=step,
         hyperparameters={
             **config.optimizer.model_dump(),
             **config.training.model_dump(),
-            **(vars(parts.spec) if parts.spec else {}),
+            **(vars(setup.spec) if setup.spec else {}),
             "max_length": config.data.max_length,
             "packing": config.data.packing,
         },
         metrics=rows,
-        license=source_license(parts.source.directory, parts.source.config),
+        license=source_license(setup.source.directory, setup.source.config),
         needs=PARAMETER_TARGETS if by_parameter else "",
         stops="" if stop is None else TURN_END.format(*stop),
     )

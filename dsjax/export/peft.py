@@ -20,7 +20,7 @@ from dsjax.weights.adapter import peft_tensors, resolve
 from dsjax.weights.hf_directory import SafetensorsWriter
 
 
-def write_peft(directory: Path, parts: Assembly, trained: Params, primary: bool = True) -> None:
+def write_peft(directory: Path, setup: Assembly, trained: Params, primary: bool = True) -> None:
     """Write PEFT's adapter folder, and prove that it reads back as the same adapter.
 
     Of several processes the `primary` one writes; the others help it to the arrays.
@@ -28,13 +28,13 @@ def write_peft(directory: Path, parts: Assembly, trained: Params, primary: bool 
     Raises:
         RuntimeError: it does not.
     """
-    model, spec = parts.model, parts.spec
+    model, spec = setup.model, setup.spec
     assert spec is not None
     gathered = {path: host_array(array, primary) for path, array in trained.items()}
     if not primary:
         return
     host = {path: array for path, array in gathered.items() if array is not None}
-    config = adapters.peft_config(model, spec, base_name(parts))
+    config = adapters.peft_config(model, spec, base_name(setup))
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (directory / peft.CONFIG).write_text(text + "\n", "utf-8")
     tensors = peft_tensors(model, spec, host)
@@ -44,12 +44,12 @@ def write_peft(directory: Path, parts: Assembly, trained: Params, primary: bool 
             writer.append(name, tensors[name])
     again = resolve(AdapterSection(path=str(directory)))
     assert again is not None
-    read = peft.read_params(str(directory), model, again, parts.partition.leaves)
+    read = peft.read_params(str(directory), model, again, setup.partition.leaves)
     wrong = [path for path in host if not np.array_equal(host[path], read[path])]
-    if wrong or adapters.peft_config(model, again, base_name(parts)) != config:
+    if wrong or adapters.peft_config(model, again, base_name(setup)) != config:
         raise RuntimeError(f"{directory}: the adapter read back differs from the trained: {wrong}")
 
 
-def base_name(parts: Assembly) -> str:
+def base_name(setup: Assembly) -> str:
     """What an adapter's config names as its base: the model's path as the user gave it."""
-    return parts.section.path
+    return setup.section.path

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write an export and prove it: merged weights or a PEFT adapter, in place of the old one.
 
-In: the trained arrays of an `Assembly`, and the marker of the run that they are of. Out: a folder
+In: the trained arrays of an `Assembly`, and the manifest of the run that they are of. Out: a folder
 that transformers or PEFT loads; what was written is read again and compared before the folder takes
 its name. Not done here: whether it may be written (`folder`), the proof of the logits (`verify`).
 """
@@ -18,37 +18,37 @@ from dsjax.distributed.processes import Hosts
 from dsjax.distributed.sharding import Params
 from dsjax.errors import ConfigError, first_line
 from dsjax.export import verify
-from dsjax.export.folder import check_own, is_exported, is_too_little, write_marker
+from dsjax.export.folder import check_own, is_exported, is_too_little, write_manifest
 from dsjax.export.merge import changed_tensors
 from dsjax.export.model_card import CardFacts, kept_text, write_model_card
 from dsjax.export.peft import write_peft
 from dsjax.training.setup import Assembly
-from dsjax.weights.folders import written_beside
+from dsjax.weights.folders import atomic_directory
 from dsjax.weights.fp8 import DequantisedSource
 from dsjax.weights.generation_config import write_generation_config
 from dsjax.weights.write import checkpoint_bytes, write_checkpoint
 
 
-def check_dtype(config: RunConfig, parts: Assembly) -> None:
+def check_dtype(config: RunConfig, setup: Assembly) -> None:
     """Refuse to write FP8 where there was none.
 
     Raises:
         ConfigError: `export.dtype` is fp8, and the checkpoint is not.
     """
-    if config.export.dtype == "fp8" and not isinstance(parts.source, DequantisedSource):
+    if config.export.dtype == "fp8" and not isinstance(setup.source, DequantisedSource):
         raise ConfigError(
             f"export.dtype: got fp8, expected null; the checkpoint {config.model.path!r} is not in "
             "FP8"
         )
 
 
-def export_bytes(config: RunConfig, parts: Assembly, form: str) -> int:
+def export_bytes(config: RunConfig, setup: Assembly, form: str) -> int:
     """Bytes of the tensors that an export writes; no array need be there yet."""
-    leaves = {path: parts.partition.leaves[path] for path in parts.partition.trainable}
+    leaves = {path: setup.partition.leaves[path] for path in setup.partition.trainable}
     if form == "peft":
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
-    changes = changed_tensors(parts.model, parts.spec, leaves, parts.partition.layer_masks)
-    return checkpoint_bytes(parts.source, changes, config.export.dtype == "fp8")
+    changes = changed_tensors(setup.model, setup.spec, leaves, setup.partition.layer_masks)
+    return checkpoint_bytes(setup.source, changes, config.export.dtype == "fp8")
 
 
 PATIENCE = 60.0
@@ -71,7 +71,7 @@ class Exported(NamedTuple):
     """What became of an export.
 
     Attributes:
-        written: whether anything was: an export with the same marker is kept as it is.
+        written: whether anything was: an export with the same manifest is kept as it is.
         failure: why its proof did not run, for the caller to raise when all else is done.
     """
 
@@ -84,11 +84,11 @@ class Exported(NamedTuple):
 
 
 def export_trained(
-    parts: Assembly,
+    setup: Assembly,
     trainable: Params,
     frozen: Params,
     out: Path,
-    marker: Mapping[str, Any],
+    manifest: Mapping[str, Any],
     card: CardFacts,
     progress: Callable[[int, int], None] = lambda done, total: None,
     hosts: Hosts | None = None,
@@ -101,15 +101,15 @@ def export_trained(
     `out` may be replaced (`check_replaceable`) before it did anything; here it is asked again. A
     merged export gives up the arrays: the proof loads what changed in their place, never beside
     them. Where the proof finds another model the export is refused. Where it cannot be computed,
-    for want of memory, the export stands, and its card and marker say so; the next run of the same
-    command tries again.
+    for want of memory, the export stands, and its card and manifest say so; the next run of the
+    same command tries again.
 
     Args:
-        parts: the run's model.
+        setup: the run's model.
         trainable: the trained arrays.
         frozen: all other arrays.
         out: the export's folder.
-        marker: from `export_marker`, of these arrays.
+        manifest: from `export_manifest`, of these arrays.
         card: the model card's facts.
         progress: told the bytes written so far and in all.
         hosts: this process among those of the run; None for a process alone.
@@ -121,28 +121,28 @@ def export_trained(
         ConfigError: it keeps less than `min_kept` of what training changed.
     """
     hosts, proof = hosts or Hosts(), Proof()
-    if hosts.decide(lambda: is_exported(out, marker, min_kept)):
+    if hosts.broadcast_from_primary(lambda: is_exported(out, manifest, min_kept)):
         return Exported(False)
-    check = partial(check_own, out, marker["run"], field)
-    with written_beside(out, field, hosts.primary, check) as directory:
-        if marker["format"] == "peft":
-            write_peft(directory, parts, trainable, hosts.primary)
+    check = partial(check_own, out, manifest["run"], field)
+    with atomic_directory(out, field, hosts.primary, check) as directory:
+        if manifest["format"] == "peft":
+            write_peft(directory, setup, trainable, hosts.primary)
         else:
-            fp8 = marker.get("dtype") == "fp8"
-            proof = _write_merged(directory, parts, trainable, frozen, fp8, progress, hosts)
+            fp8 = manifest.get("dtype") == "fp8"
+            proof = _write_merged(directory, setup, trainable, frozen, fp8, progress, hosts)
             _check_kept(proof, min_kept, fp8, hosts)
         if proof.failure is not None:
             card = replace(card, unproven=first_line(proof.failure))
-            marker = {**marker, "proof": f"did not run: {card.unproven}"}
+            manifest = {**manifest, "proof": f"did not run: {card.unproven}"}
         if hosts.primary:
             write_model_card(directory, replace(card, kept=proof.kept))
-            write_marker(directory, marker, proof.kept)
+            write_manifest(directory, manifest, proof.kept)
     return Exported(True, proof.failure)
 
 
 def _write_merged(
     directory: Path,
-    parts: Assembly,
+    setup: Assembly,
     trainable: Params,
     frozen: Params,
     fp8: bool,
@@ -150,12 +150,12 @@ def _write_merged(
     hosts: Hosts,
 ) -> Proof:
     """Write merged weights, and prove them once all processes see them; gives up the arrays."""
-    changes = changed_tensors(parts.model, parts.spec, trainable, parts.partition.layer_masks)
-    write_checkpoint(parts.source, directory, changes, progress, fp8, hosts.primary)
+    changes = changed_tensors(setup.model, setup.spec, trainable, setup.partition.layer_masks)
+    write_checkpoint(setup.source, directory, changes, progress, fp8, hosts.primary)
     if hosts.primary:
-        write_generation_config(directory, parts.source)
+        write_generation_config(directory, setup.source)
     hosts.barrier()  # written: all read it
-    prove = partial(verify.prove, parts, trainable, frozen, directory, changes.keys())
+    prove = partial(verify.prove, setup, trainable, frozen, directory, changes.keys())
     return run_proof(prove, hosts)  # and all have read it: it may take its name
 
 
@@ -175,9 +175,9 @@ def run_proof(prove: Callable[[], float | None], hosts: Hosts) -> Proof:
         raise
     except Exception as error:
         failure = error
-        hosts.say(f"the proof of the export did not run: {first_line(error)}")
+        hosts.log_once(f"the proof of the export did not run: {first_line(error)}")
     try:
-        told = hosts.exchange(
+        told = hosts.all_gather_text(
             "" if failure is None else first_line(failure),
             math.inf if failure is None else PATIENCE,
         )
@@ -199,12 +199,12 @@ def _check_kept(proof: Proof, least: float | None, again_fp8: bool, hosts: Hosts
     if proof.failure is not None:
         return
     if kept is None:
-        hosts.say(
+        hosts.log_once(
             "kept: not measured; training changed no logits beyond rounding, or the file's numbers "
             "are finer than the run's"
         )
         return
-    hosts.say(kept_text(kept))
+    hosts.log_once(kept_text(kept))
     if is_too_little(kept, least):
         wider = "export.dtype=null, which writes bfloat16, " if again_fp8 else ""
         raise ConfigError(

@@ -53,7 +53,7 @@ class DifferentLogitsError(RuntimeError):
 
 
 def prove(
-    parts: Assembly, trainable: Params, frozen: Params, directory: Path, changed: Set[str]
+    setup: Assembly, trainable: Params, frozen: Params, directory: Path, changed: Set[str]
 ) -> float | None:
     """Put what changed into the model as a user would load it: its logits must be the trained ones.
 
@@ -63,7 +63,7 @@ def prove(
     model.
 
     Args:
-        parts: the run's model.
+        setup: the run's model.
         trainable: the trained arrays.
         frozen: all other arrays.
         directory: the merged checkpoint.
@@ -76,37 +76,37 @@ def prove(
     Raises:
         DifferentLogitsError: the logits are further apart than rounding explains.
     """
-    trained = sample_logits(parts, trainable, frozen, "float32")
+    trained = sample_logits(setup, trainable, frozen, "float32")
     held = dict(trainable) | dict(frozen)
-    base, arrays = _loaded(parts, parts.section, held, set(trainable))
+    base, arrays = _loaded(setup, setup.section, held, set(trainable))
     before = sample_logits(base, {}, arrays, "float32")
-    section = parts.section.model_copy(update={"path": str(directory), "revision": None})
+    section = setup.section.model_copy(update={"path": str(directory), "revision": None})
     touched = {entry.path for entry in entries_of(base.model) if entry.hf in changed}
-    merged, arrays = _loaded(parts, section, arrays, touched)
+    merged, arrays = _loaded(setup, section, arrays, touched)
     written = raw_of(merged.source).tensors
     dtypes = {i.dtype.name for n, i in written.items() if n in changed} & ROUNDING.keys()
-    coarsest = max(dtypes | {parts.section.dtype}, key=ROUNDING.__getitem__)
+    coarsest = max(dtypes | {setup.section.dtype}, key=ROUNDING.__getitem__)
     logits = _compare(merged, arrays, trained, coarsest)
     for array in arrays.values():
         array.delete()
-    if all(ROUNDING[name] < ROUNDING[parts.section.dtype] for name in dtypes):
+    if all(ROUNDING[name] < ROUNDING[setup.section.dtype] for name in dtypes):
         return None
     return kept(logits, trained, before)
 
 
 def _loaded(
-    parts: Assembly, section: ModelSection, held: Params, other: Set[str]
+    setup: Assembly, section: ModelSection, held: Params, other: Set[str]
 ) -> tuple[Assembly, Params]:
     """A checkpoint as a user would load it, with the arrays that are there.
 
     Args:
-        parts: the run's model.
+        setup: the run's model.
         section: which checkpoint.
         held: arrays on the devices; what does not serve again is given up.
         other: paths of those that hold something else.
     """
-    loaded = assemble_model(section, AdapterSection(), [], parts.mesh)
-    loaded = replace(loaded, partition=loaded.partition.all_frozen(parts.section.dtype))
+    loaded = assemble_model(section, AdapterSection(), [], setup.mesh)
+    loaded = replace(loaded, partition=loaded.partition.for_inference(setup.section.dtype))
     leaves = loaded.partition.leaves
     serves = {
         path: array
@@ -164,20 +164,20 @@ def distance(logits: Float[np.ndarray, "T V"], expected: Float[np.ndarray, "T V"
 
 
 def sample_logits(
-    parts: Assembly, trainable: Params, frozen: Params, dtype: str
+    setup: Assembly, trainable: Params, frozen: Params, dtype: str
 ) -> Float[np.ndarray, "T V"]:
     """Logits of some fixed random tokens; activations are computed in `dtype`.
 
     Every device that a batch is dealt to has them as its row, so that experts and weights stay
     where they are, and the tokens are the same on every mesh.
     """
-    shards, vocab = batch_shards(parts.mesh), parts.model.config.vocab_size
+    shards, vocab = batch_shards(setup.mesh), setup.model.config.vocab_size
     row = np.random.default_rng(0).integers(0, vocab, TOKENS, np.int32)
     ids = np.tile(row, (shards, 1))
-    layout = make_layout(parts.mesh)
+    layout = make_layout(setup.mesh)
 
     def model(trainable: Params, frozen: Params):
-        merged = parts.partition.merge(trainable, frozen)
+        merged = setup.partition.merge(trainable, frozen)
         merged.dtype = jnp.dtype(dtype)
         return merged
 
@@ -185,11 +185,11 @@ def sample_logits(
         x_BTD = model(trainable, frozen).hidden(ids, layout=layout).states
         return x_BTD[0]
 
-    on_cpu = parts.mesh.devices.flat[0].platform == "cpu"
+    on_cpu = setup.mesh.devices.flat[0].platform == "cpu"
     options = LITTLE_MEMORY if on_cpu else None
     # Two programs: in one, float32 copies of embedding and head would be there at the same time.
-    hidden = jax.jit(run, out_shardings=replicated(parts.mesh), compiler_options=options)
-    head = jax.jit(lambda t, f, x_TD: model(t, f).head(x_TD), out_shardings=replicated(parts.mesh))
+    hidden = jax.jit(run, out_shardings=replicated(setup.mesh), compiler_options=options)
+    head = jax.jit(lambda t, f, x_TD: model(t, f).head(x_TD), out_shardings=replicated(setup.mesh))
     dealt = jax.make_array_from_callback(ids.shape, layout.rows, lambda index: ids[index])
     x_TD = hidden(trainable, frozen, dealt)
     return np.asarray(head(trainable, frozen, x_TD), np.float32)

@@ -77,7 +77,7 @@ def run(words: argparse.Namespace) -> int:
     # Every matrix product is shared by all devices: rows are few, weights are many.
     mesh = make_mesh(MeshSection(fsdp=1, tensor=-1))
     model = load_pretrained(words.model, words.adapter, words.dtype, mesh)
-    speaker = Speaker(model, tokenizer, stop_ids, words.stop, words.max_new_tokens, sampling)
+    speaker = ChatSession(model, tokenizer, stop_ids, words.stop, words.max_new_tokens, sampling)
     if prompts:
         speaker.say(prompts, words.seed, titles=words.prompt if len(prompts) > 1 else ())
     else:
@@ -86,7 +86,7 @@ def run(words: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class Speaker:
+class ChatSession:
     """A model that answers on stdout."""
 
     model: Model
@@ -100,7 +100,7 @@ class Speaker:
         """Continue the prompts, print what comes, return it."""
         self._warn_of_length(prompts)
         streams = [TextStream(self.tokenizer, prompt, self.stops) for prompt in prompts]
-        answers = Answers(streams, self.stop_ids, titles)
+        answers = StreamPrinter(streams, self.stop_ids, titles)
         generate(
             self.model,
             prompts,
@@ -126,7 +126,7 @@ class Speaker:
                 )
 
 
-class Answers:
+class StreamPrinter:
     """Prints the rows of a batch one after another, the first unfinished one as it comes."""
 
     def __init__(
@@ -178,7 +178,7 @@ class Answers:
             print(f"[{self._row + 1}] {self._titles[self._row]}", file=sys.stderr, flush=True)
 
 
-def _converse(speaker: Speaker, seed: int) -> None:
+def _converse(speaker: ChatSession, seed: int) -> None:
     """Answer line after line; each turn has a seed of its own."""
     messages: list[dict] = []
     for turn, line in enumerate(_lines()):

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.distributed.sharding import Layout
 from dsjax.models.layers import MLP, Dropout, Embedding, Linear, RMSNorm
-from dsjax.models.moe import ROUTING, MoE, Work
+from dsjax.models.moe import ROUTING, MoE, RouterStats
 from dsjax.models.ops.attention import KERNEL_NAME, PREFIX_SEGMENT, Tokens
 from dsjax.models.rope import positions_like, rope_tables
 
@@ -66,10 +66,10 @@ class Hidden(NamedTuple):
 
     states: Float[Array, "B T D"]
     cache: Cache | None
-    work: Work | None
+    work: RouterStats | None
 
 
-class Shared(NamedTuple):
+class StackInputs(NamedTuple):
     """What every block needs besides its input: rope tables, token places, the cache's end."""
 
     cos_BTH: jax.Array
@@ -81,7 +81,7 @@ class Shared(NamedTuple):
     dropout: Dropout | None = None
 
 
-class PerLayer(NamedTuple):
+class LayerInputs(NamedTuple):
     """What differs from block to block, each with a leading layer axis, or None.
 
     Attributes:
@@ -107,7 +107,7 @@ class Block(nnx.Module):
         self.post_attention_layernorm = RMSNorm(hidden_size, eps, layers)
         self.mlp = mlp
 
-    def __call__(self, x_BTD: jax.Array, shared: Shared, own: PerLayer):
+    def __call__(self, x_BTD: jax.Array, shared: StackInputs, own: LayerInputs):
         """Run one layer; returns the activations, the layer's new cache and its experts' work."""
         attended_BTD, cache = self.self_attn(self.input_layernorm(x_BTD), shared, own)
         x_BTD = x_BTD + checkpoint_name(attended_BTD, "attention_out")
@@ -157,7 +157,7 @@ class CausalLM(nnx.Module):
         """Float32 logits of the next token at every position of rows without a cache."""
         return self.head(self.hidden(input_ids, position_ids, segment_ids).states)
 
-    def gather_ends(self, layout: Layout | None) -> None:
+    def all_gather_embeddings(self, layout: Layout | None) -> None:
         """Bring embedding and head together once, before they are used piece by piece."""
         for end in (self.model.embed_tokens, self.lm_head):
             if end is not None and layout is not None:
@@ -201,7 +201,7 @@ class CausalLM(nnx.Module):
         key = _key_tokens(query, cache)
         length = None if cache is None else cache.length
         tables = rope_tables(self.config.rope, query.position)
-        shared = Shared(*tables, query, self._with_prefix(key), length, layout, dropout)
+        shared = StackInputs(*tables, query, self._with_prefix(key), length, layout, dropout)
         x_BTD = _constrain(self.model.embed_tokens(input_ids, self.dtype), layout)
         x_BTD, caches, work = self._run_stacks(x_BTD, shared, remat, cache)
         if cache is not None:
@@ -230,7 +230,7 @@ class CausalLM(nnx.Module):
         """
         tokens = Tokens(position_ids, segment_ids)
         tables = rope_tables(self.config.rope, position_ids)
-        shared = Shared(*tables, tokens, tokens, None, layout)
+        shared = StackInputs(*tables, tokens, tokens, None, layout)
         next_BTD = _constrain(self.model.embed_tokens(next_ids, self.dtype), layout)
         states, work = self.mtp(next_BTD, states, shared, remat)
         return Hidden(states, None, work)
@@ -238,10 +238,10 @@ class CausalLM(nnx.Module):
     def _run_stacks(
         self,
         x_BTD: jax.Array,
-        shared: Shared,
+        shared: StackInputs,
         remat: str,
         cache: Cache | None,
-    ) -> tuple[jax.Array, tuple[Any, ...], Work | None]:
+    ) -> tuple[jax.Array, tuple[Any, ...], RouterStats | None]:
         """Run all stacks; returns the activations, the new caches and the experts' work."""
         blocks = self.model.blocks()
         total, first = sum(block.layers for block in blocks), 0
@@ -250,7 +250,7 @@ class CausalLM(nnx.Module):
         caches, work = [], None
         for number, block in enumerate(blocks):
             here = slice(first, first + block.layers)
-            own = PerLayer(
+            own = LayerInputs(
                 window=None if windows is None else windows[here],
                 number=None if numbers is None else numbers[here],
                 cache=None if cache is None else cache.stacks[number],
@@ -301,7 +301,7 @@ class CausalLM(nnx.Module):
 
 
 def run_stack(
-    block: Block, x_BTD: jax.Array, shared: Shared, own: PerLayer, remat: str
+    block: Block, x_BTD: jax.Array, shared: StackInputs, own: LayerInputs, remat: str
 ) -> tuple[jax.Array, Any, Any]:
     """Scan one stack; returns the activations, the stacked new caches and experts' work."""
     graphdef, stacked = nnx.split(block)

@@ -145,7 +145,7 @@ class Linear(nnx.Module):
             y = self.adapter(x, y, dropout)
         return y
 
-    def whole_weight(self, dtype: jnp.dtype) -> Float[Array, "O I"]:
+    def merged_weight(self, dtype: jnp.dtype) -> Float[Array, "O I"]:
         """The weight with what the adapter in the slot adds to it."""
         weight = self.weight[...]
         if self.adapter is not None:

@@ -67,15 +67,15 @@ class Routing(NamedTuple):
     weights: Float[Array, "B T A"]
 
 
-class Work(NamedTuple):
+class RouterStats(NamedTuple):
     """How the experts of a layer shared the work.
 
     Attributes:
-        loads: tokens that each took.
+        tokens_per_expert: tokens that each took.
         balance: for each row the balance loss, 1 where all experts work alike.
     """
 
-    loads: Int[Array, "*L E"]
+    tokens_per_expert: Int[Array, "*L E"]
     balance: Float[Array, "*L B"]
 
 
@@ -94,7 +94,7 @@ class Router(nnx.Module):
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], real_BT: Bool[Array, "B T"]
-    ) -> tuple[Routing, Work]:
+    ) -> tuple[Routing, RouterStats]:
         """Choose; DeepSeek-V2 (arXiv 2405.04434, 2.1.2) and V3 (arXiv 2412.19437, 2.1.2)."""
         c, wide = self.config, jnp.float32
         weight_ED = self.weight[...].astype(wide)
@@ -106,13 +106,13 @@ class Router(nnx.Module):
         else:
             scores_BTE = jax.nn.sigmoid(logits_BTE)
         _, experts_BTA = lax.top_k(
-            lax.stop_gradient(self._choice(scores_BTE)), c.num_experts_per_tok
+            lax.stop_gradient(self.selection_scores(scores_BTE)), c.num_experts_per_tok
         )
         experts_BTA = checkpoint_name(experts_BTA, ROUTING)
         weights_BTA = jnp.take_along_axis(scores_BTE, experts_BTA, axis=-1)
         if c.norm_topk_prob:
             weights_BTA = _sum_to_one(weights_BTA)
-        work = Work(
+        work = RouterStats(
             jnp.sum(_counts(experts_BTA, real_BT, c.n_routed_experts), axis=0),
             self._balance(scores_BTE, experts_BTA, real_BT),
         )
@@ -136,7 +136,7 @@ class Router(nnx.Module):
         mean_BE = jnp.sum(scores_BTE * real_BT[..., None], axis=1) / tokens_B1
         return jnp.sum(share_BE * mean_BE, axis=-1)
 
-    def _choice(self, scores_BTE: jax.Array) -> jax.Array:
+    def selection_scores(self, scores_BTE: jax.Array) -> jax.Array:
         """What the choice goes by: scores, with the bias, outside the chosen groups pushed down."""
         c = self.config
         if self.e_score_correction_bias is not None:
@@ -208,7 +208,7 @@ class Experts(nnx.Module):
         if layout is None:
 
             def whole(x_BTD, routing):
-                return _own_part(self, x_BTD, routing, 0).astype(x_BTD.dtype)
+                return _local_experts(self, x_BTD, routing, 0).astype(x_BTD.dtype)
 
             return _by_chunks(whole, x_BTD, routing, 1)
         graphdef, state = nnx.split(self)
@@ -223,7 +223,7 @@ class Experts(nnx.Module):
                 x_BTD, routing = jax.tree.map(
                     lambda x: lax.all_gather(x, "expert", axis=0, tiled=True), (x_BTD, routing)
                 )
-                out_BTD = lax.psum(_own_part(experts, x_BTD, routing, first), "tensor")
+                out_BTD = lax.psum(_local_experts(experts, x_BTD, routing, first), "tensor")
                 out_BTD = lax.psum_scatter(out_BTD, "expert", scatter_dimension=0, tiled=True)
                 return out_BTD.astype(x_BTD.dtype)
 
@@ -284,7 +284,7 @@ def _weight_spec(variable: nnx.Variable) -> PartitionSpec:
     return PartitionSpec(*(names.get(axis) for axis in axes))
 
 
-def _own_part(
+def _local_experts(
     experts: Experts, x_BTD: jax.Array, routing: Routing, first: Any
 ) -> Float[Array, "B T D"]:
     """The weighted sum over those of each token's experts that these arrays hold, in float32.
@@ -365,7 +365,7 @@ class MoE(nnx.Module):
         real_BT: Bool[Array, "B T"],
         layout: Layout | None,
         dropout: Dropout | None,
-    ) -> tuple[Float[Array, "B T D"], Work]:
+    ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Run the experts; returns their output and how the routed ones shared the work."""
         routing, work = self.gate(x_BTD, real_BT)
         out_BTD = self.experts(x_BTD, routing, layout)

@@ -45,16 +45,13 @@ class Forward(NamedTuple):
 class AheadSums(NamedTuple):
     """Sums over a batch's predictions of the token after the next.
 
-    Attributes:
-        loss: weighted cross-entropy.
-        weight: what a mean divides by.
-        loads: as in `Sums`, of the module's layer; tokens whose next is another segment's are not
-            among them.
+    Attributes: loss: weighted cross-entropy. weight: what a mean divides by. tokens_per_expert: as
+    in `Sums`, of the module's layer; tokens whose next is another segment's are not among them.
     """
 
     loss: Float[Array, ""]
     weight: Float[Array, ""]
-    loads: Int[Array, "1 E"] | None = None
+    tokens_per_expert: Int[Array, "1 E"] | None = None
 
 
 class Sums(NamedTuple):
@@ -65,7 +62,7 @@ class Sums(NamedTuple):
         weight: what a mean divides by.
         correct: weight of the tokens whose target was the likeliest.
         tokens: real tokens, trained or not.
-        loads: tokens that each expert of each MoE layer took; None without experts.
+        tokens_per_expert: tokens that each expert of each MoE layer took; None without experts.
         balance: balance losses, summed over rows and layers; None without experts.
         ahead: of the token after the next; None where it is not predicted.
     """
@@ -74,14 +71,14 @@ class Sums(NamedTuple):
     weight: Float[Array, ""]
     correct: Float[Array, ""]
     tokens: Int[Array, ""]
-    loads: Int[Array, "L E"] | None = None
+    tokens_per_expert: Int[Array, "L E"] | None = None
     balance: Float[Array, ""] | None = None
     ahead: AheadSums | None = None
 
 
 def sft(model: Model, batch: Batch, forward: Forward) -> Sums:
     """Sum the cross-entropy of every target times its weight, in float32."""
-    model.gather_ends(forward.layout)
+    model.all_gather_embeddings(forward.layout)
     hidden = model.hidden(
         jnp.asarray(batch.input_ids),
         jnp.asarray(batch.position_ids),
@@ -94,7 +91,9 @@ def sft(model: Model, batch: Batch, forward: Forward) -> Sums:
     tokens = jnp.sum(batch.segment_ids > 0, dtype=jnp.int32)
     sums = Sums(loss, jnp.sum(batch.loss_weights), correct, tokens)
     if hidden.work is not None:
-        sums = sums._replace(loads=hidden.work.loads, balance=jnp.sum(hidden.work.balance))
+        sums = sums._replace(
+            tokens_per_expert=hidden.work.tokens_per_expert, balance=jnp.sum(hidden.work.balance)
+        )
     return _with_ahead(model, batch, hidden.states, sums, forward) if forward.ahead else sums
 
 
@@ -137,7 +136,7 @@ def _with_ahead(
         return sums._replace(ahead=ahead)
     balance = jnp.sum(hidden.work.balance)
     return sums._replace(
-        ahead=ahead._replace(loads=hidden.work.loads),
+        ahead=ahead._replace(tokens_per_expert=hidden.work.tokens_per_expert),
         balance=balance if sums.balance is None else sums.balance + balance,
     )
 

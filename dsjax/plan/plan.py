@@ -16,7 +16,12 @@ import jax
 from dsjax.config import RunConfig
 from dsjax.distributed.compiled import Collective, Collectives, Memory, collectives_of, memory_of
 from dsjax.distributed.mesh import batch_shards, check_batch
-from dsjax.distributed.sharding import computed_sharding, has_experts, leaf_sharding, undivided
+from dsjax.distributed.sharding import (
+    computed_sharding,
+    has_experts,
+    leaf_sharding,
+    replication_report,
+)
 from dsjax.models import Model
 from dsjax.models.moe import tokens_at_once
 from dsjax.plan.roofline import Estimate, estimate
@@ -112,7 +117,7 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
         ConfigError: the configuration cannot run on these devices.
     """
     training, length = config.training, config.data.max_length
-    parts, step = prepare(config, topology)
+    setup, step = prepare(config, topology)
     began = time.monotonic()
     batch = (training.batch_size, length)
     memory, collectives, refusal = _compile(lower_train_step(step, *batch), topology)
@@ -120,10 +125,10 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     if (config.data.eval or config.data.val_size) and memory is not None:
         evaluated, _, refusal = _compile(lower_eval_step(step, *batch), topology)
     seconds, remat = time.monotonic() - began, training.gradient_checkpointing
-    chunks = _experts_in_chunks(parts.model, step, training.batch_size, length)
-    flops = token_flops(parts.model, parts.partition, length, remat, chunks)
+    chunks = _experts_in_chunks(setup.model, step, training.batch_size, length)
+    flops = token_flops(setup.model, setup.partition, length, remat, chunks)
     tokens = training.batch_size * length
-    trainable, total = parts.partition.counts()
+    trainable, total = setup.partition.counts()
     classes = state_bytes(step, training.batch_size, length)
     if memory is not None:
         classes["temporaries"] = memory.peak - memory.arguments
@@ -135,7 +140,7 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
         platform=topology.platform,
         device_kind=topology.kind,
         devices=len(topology.devices),
-        mesh=dict(parts.mesh.shape),
+        mesh=dict(setup.mesh.shape),
         batch_size=training.batch_size,
         gradient_accumulation_steps=step.accumulation,
         max_length=length,
@@ -161,22 +166,22 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
             collectives.by_kind,
             tokens,
         ),
-        replicated=undivided(parts.partition.leaves, parts.mesh),
+        replicated=replication_report(setup.partition.leaves, setup.mesh),
         arrays=array_plans(step),
         compile_seconds=seconds,
     )
 
 
 def prepare(config: RunConfig, topology: Topology) -> tuple[Assembly, StepConfig]:
-    """A run's parts and step on a topology, nothing compiled.
+    """A run's setup and step on a topology, nothing compiled.
 
     Raises:
         ConfigError: the configuration cannot run on these devices.
     """
-    parts = assemble(config, topology.devices, weights=False)
-    step = step_config(config, parts.partition, parts.mesh, ANY_LENGTH)
-    check_batch(config.training.batch_size, step.accumulation, parts.mesh)
-    return parts, step
+    setup = assemble(config, topology.devices, weights=False)
+    step = step_config(config, setup.partition, setup.mesh, ANY_LENGTH)
+    check_batch(config.training.batch_size, step.accumulation, setup.mesh)
+    return setup, step
 
 
 def _experts_in_chunks(model: Model, step: StepConfig, rows: int, length: int) -> bool:

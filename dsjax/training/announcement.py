@@ -13,7 +13,7 @@ from dsjax import adapters
 from dsjax.config import RunConfig
 from dsjax.data import Loader
 from dsjax.data import unused_keys as unused_data_keys
-from dsjax.distributed.sharding import has_experts, undivided
+from dsjax.distributed.sharding import has_experts, replication_report
 from dsjax.training import optimizer
 from dsjax.training.console import banner, trainable_table
 from dsjax.training.partition import report
@@ -25,22 +25,22 @@ from dsjax.training.state import (
 )
 
 
-def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
+def announce(config: RunConfig, setup: Assembly, data: Data, total: int) -> str:
     """Print what the run is; returns the table of what trains."""
-    trained, everything = parts.partition.counts()
+    trained, everything = setup.partition.counts()
     training, loader = config.training, data.train
-    step = step_config(config, parts.partition, parts.mesh, total)
+    step = step_config(config, setup.partition, setup.mesh, total)
     held = sum(state_bytes(step, training.batch_size, loader.sequence_length).values())
     facts = {
-        "model": f"{config.model.path} ({parts.model.config.model_type})",
+        "model": f"{config.model.path} ({setup.model.config.model_type})",
         "parameters": f"{everything:,}, of which {trained:,} train",
         "compute": f"{config.model.dtype}, remat {training.gradient_checkpointing}",
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "mesh": ", ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items() if size > 1)
+        "mesh": ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items() if size > 1)
         or "1 device",
         "memory": f"{held / 2**20:,.1f} MiB per device, gradients and activations apart",
         "rows": f"{loader.rows_in_epoch:,} of {loader.sequence_length:,} tokens per epoch",
-        "batch": f"{training.batch_size} rows in {portions_of(training, parts)} portions",
+        "batch": f"{training.batch_size} rows in {portions_of(training, setup)} portions",
         "evaluation": _evaluation_text(data.eval),
         "steps": f"{total:,} ({loader.epoch(total):.2f} epochs)",
         "output": config.output_dir,
@@ -51,29 +51,29 @@ def announce(config: RunConfig, parts: Assembly, data: Data, total: int) -> str:
         if training.max_steps
         else optimizer.few_steps(total, loader.rows_in_epoch, training.batch_size)
     )
-    for line in data.lines + undivided(parts.partition.leaves, parts.mesh) + few:
+    for line in data.lines + replication_report(setup.partition.leaves, setup.mesh) + few:
         print(line, file=sys.stderr)
-    if parts.carried:
-        shown = ", ".join(parts.carried[:8]) + (", ..." if len(parts.carried) > 8 else "")
-        kept = f"{len(parts.carried)} tensors are kept but not computed with: {shown}"
+    if setup.carried:
+        shown = ", ".join(setup.carried[:8]) + (", ..." if len(setup.carried) > 8 else "")
+        kept = f"{len(setup.carried)} tensors are kept but not computed with: {shown}"
         print(kept, file=sys.stderr)
-    longest = parts.model.config.max_position_embeddings
+    longest = setup.model.config.max_position_embeddings
     if loader.sequence_length > longest:
         print(
             f"rows of {loader.sequence_length} tokens are longer than the model's "
             f"max_position_embeddings ({longest})",
             file=sys.stderr,
         )
-    unused = adapters.unused_keys(config.adapter, parts.spec)
+    unused = adapters.unused_keys(config.adapter, setup.spec)
     unused += optimizer.unused_keys(config.optimizer) + unused_data_keys(config.data)
-    if config.objective.aux_loss_alpha and not has_experts(parts.partition.leaves):
+    if config.objective.aux_loss_alpha and not has_experts(setup.partition.leaves):
         unused.append("objective.aux_loss_alpha")
-    if parts.spec is not None and config.model.param_dtype is not None:
+    if setup.spec is not None and config.model.param_dtype is not None:
         unused.append("model.param_dtype")
     if unused:
         print(f"not used by this kind of training: {', '.join(unused)}", file=sys.stderr)
     print(f"one row, the trained part marked:\n{data.sample}", file=sys.stderr)
-    return trainable_table(report(parts.partition), everything)
+    return trainable_table(report(setup.partition), everything)
 
 
 def _evaluation_text(loader: Loader | None) -> str:

@@ -46,7 +46,7 @@ def _compiled(lowered: Any, name: str, beside: int, hosts: Hosts) -> Any:
     began = time.monotonic()
     compiled = lowered.compile()
     peak = beside + memory_of(compiled, jax.devices()[0].platform).peak
-    hosts.say(
+    hosts.log_once(
         f"compiled {name} in {time.monotonic() - began:.1f} s; it needs {peak / 2**30:.2f} GiB "
         "per device"
     )

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.distributed.checksums import digest
-from dsjax.weights.folders import write_whole
+from dsjax.weights.folders import write_atomic
 
 EVAL_RESULTS = "eval_results.json"
 
 
-def evaluation_marker(step: int, sums: Mapping[str, float], rows: str) -> dict[str, Any]:
+def evaluation_manifest(step: int, sums: Mapping[str, float], rows: str) -> dict[str, Any]:
     """What an evaluation says it is of.
 
     Args:
@@ -27,15 +27,15 @@ def evaluation_marker(step: int, sums: Mapping[str, float], rows: str) -> dict[s
     return {"step": step, "run": digest(dict(sums)), "data": rows}
 
 
-def write_results(run: Path, marker: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+def write_results(run: Path, manifest: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Write the results of an evaluation, so that they are there whole or not at all."""
-    write_whole(run / EVAL_RESULTS, json.dumps({**marker, **values}, indent=2) + "\n")
+    write_atomic(run / EVAL_RESULTS, json.dumps({**manifest, **values}, indent=2) + "\n")
 
 
-def is_evaluated(run: Path, marker: Mapping[str, Any]) -> bool:
+def is_evaluated(run: Path, manifest: Mapping[str, Any]) -> bool:
     """Whether a run's folder holds this very evaluation."""
     found = _read(run)
-    return "eval_loss" in found and all(found.get(k) == value for k, value in marker.items())
+    return "eval_loss" in found and all(found.get(k) == value for k, value in manifest.items())
 
 
 def evaluated_rows(run: Path) -> str:

@@ -131,7 +131,7 @@ def _backward_shares(model: Model, partition: Partition) -> dict[str, float]:
     for part in (_EMBEDDING, *stacks, _NORM, _AHEAD):
         layers = [
             _trained_layers(model, partition, path)
-            for path in partition.learnt
+            for path in partition.gradient_params
             if path.startswith(f"{part}.")
         ]
         crossed = np.maximum.accumulate(np.any(layers, axis=0)) if layers else np.zeros(1)
@@ -195,7 +195,7 @@ def _of_weight(step: _Step, path: str, part: str, again: int) -> TokenFlops:
     if "experts" in leaf.axes:
         met = config.router.num_experts_per_tok / config.router.n_routed_experts
     of_input, of_weight = step.shares[part], 0.0
-    if path in step.partition.learnt:
+    if path in step.partition.gradient_params:
         of_weight = step.partition.trainable_count(path) / leaf.count
     if leaf.kind == "adapter":  # only in layers that train; the second factor's input always does
         of_input = 1.0 if path.endswith(".lora_B") else float(math.ceil(of_input))
@@ -225,7 +225,7 @@ def _of_stack(
     if step.selects:
         chosen = len(windows) * _mean_keys(step.length, config.indexer.index_topk)
     # The attended values are needed again by o_proj: to give, or for a gradient of its weights.
-    learns = any(p.startswith(f"{path}.self_attn.o_proj.") for p in step.partition.learnt)
+    learns = any(p.startswith(f"{path}.self_attn.o_proj.") for p in step.partition.gradient_params)
     values_again = step.remat == "full" or (step.remat != "none" and learns)
     in_blocks = step.length > QUERY_BLOCK
     scores_again = (values_again or (step.remat != "none" and not in_blocks)) + in_blocks

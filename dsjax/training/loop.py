@@ -51,15 +51,15 @@ class StepsInFlight:
         self._meter, self._progress = meter, progress
         self._reports: deque[tuple[int, StepReport]] = deque()
 
-    def add(self, step: int, told: StepReport) -> None:
+    def add(self, step: int, report: StepReport) -> None:
         """Take the report of a step that has just been dispatched."""
-        self._reports.append((step, told))
+        self._reports.append((step, report))
 
     def wait(self, most: int = 0) -> None:
         """Wait for the oldest steps until at most so many are left."""
         while len(self._reports) > most:
-            step, told = self._reports.popleft()
-            sums = jax.device_get(told.sums)
+            step, report = self._reports.popleft()
+            sums = jax.device_get(report.sums)
             after = None if sums.ahead is None else (sums.ahead.loss, sums.ahead.weight)
             self._meter.add(sums.loss, sums.weight, sums.correct, sums.tokens, after)
             self._progress.advance(step)
@@ -96,7 +96,7 @@ class Stop:
 
     def reached(self) -> bool:
         """Whether to stop by now; every process asks equally often."""
-        return self.hosts.stop_reached() is not None
+        return self.hosts.reached_preemption() is not None
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Loop:
     """
 
     config: RunConfig
-    parts: Assembly
+    setup: Assembly
     train: Loader
     eval: Loader | None
     began: Mapping[str, Any]
@@ -130,7 +130,7 @@ class Loop:
             # also when a step raises.
             with closing(self.checkpointer), profile:
                 state = self._steps(state, start, meter, log, progress, profile, stop)
-            stopped = self.hosts.stop_wanted()
+            stopped = self.hosts.any_preemption()
         if stopped is None and stop.number is not None:
             # It came while the processes agreed to go on, too late for their answer.
             self.hosts.end_by(stop.number)
@@ -138,7 +138,7 @@ class Loop:
             done = int(state.step)
             place = self.checkpointer.directory / str(done)
             saved = f"step {done} is saved in {place}" if done else "no step was taken"
-            self.hosts.say(f"stopped by signal {stopped}; {saved}")
+            self.hosts.log_once(f"stopped by signal {stopped}; {saved}")
         return state, stopped
 
     def _steps(
@@ -159,14 +159,14 @@ class Loop:
             return state
         for step, batch in enumerate(self.train.iterate(start, self.total), start + 1):
             stop.step = step
-            rows = to_devices(batch, self.parts.mesh, self.train)
-            state, told = self.train_step(state, self.frozen, rows)
-            in_flight.add(step, told)
+            rows = to_devices(batch, self.setup.mesh, self.train)
+            state, report = self.train_step(state, self.frozen, rows)
+            in_flight.add(step, report)
             in_flight.wait(MOST_IN_FLIGHT - 1)
             if step % every == 0 or step == self.total:
                 in_flight.wait()
-                self._check_finite(step, told)
-                values = self._values(step, meter, told)
+                self._check_finite(step, report)
+                values = self._values(step, meter, report)
                 log.log(step, values)
                 progress.log(step, values)
             if self._evaluates_after(step):
@@ -175,44 +175,44 @@ class Loop:
             stopped = cut or stop.reached()
             if step == self.total or stopped or self.checkpointer.due(step):
                 in_flight.wait()
-                self._check_finite(step, told)
+                self._check_finite(step, report)
                 self._save(step, state, meter)
-            profile.reached(step, told)
+            profile.reached(step, report)
             if stopped:
                 break
         return state
 
-    def _values(self, step: int, meter: Meter, told: StepReport) -> dict[str, Any]:
+    def _values(self, step: int, meter: Meter, report: StepReport) -> dict[str, Any]:
         """The line of a step."""
         values = meter.values() | {
             "epoch": self.train.epoch(step),
-            "learning_rate": float(told.learning_rate),
-            "grad_norm": float(told.grad_norm),
+            "learning_rate": float(report.learning_rate),
+            "grad_norm": float(report.grad_norm),
         }
-        if told.sums.loads is not None:
+        if report.sums.tokens_per_expert is not None:
             values |= expert_values(
-                np.asarray(told.sums.loads), int(told.sums.tokens), self._chosen
+                np.asarray(report.sums.tokens_per_expert), int(report.sums.tokens), self._chosen
             )
         if self.config.model.dtype == "float16":
-            values |= {"loss_scale": float(told.loss_scale), "skipped_steps": int(told.skipped)}
-        if told.updates_lost is not None:
-            values["updates_lost"] = float(told.updates_lost)
+            values |= {"loss_scale": float(report.loss_scale), "skipped_steps": int(report.skipped)}
+        if report.updates_lost is not None:
+            values["updates_lost"] = float(report.updates_lost)
         return values
 
     @property
     def _chosen(self) -> int:
         """Experts that one token is sent to."""
-        return self.parts.model.config.router.num_experts_per_tok
+        return self.setup.model.config.router.num_experts_per_tok
 
-    def _check_finite(self, step: int, told: StepReport) -> None:
+    def _check_finite(self, step: int, report: StepReport) -> None:
         """Look at a step before it is logged or saved.
 
         Raises:
             ConfigError: the run has diverged. A float16 step may overflow as long as the scale of
                 the loss can still be lowered.
         """
-        norm, sums = float(told.grad_norm), told.sums
-        scalable = self.config.model.dtype == "float16" and float(told.loss_scale) > 1
+        norm, sums = float(report.grad_norm), report.sums
+        scalable = self.config.model.dtype == "float16" and float(report.loss_scale) > 1
         if not math.isfinite(norm) and not scalable:
             loss = float(sums.loss) / (float(sums.weight) or 1.0)
             raise ConfigError(
@@ -271,7 +271,7 @@ class Loop:
         """
         assert self.eval is not None
         values = evaluate_loss(
-            self.eval_step, state.trainable, self.frozen, self.eval, self.parts.mesh, stop
+            self.eval_step, state.trainable, self.frozen, self.eval, self.setup.mesh, stop
         )
         log.log_eval(step, values)
         progress.log_eval(step, values)
@@ -311,7 +311,7 @@ def finish_evaluation(
     state: TrainState,
     log: MetricsLog,
     progress: Progress,
-    marker: Mapping[str, Any],
+    manifest: Mapping[str, Any],
 ) -> Exception | None:
     """Evaluate the final weights, unless a finished run did, on these rows.
 
@@ -320,20 +320,22 @@ def finish_evaluation(
         several processes it may be one alone, for which the others wait: then it is raised here.
     """
     hosts = loop.hosts
-    if loop.eval is None or hosts.decide(lambda: is_evaluated(run, marker)):
+    if loop.eval is None or hosts.broadcast_from_primary(lambda: is_evaluated(run, manifest)):
         return None
-    if evaluated_rows(run) not in ("", marker["data"]):
+    if evaluated_rows(run) not in ("", manifest["data"]):
         log.forget_evaluation(loop.total)
     try:
         values = loop.evaluate(state, loop.total, log, progress)
         if hosts.primary:
-            write_results(run, marker, values)
+            write_results(run, manifest, values)
     except Exception as error:
         if hosts.count > 1:
-            hosts.say(
+            hosts.log_once(
                 f"the evaluation failed; with {no_evaluation(loop.config)} the run ends without"
             )
             raise
-        hosts.say(f"the evaluation failed: {first_line(error)}; what is left to do is done first")
+        hosts.log_once(
+            f"the evaluation failed: {first_line(error)}; what is left to do is done first"
+        )
         return error
     return None

@@ -42,18 +42,18 @@ class Partition:
     trainable: tuple[str, ...]
     frozen: tuple[str, ...]
     layer_masks: Mapping[str, np.ndarray]
-    balanced: tuple[str, ...] = ()
+    router_biases: tuple[str, ...] = ()
 
     @property
-    def learnt(self) -> tuple[str, ...]:
+    def gradient_params(self) -> tuple[str, ...]:
         """The trainable paths that get gradients and optimizer state."""
-        return tuple(path for path in self.trainable if path not in self.balanced)
+        return tuple(path for path in self.trainable if path not in self.router_biases)
 
     def merge(self, trainable: Params, frozen: Params) -> Model:
         """The module with its arrays put in."""
-        return put(self.graphdef, {**frozen, **trainable})
+        return unflatten(self.graphdef, {**frozen, **trainable})
 
-    def all_frozen(self, dtype: str) -> "Partition":
+    def for_inference(self, dtype: str) -> "Partition":
         """The same leaves for a model that is only used, base parameters held in `dtype`."""
         wanted = jnp.dtype(dtype)
         held = {
@@ -74,19 +74,19 @@ class Partition:
         return sum(self.trainable_count(path) for path in self.trainable), everything
 
 
-def put(graphdef: Any, params: Mapping[str, Any]) -> Model:
+def unflatten(graphdef: Any, params: Mapping[str, Any]) -> Model:
     """Put arrays, by dotted path, into a module."""
     state: dict[Any, Any] = {tuple(path.split(".")): value for path, value in params.items()}
     return nnx.merge(graphdef, nnx.from_flat_state(state))
 
 
-def take(model: Model) -> dict[str, Any]:
+def flatten(model: Model) -> dict[str, Any]:
     """The arrays of a module by dotted path."""
     flat = nnx.to_flat_state(nnx.state(model))
     return {".".join(map(str, path)): variable[...] for path, variable in flat}
 
 
-def decide(
+def make_partition(
     model: Model,
     *,
     freeze: Sequence[str] = (),
@@ -117,9 +117,9 @@ def decide(
             "all weights of the model are frozen"
         )
     masks = _layer_masks(model, freeze)
-    balanced = _balanced(kinds) if balance and not has_adapter else ()
+    router_biases = _router_biases(kinds) if balance and not has_adapter else ()
     for path, variable in kinds.items():
-        if not variable.get_metadata().get("trains", True) and path not in balanced:
+        if not variable.get_metadata().get("trains", True) and path not in router_biases:
             masks[path] = np.zeros_like(masks[path])
     leaves, trainable = {}, []
     for path, variable in kinds.items():
@@ -130,23 +130,23 @@ def decide(
         leaves[path] = _leaf(variable, kind, jnp.dtype(held))
         if trains:
             trainable.append(path)
-    if not set(trainable) - set(balanced):
+    if not set(trainable) - set(router_biases):
         raise ConfigError(
             f"training.freeze: got {list(freeze)!r}, which freezes every tensor, expected at least "
             "one left to train; remove a pattern"
         )
-    if balanced and not set(trainable) & set(balanced):
+    if router_biases and not set(trainable) & set(router_biases):
         raise ConfigError(
             f"training.freeze: got {list(freeze)!r}, which freezes every e_score_correction_bias, "
             "expected at least one left to move; or set objective.bias_update_speed=0"
         )
     partial = {} if has_adapter else {p: m for p, m in masks.items() if m.any() and not m.all()}
     frozen = tuple(path for path in leaves if path not in set(trainable))
-    moved = tuple(path for path in trainable if path in balanced)
+    moved = tuple(path for path in trainable if path in router_biases)
     return Partition(nnx.graphdef(model), leaves, tuple(trainable), frozen, partial, moved)
 
 
-def _balanced(variables: Mapping[str, nnx.Variable]) -> tuple[str, ...]:
+def _router_biases(variables: Mapping[str, nnx.Variable]) -> tuple[str, ...]:
     """Paths of what the experts' loads may move."""
     return tuple(p for p, v in variables.items() if v.get_metadata().get("balances", False))
 

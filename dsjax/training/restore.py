@@ -36,27 +36,27 @@ class Restored(NamedTuple):
     meta: dict[str, Any]
 
 
-def restore_trained(run: Path, config: RunConfig, parts: Assembly) -> Restored:
+def restore_trained(run: Path, config: RunConfig, setup: Assembly) -> Restored:
     """The trained arrays of a run's newest complete checkpoint; the run may be alive.
 
     Raises:
         ConfigError: the run has no complete checkpoint, or one of another model.
     """
-    return from_newest(lambda: _restore_newest(run, config, parts))
+    return from_newest(lambda: _restore_newest(run, config, setup))
 
 
-def _restore_newest(run: Path, config: RunConfig, parts: Assembly) -> Restored:
+def _restore_newest(run: Path, config: RunConfig, setup: Assembly) -> Restored:
     folder = run / CHECKPOINTS
     checkpointer = Checkpointer(folder, config.checkpoint, read_only=True)
     step = checkpointer.latest() if folder.is_dir() else None
     if step is None:
         raise ConfigError(f"{folder}: got no complete checkpoint, expected one; train first")
     meta = read_meta(checkpointer, step)
-    check_contents(parts.contents(), meta["contents"], run)
-    shardings, leaves = parts.shardings, parts.partition.leaves
+    check_contents(setup.contents(), meta["contents"], run)
+    shardings, leaves = setup.shardings, setup.partition.leaves
     abstract = {
         path: jax.ShapeDtypeStruct(leaves[path].shape, leaves[path].dtype, sharding=shardings[path])
-        for path in parts.partition.trainable
+        for path in setup.partition.trainable
     }
     state = checkpointer.restore(step, {"trainable": abstract}, partial=True)
     checkpointer.close()

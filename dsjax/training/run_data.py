@@ -13,7 +13,7 @@ from dsjax.data import Loader, decode_sample, find_tokenizer, load_training
 from dsjax.distributed.mesh import check_batch, portions, process_rows
 from dsjax.distributed.processes import Hosts
 from dsjax.training.run_dir import (
-    Earlier,
+    ResumePoint,
     split_as_before,
 )
 from dsjax.training.setup import Assembly
@@ -35,17 +35,17 @@ class Data:
         return {"data.train": self.fingerprint, "data.eval": self.eval_fingerprint}
 
 
-def read_data(config: RunConfig, parts: Assembly, today: datetime) -> Data:
+def read_data(config: RunConfig, setup: Assembly, today: datetime) -> Data:
     """Tokenise all rows, as of the run's first day, and plan their order.
 
     Raises:
         ConfigError: a row, a file, or a batch that the devices do not divide.
     """
     training, section = config.training, config.data
-    check_batch(training.batch_size, portions_of(training, parts), parts.mesh)
-    tokenizer = find_tokenizer(parts.source.directory, section.format, today)
-    vocabulary = parts.model.config.vocab_size
-    rows = process_rows(parts.mesh, training.batch_size)
+    check_batch(training.batch_size, portions_of(training, setup), setup.mesh)
+    tokenizer = find_tokenizer(setup.source.directory, section.format, today)
+    vocabulary = setup.model.config.vocab_size
+    rows = process_rows(setup.mesh, training.batch_size)
     examples, held_out = load_training(section, training.seed, tokenizer, vocabulary)
     loader = Loader(examples, section, training.batch_size, training.seed, rows)
     lines, evaluation, other = examples.report.lines(), None, ""
@@ -58,13 +58,13 @@ def read_data(config: RunConfig, parts: Assembly, today: datetime) -> Data:
 
 
 def read_as_before(
-    config: RunConfig, earlier: Earlier, parts: Assembly, today: datetime, hosts: Hosts
+    config: RunConfig, earlier: ResumePoint, setup: Assembly, today: datetime, hosts: Hosts
 ) -> tuple[RunConfig, Data]:
     """`read_data`, and the configuration by which it was read, which goes on with the run."""
     split = split_as_before(config, earlier, hosts)
-    data = read_data(split, parts, today)
+    data = read_data(split, setup, today)
     return split, data if split is config else replace(data, eval=None, eval_fingerprint="")
 
 
-def portions_of(training: TrainingSection, parts: Assembly) -> int:
-    return portions(training.gradient_accumulation_steps, training.batch_size, parts.mesh)
+def portions_of(training: TrainingSection, setup: Assembly) -> int:
+    return portions(training.gradient_accumulation_steps, training.batch_size, setup.mesh)

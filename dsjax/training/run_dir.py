@@ -36,18 +36,18 @@ def run_config(run: Path) -> RunConfig:
     return load_config(file)
 
 
-MARKER = "dsjax_export.json"
+MANIFEST = "dsjax_export.json"
 """Says that an export is ours and what it is of."""
 
 
-def read_marker(out: Path) -> dict[str, Any] | None:
+def read_manifest(out: Path) -> dict[str, Any] | None:
     """What the export in a folder says it is; None if there is none of ours."""
-    file = out / MARKER
+    file = out / MANIFEST
     try:
-        marker = json.loads(file.read_text("utf-8")) if file.is_file() else None
+        manifest = json.loads(file.read_text("utf-8")) if file.is_file() else None
     except (ValueError, RecursionError):
         return None
-    return marker if isinstance(marker, dict) else None
+    return manifest if isinstance(manifest, dict) else None
 
 
 SHARED_WITHIN = 20.0
@@ -57,7 +57,7 @@ CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
-class Earlier:
+class ResumePoint:
     """What an earlier run has done, and what it began with; of a new run, nothing and now.
 
     Attributes:
@@ -78,7 +78,7 @@ class Earlier:
         return self.meta["meter"]["run"] if self.meta else {}
 
 
-def earlier_run(run: Path, config: RunConfig) -> Earlier:
+def find_resume_point(run: Path, config: RunConfig) -> ResumePoint:
     """Look at what lies in the output directory.
 
     A run that ended before its first checkpoint left nothing to go on with and nothing to protect:
@@ -97,7 +97,7 @@ def earlier_run(run: Path, config: RunConfig) -> Earlier:
     if old is not None and (done is not None or _has_results(run, old)):
         _check_same(old, config)
     if done is None:
-        return Earlier(0, datetime.now().isoformat(timespec="seconds"))
+        return ResumePoint(0, datetime.now().isoformat(timespec="seconds"))
     if old is None:  # of what configuration, nobody knows
         raise ConfigError(
             f"output_dir: got {str(run)!r}, which holds checkpoints without {CONFIG_FILE}, "
@@ -105,7 +105,7 @@ def earlier_run(run: Path, config: RunConfig) -> Earlier:
         )
     with closing(open_reader()) as reader:
         meta = reader.meta(done)
-    return Earlier(done, meta["started"], meta, old.data.val_size)
+    return ResumePoint(done, meta["started"], meta, old.data.val_size)
 
 
 def _check_same(old: RunConfig, new: RunConfig) -> None:
@@ -121,10 +121,12 @@ def _check_same(old: RunConfig, new: RunConfig) -> None:
 def _has_results(run: Path, config: RunConfig) -> bool:
     """Whether a run came to its end, and left more than checkpoints."""
     rows = read_metrics(run / METRICS_FILE)
-    return read_marker(export_path(config)) is not None or any("train_loss" in row for row in rows)
+    return read_manifest(export_path(config)) is not None or any(
+        "train_loss" in row for row in rows
+    )
 
 
-def split_as_before(config: RunConfig, earlier: Earlier, hosts: Hosts) -> RunConfig:
+def split_as_before(config: RunConfig, earlier: ResumePoint, hosts: Hosts) -> RunConfig:
     """The configuration by which a run's rows are parted as when it began.
 
     A start that leaves out `data.val_size` leaves out the evaluation, and nothing else: what was
@@ -133,7 +135,7 @@ def split_as_before(config: RunConfig, earlier: Earlier, hosts: Hosts) -> RunCon
     data, held = config.data, earlier.val_size
     if held is None or data.val_size is not None or data.eval is not None:
         return config
-    hosts.say(
+    hosts.log_once(
         f"data.val_size: the rows that the run began to hold out ({held}) stay out of its "
         "training, and are not evaluated"
     )
@@ -172,13 +174,13 @@ def check_shared(run: Path, hosts: Hosts, within: float = SHARED_WITHIN) -> None
                 return above, name
         raise FileNotFoundError(run)
 
-    above, name = hosts.decide(leave)
+    above, name = hosts.broadcast_from_primary(leave)
     # Where the working directory is not as deep as process 0's, the folder may be another's.
     place = places[min(above, len(places) - 1)]
     token, deadline = place / name, time.monotonic() + within
     while not token.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    seen = hosts.exchange(json.dumps(token.exists()))
+    seen = hosts.all_gather_text(json.dumps(token.exists()))
     if hosts.primary:
         token.unlink()
     blind = [process for process, answer in enumerate(seen) if not json.loads(answer)]
@@ -191,7 +193,7 @@ def check_shared(run: Path, hosts: Hosts, within: float = SHARED_WITHIN) -> None
 
 
 @contextmanager
-def claimed(run: Path, hosts: Hosts | None = None) -> Iterator[None]:
+def locked_run_dir(run: Path, hosts: Hosts | None = None) -> Iterator[None]:
     """Make the output directory and lock it, before anything in it is looked at, to the end.
 
     Of several processes the first does so, for all. A run that is refused leaves no folder that was

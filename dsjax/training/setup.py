@@ -21,7 +21,7 @@ from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import Params, check_experts, leaf_shardings
 from dsjax.models import Model, build, predict_ahead
 from dsjax.objectives.checks import check_biases, check_objective, check_prediction
-from dsjax.training.partition import Partition, decide
+from dsjax.training.partition import Partition, make_partition
 from dsjax.weights import peft
 from dsjax.weights.adapter import check_params, check_targets, fitted, load_params, resolve
 from dsjax.weights.load import Source, check_coverage, load_base, open_checkpoint
@@ -77,11 +77,11 @@ def assemble(
     """
     mesh = make_mesh(config.mesh, devices)
     freeze = list(config.training.freeze)
-    parts = assemble_model(
+    setup = assemble_model(
         config.model, config.adapter, freeze, mesh, config.objective, weights=weights
     )
-    check_experts(parts.partition.leaves, mesh)
-    return parts
+    check_experts(setup.partition.leaves, mesh)
+    return setup
 
 
 def assemble_model(
@@ -107,7 +107,7 @@ def assemble_model(
     if spec is not None:
         check_targets(adapter, spec, model)
     adapters.attach(model, spec)
-    partition = decide(
+    partition = make_partition(
         model,
         freeze=freeze,
         dtype=section.dtype,
@@ -136,24 +136,24 @@ def silent(done: int, total: int) -> None:
     """Tell nobody."""
 
 
-def load_frozen(parts: Assembly, seed: int, progress: Progress = silent) -> Params:
+def load_frozen(setup: Assembly, seed: int, progress: Progress = silent) -> Params:
     """The frozen arrays on their devices."""
-    return _load(parts, parts.partition.frozen, seed, progress)
+    return _load(setup, setup.partition.frozen, seed, progress)
 
 
-def load_trainable(parts: Assembly, seed: int, progress: Progress = silent) -> Params:
+def load_trainable(setup: Assembly, seed: int, progress: Progress = silent) -> Params:
     """The first values of the trainable arrays on their devices."""
-    return _load(parts, parts.partition.trainable, seed, progress)
+    return _load(setup, setup.partition.trainable, seed, progress)
 
 
-def _load(parts: Assembly, paths: Sequence[str], seed: int, progress: Progress) -> Params:
-    shardings = parts.shardings
-    leaves = {path: parts.partition.leaves[path] for path in paths}
+def _load(setup: Assembly, paths: Sequence[str], seed: int, progress: Progress) -> Params:
+    shardings = setup.shardings
+    leaves = {path: setup.partition.leaves[path] for path in paths}
     base = {path: leaf for path, leaf in leaves.items() if leaf.kind == "base"}
     own = {path: leaf for path, leaf in leaves.items() if leaf.kind != "base"}
-    params = load_base(parts.source, parts.model, base, shardings, progress) if base else {}
-    params |= adapters.initial_params(parts.model, parts.spec, own, shardings, seed)
+    params = load_base(setup.source, setup.model, base, shardings, progress) if base else {}
+    params |= adapters.initial_params(setup.model, setup.spec, own, shardings, seed)
     trained = any(leaf.kind == "adapter" for leaf in own.values())
-    if parts.adapter_path is not None and parts.spec is not None and trained:
-        params |= load_params(parts.adapter_path, parts.model, parts.spec, own, shardings)
+    if setup.adapter_path is not None and setup.spec is not None and trained:
+        params |= load_params(setup.adapter_path, setup.model, setup.spec, own, shardings)
     return params

@@ -76,7 +76,7 @@ def step_config(
 ) -> StepConfig:
     """The parts of a run's step."""
     schedule = make_schedule(config.optimizer, total_steps)
-    mask = decay_mask(dict.fromkeys(partition.learnt))
+    mask = decay_mask(dict.fromkeys(partition.gradient_params))
     return StepConfig(
         partition=partition,
         objective=OBJECTIVES[config.objective.type],
@@ -117,7 +117,7 @@ def init_state(trainable: Params, config: StepConfig, seed: int) -> TrainState:
     def init(trainable: Params) -> tuple[Any, jax.Array, jax.Array, LossScale]:
         key = jax.random.key_data(jax.random.key(seed))
         return (
-            config.optimizer.init(_learnt(trainable, config.partition)),
+            config.optimizer.init(_gradient_params(trainable, config.partition)),
             jnp.int32(0),
             key,
             first_loss_scale(config.float16),
@@ -136,9 +136,9 @@ def state_shardings(state: Any, config: StepConfig) -> Any:
     return shardings_like(state, by_path, config.mesh)
 
 
-def _learnt(trainable: Params, partition: Partition) -> Params:
+def _gradient_params(trainable: Params, partition: Partition) -> Params:
     """What gradients are taken of, in float32."""
-    return {path: trainable[path].astype(jnp.float32) for path in partition.learnt}
+    return {path: trainable[path].astype(jnp.float32) for path in partition.gradient_params}
 
 
 def abstract_frozen(config: StepConfig) -> dict[str, jax.ShapeDtypeStruct]:

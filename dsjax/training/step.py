@@ -29,7 +29,7 @@ from dsjax.training.state import (
     StepConfig,
     StepReport,
     TrainState,
-    _learnt,
+    _gradient_params,
     abstract_batch,
     abstract_frozen,
     abstract_state,
@@ -56,8 +56,8 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Params, batch: Batch):
         weight = jnp.sum(batch.loss_weights)
         # A batch without a trained token has nothing to divide by, and no gradient either.
-        seed = state.loss_scale.scale / jnp.where(weight > 0, weight, 1.0)
-        grads, sums = _accumulate(config, state, frozen, batch, seed)
+        loss_multiplier = state.loss_scale.scale / jnp.where(weight > 0, weight, 1.0)
+        grads, sums = _accumulate(config, state, frozen, batch, loss_multiplier)
         grads = jax.tree.map(lambda g: g / state.loss_scale.scale, grads)
         norm = optax.tree.norm(grads)
         updated, learning_rate, lost = _update(config, state, grads, norm, sums)
@@ -83,7 +83,7 @@ def make_train_step(
 
 
 def _accumulate(
-    config: StepConfig, state: TrainState, frozen: Params, batch: Batch, seed: jax.Array
+    config: StepConfig, state: TrainState, frozen: Params, batch: Batch, loss_multiplier: jax.Array
 ) -> tuple[Params, Sums]:
     """Gradients of seed * loss sum, and the sums, over all microbatches.
 
@@ -92,8 +92,8 @@ def _accumulate(
     """
     key = _step_key(state)
     balance_seed, ahead_seed = _term_seeds(config, state, batch)
-    wide = _learnt(state.trainable, config.partition)
-    held = frozen | {path: state.trainable[path] for path in config.partition.balanced}
+    params_f32 = _gradient_params(state.trainable, config.partition)
+    constants = frozen | {path: state.trainable[path] for path in config.partition.router_biases}
 
     def micro(rows: Batch, token_BT: jax.Array | None) -> tuple[Params, Sums]:
         layout = make_layout(config.mesh)
@@ -108,9 +108,9 @@ def _accumulate(
             config.mtp_loss_weight > 0,
         )
 
-        def scaled_loss(wide: Params) -> tuple[jax.Array, Sums]:
-            sums = config.objective(config.partition.merge(wide, held), rows, forward)
-            loss = sums.loss * seed
+        def scaled_loss(params_f32: Params) -> tuple[jax.Array, Sums]:
+            sums = config.objective(config.partition.merge(params_f32, constants), rows, forward)
+            loss = sums.loss * loss_multiplier
             if not config.aux_loss_alpha:  # then it need not be computed
                 sums = sums._replace(balance=None)
             elif sums.balance is not None:
@@ -119,7 +119,7 @@ def _accumulate(
                 loss += sums.ahead.loss * ahead_seed
             return loss, sums
 
-        (_, sums), grads = jax.value_and_grad(scaled_loss, has_aux=True)(wide)
+        (_, sums), grads = jax.value_and_grad(scaled_loss, has_aux=True)(params_f32)
         return _masked(grads, config.partition), sums
 
     shape = batch.input_ids.shape
@@ -173,20 +173,20 @@ def _update(
     config: StepConfig, state: TrainState, grads: Params, norm: jax.Array, sums: Sums
 ) -> tuple[tuple[Params, Any], jax.Array, jax.Array | None]:
     """New trainable arrays and optimizer state, the learning rate, the share of lost updates."""
-    wide = _learnt(state.trainable, config.partition)
+    params_f32 = _gradient_params(state.trainable, config.partition)
     clipped = clip_by_global_norm(grads, norm, config.max_grad_norm)
     updates: Any
-    updates, opt_state = config.optimizer.update(clipped, state.opt_state, wide)
-    old, key, learnt = state.trainable, _step_key(state), {}
-    for path in config.partition.learnt:
+    updates, opt_state = config.optimizer.update(clipped, state.opt_state, params_f32)
+    old, key, gradient_params = state.trainable, _step_key(state), {}
+    for path in config.partition.gradient_params:
         own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        new = round_to(wide[path] + updates[path], old[path].dtype, own_key)
+        new = round_to(params_f32[path] + updates[path], old[path].dtype, own_key)
         # Frozen layers are copied: adding a zero to them would turn -0 into +0.
-        learnt[path] = _where_trained(path, new, old[path], config.partition)
+        gradient_params[path] = _where_trained(path, new, old[path], config.partition)
     learning_rate = config.schedule(state.step - state.loss_scale.skipped)
-    wanted = {p: _where_trained(p, updates[p], 0, config.partition) for p in learnt}
-    lost = share_lost(old, learnt, wanted)
-    return (learnt | _moved_biases(config, old, sums), opt_state), learning_rate, lost
+    wanted = {p: _where_trained(p, updates[p], 0, config.partition) for p in gradient_params}
+    lost = share_lost(old, gradient_params, wanted)
+    return (gradient_params | _moved_biases(config, old, sums), opt_state), learning_rate, lost
 
 
 def _moved_biases(config: StepConfig, trainable: Params, sums: Sums) -> Params:
@@ -196,10 +196,10 @@ def _moved_biases(config: StepConfig, trainable: Params, sums: Sums) -> Params:
     `bias_update_speed`, one that took fewer gains it (arXiv 2412.19437, 2.1.2).
     """
     moved = {}
-    for path in config.partition.balanced:
+    for path in config.partition.router_biases:
         own = sums.ahead if path.startswith("mtp.") else sums
-        assert own is not None and own.loads is not None
-        loads_LE = own.loads
+        assert own is not None and own.tokens_per_expert is not None
+        loads_LE = own.tokens_per_expert
         mean_L1 = jnp.sum(loads_LE, axis=-1, keepdims=True) / loads_LE.shape[-1]
         bias_LE = trainable[path]
         assert bias_LE.shape == loads_LE.shape, path

@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from dsjax.adapters import KEYS, Spec, idle, lora
-from dsjax.adapters.lora import LoraSpec
-from dsjax.adapters.prefix import PrefixSpec
+from dsjax.adapters.lora import LoraConfig
+from dsjax.adapters.prefix import PrefixConfig
 from dsjax.config import AdapterSection
 from dsjax.distributed.sharding import Leaf
 from dsjax.errors import raise_all
@@ -34,15 +34,15 @@ def resolve(section: AdapterSection) -> Spec | None:
     """
     if section.path is not None:
         spec = peft.read_spec(section.path)
-        if isinstance(spec, LoraSpec) and spec.target_parameters:
+        if isinstance(spec, LoraConfig) and spec.target_parameters:
             # PEFT has no dropout there, so its file cannot say one.
             spec = replace(spec, lora_dropout=section.lora_dropout)
         _check_agreement(section, spec)
         return spec
     if section.peft_type == "LORA":
-        return LoraSpec(**{key: getattr(section, key) for key in KEYS["LORA"]})
+        return LoraConfig(**{key: getattr(section, key) for key in KEYS["LORA"]})
     if section.peft_type == "PREFIX_TUNING":
-        return PrefixSpec(section.num_virtual_tokens)
+        return PrefixConfig(section.num_virtual_tokens)
     return None
 
 
@@ -55,7 +55,7 @@ def fitted(section: AdapterSection, spec: Spec | None, model: Model) -> tuple[Sp
     if section.path is None or spec is None:
         return spec, ""
     told = []
-    if isinstance(spec, LoraSpec):
+    if isinstance(spec, LoraConfig):
         spec, left_out = idle.without_idle(model, spec)
         told += [f"not in this model: {_some(left_out)}"] if left_out else []
     unknown = peft.unknown_fields(section.path)
@@ -88,13 +88,13 @@ def _check_agreement(section: AdapterSection, spec: Spec) -> None:
 
 def _compared_with_model(spec: Spec) -> set[str]:
     """Keys of which two values can say the same; patterns in PEFT's file may be for parameters."""
-    by_parameter = isinstance(spec, LoraSpec) and spec.target_parameters
+    by_parameter = isinstance(spec, LoraConfig) and spec.target_parameters
     return {"target_modules"} | ({"rank_pattern", "alpha_pattern"} if by_parameter else set())
 
 
 def check_targets(section: AdapterSection, spec: Spec, model: Model) -> None:
     """Refuse targets and patterns of the YAML that mean another adapter than the one on disk."""
-    if section.path is None or not isinstance(spec, LoraSpec):
+    if section.path is None or not isinstance(spec, LoraConfig):
         return
     given = section.model_fields_set & _compared_with_model(spec)
     raise_all(
@@ -105,7 +105,7 @@ def check_targets(section: AdapterSection, spec: Spec, model: Model) -> None:
     )
 
 
-def _says_the_same(key: str, section: AdapterSection, spec: LoraSpec, model: Model) -> bool:
+def _says_the_same(key: str, section: AdapterSection, spec: LoraConfig, model: Model) -> bool:
     """Whether the YAML's value of a key gives every module what the adapter on disk has."""
     plain = replace(spec, target_parameters=None, rank_pattern={}, alpha_pattern={})
     wished = replace(plain, **{key: getattr(section, key)})

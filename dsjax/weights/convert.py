@@ -21,7 +21,13 @@ from dsjax.models import Model, build, entries_of
 from dsjax.models.weight_rules import Entry
 from dsjax.weights import dsjax_format, fp8, hf_directory
 from dsjax.weights.dsjax_format import is_flax_checkpoint, open_flax
-from dsjax.weights.folders import check_apart, check_empty, check_room, leftovers_of, written_beside
+from dsjax.weights.folders import (
+    atomic_directory,
+    check_apart,
+    check_empty,
+    check_room,
+    leftovers_of,
+)
 from dsjax.weights.load import check_config, check_coverage, load_entries
 from dsjax.weights.source import Source
 from dsjax.weights.write import write_checkpoint
@@ -52,7 +58,7 @@ def to_flax(src: str, dst: str, progress: Callable[[int, int], None] = lambda do
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
     check_room(Path(dst), {"the checkpoint": size}, "output directory", leftovers_of(Path(dst)))
     params = load_entries(source, entries, leaves, shardings, progress)
-    with written_beside(Path(dst), check=lambda: check_empty(dst)) as directory:
+    with atomic_directory(Path(dst), check=lambda: check_empty(dst)) as directory:
         dsjax_format.save_flax(source, directory, entries, params, carried)
 
 
@@ -94,5 +100,5 @@ def to_hf(
     check_empty(dst)
     check_apart(dst, "output directory", {"source": src})
     source = open_flax(src)
-    with written_beside(Path(dst), check=lambda: check_empty(dst)) as directory:
+    with atomic_directory(Path(dst), check=lambda: check_empty(dst)) as directory:
         write_checkpoint(source, directory, {}, progress)

@@ -115,7 +115,7 @@ def _bytes_in(folder: Path, device: int) -> int:
     return size
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_atomic(file: Path, text: str) -> None:
     """Write a file so that it is there complete or not at all."""
     beside = file.with_name(f".{file.name}.partial")
     with files_of(file):
@@ -153,7 +153,7 @@ def leftovers_of(path: Path) -> tuple[Path, Path]:
 
 
 @contextmanager
-def written_beside(
+def atomic_directory(
     path: Path,
     field: str = "output directory",
     primary: bool = True,

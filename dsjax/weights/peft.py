@@ -16,8 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from dsjax.adapters import lora_peft, prefix
 from dsjax.adapters.expert_lora import DOWN, GATE_UP
-from dsjax.adapters.lora import LoraSpec
-from dsjax.adapters.prefix import PrefixSpec
+from dsjax.adapters.lora import LoraConfig
+from dsjax.adapters.prefix import PrefixConfig
 from dsjax.config import AdapterSection, rules
 from dsjax.config.json_file import read_object
 from dsjax.config.paths import is_url
@@ -66,7 +66,7 @@ _WITHOUT_EFFECT = (
 """Fields of PEFT's configs that are looked at elsewhere, or change nothing of a saved adapter."""
 
 
-def read_spec(path: str) -> LoraSpec | PrefixSpec:
+def read_spec(path: str) -> LoraConfig | PrefixConfig:
     """Read adapter_config.json.
 
     Raises:
@@ -88,7 +88,7 @@ def read_spec(path: str) -> LoraSpec | PrefixSpec:
     ]
     if kind == "PREFIX_TUNING":
         raise_all(problems + _value_problems(field, config, "num_virtual_tokens"))
-        return PrefixSpec(config["num_virtual_tokens"])
+        return PrefixConfig(config["num_virtual_tokens"])
     if config.get("bias") not in (None, "none"):
         problems.append(f"{field} bias: got {shown(config['bias'])}, expected none")
     start = config.get("init_lora_weights")
@@ -121,10 +121,10 @@ def unknown_fields(path: str) -> list[str]:
     ]
 
 
-def _lora_spec(config: Mapping[str, Any]) -> LoraSpec:
+def _lora_spec(config: Mapping[str, Any]) -> LoraConfig:
     layers = config.get("layers_to_transform")
     wanted = config.get("target_modules") or []
-    return LoraSpec(
+    return LoraConfig(
         r=config["r"],
         lora_alpha=config.get("lora_alpha") or 8,
         lora_dropout=float(config.get("lora_dropout") or 0),
@@ -143,7 +143,7 @@ class _Shared(BaseModel):
     adapter: AdapterSection
 
 
-def contents(path: str, spec: LoraSpec | PrefixSpec) -> str:
+def contents(path: str, spec: LoraConfig | PrefixConfig) -> str:
     """What tells an adapter from another, wherever it lies: what it is, and all its numbers."""
     return digest([repr(spec), file_digest(_open(path).files[TENSORS])])
 
@@ -177,7 +177,7 @@ def _read_config(folder: Folder) -> dict[str, Any]:
 def check_tensors(
     path: str,
     model: Model,
-    spec: LoraSpec | PrefixSpec,
+    spec: LoraConfig | PrefixConfig,
     leaves: Mapping[str, Leaf],
     read_base: Callable[[str], np.ndarray],
 ) -> None:
@@ -207,11 +207,11 @@ def check_tensors(
                 "give the model that the adapter was trained on as model.path"
             )
     raise_all(problems)
-    if isinstance(spec, LoraSpec) and spec.target_parameters:
+    if isinstance(spec, LoraConfig) and spec.target_parameters:
         raise_all(
             f"{file} {key}: got a part of the rank that gate_proj and up_proj share, expected half "
             "of it for each; merge the adapter into the model with PEFT"
-            for key in lora_peft.entangled(model, spec, _read_all(folder))
+            for key in lora_peft.shared_rank_tensors(model, spec, _read_all(folder))
         )
 
 
@@ -228,11 +228,11 @@ def _same_weight(copy: np.ndarray, weight: np.ndarray) -> bool:
 
 
 def read_params(
-    path: str, model: Model, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
+    path: str, model: Model, spec: LoraConfig | PrefixConfig, leaves: Mapping[str, Leaf]
 ) -> dict[str, np.ndarray]:
     """The trained arrays of an adapter, stacked as the model's leaves are, in float32."""
     found = _read_all(_open(path))
-    if isinstance(spec, PrefixSpec):
+    if isinstance(spec, PrefixConfig):
         pair = prefix.from_file(found[prefix.TENSOR], model)
         return dict(zip(_prefix_paths(leaves), pair, strict=True))
     return lora_peft.from_file(model, spec, leaves, found)
@@ -253,9 +253,9 @@ def _prefix_paths(leaves: Mapping[str, Leaf]) -> list[str]:
 
 
 def _wanted_shapes(
-    model: Model, spec: LoraSpec | PrefixSpec, leaves: Mapping[str, Leaf]
+    model: Model, spec: LoraConfig | PrefixConfig, leaves: Mapping[str, Leaf]
 ) -> dict[str, tuple[int, ...]]:
-    if isinstance(spec, PrefixSpec):
+    if isinstance(spec, PrefixConfig):
         layers, length, heads, size = leaves[_prefix_paths(leaves)[0]].shape
         return {prefix.TENSOR: (length, layers * 2 * heads * size)}
     return lora_peft.shapes(model, spec, leaves)
@@ -271,10 +271,10 @@ def _tensor_infos(folder: Folder) -> dict[str, TensorInfo]:
 
 
 def to_tensors(
-    model: Model, spec: LoraSpec | PrefixSpec, params: Mapping[str, Any]
+    model: Model, spec: LoraConfig | PrefixConfig, params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """Our arrays as the tensors of PEFT's file, float32."""
-    if isinstance(spec, PrefixSpec):
+    if isinstance(spec, PrefixConfig):
         at = "model.layers.self_attn.prefix"
         key, value = (np.asarray(params[f"{at}.{name}"]) for name in ("key", "value"))
         return {prefix.TENSOR: prefix.to_file(key, value)}

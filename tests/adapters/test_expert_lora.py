@@ -3,19 +3,19 @@
 
 from typing import Any
 
-import in_memory
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_steps
 from flax import nnx
 
 from dsjax import adapters
 from dsjax.adapters import lora
 from dsjax.adapters.expert_lora import ExpertLora
-from dsjax.adapters.lora import LoraSpec
+from dsjax.adapters.lora import LoraConfig
 from dsjax.errors import ConfigError
 from dsjax.models.moe import ExpertLinear
-from dsjax.training.partition import decide
+from dsjax.training.partition import make_partition
 
 INDEXER = {
     "model_type": "deepseek_v32",
@@ -27,21 +27,21 @@ FEED_FORWARD = ["gate_proj", "up_proj", "down_proj"]
 EXPERTS = "model.layers.mlp.experts"
 
 
-def _attached(spec: LoraSpec, **shape: Any) -> nnx.Module:
-    model = in_memory.model_of(**(in_memory.V3 | shape))
+def _attached(spec: LoraConfig, **shape: Any) -> nnx.Module:
+    model = tiny_steps.model_of(**(tiny_steps.V3 | shape))
     adapters.attach(model, spec)
     return model
 
 
-def _adapted(spec: LoraSpec, **shape: Any) -> set[str]:
+def _adapted(spec: LoraConfig, **shape: Any) -> set[str]:
     """The adapted modules' names, without `model.layers`."""
-    modules = lora.targets(in_memory.model_of(**(in_memory.V3 | shape)), spec).values()
+    modules = lora.targets(tiny_steps.model_of(**(tiny_steps.V3 | shape)), spec).values()
     names = {name for layers in modules for name, hit in layers.items() if hit}
     return {name.removeprefix("model.layers.") for name in names}
 
 
-def _spec(targets: str | list[str], **fields: Any) -> LoraSpec:
-    return LoraSpec(**({"r": 2, "lora_alpha": 4, "target_modules": targets} | fields))
+def _spec(targets: str | list[str], **fields: Any) -> LoraConfig:
+    return LoraConfig(**({"r": 2, "lora_alpha": 4, "target_modules": targets} | fields))
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "deepseek_v32"])
@@ -70,14 +70,14 @@ def test_all_linear_leaves_out_experts_router_and_indexer(kind: str) -> None:
         (_spec(["mlp.down_proj"]), {"0.mlp.down_proj"}),
     ],
 )
-def test_experts_are_named_as_on_disk(spec: LoraSpec, expected: set[str]) -> None:
+def test_experts_are_named_as_on_disk(spec: LoraConfig, expected: set[str]) -> None:
     assert _adapted(spec) == expected
 
 
 def test_only_what_trains_is_counted() -> None:
     counts = {
         path: leaf.count
-        for path, leaf in decide(_attached(in_memory.UNEVEN_EXPERTS)).leaves.items()
+        for path, leaf in make_partition(_attached(tiny_steps.UNEVEN_EXPERTS)).leaves.items()
     }
 
     ranks = 2 * 3 + 2 * 2  # of gates: two experts of layer 1, two of layer 2
@@ -85,16 +85,18 @@ def test_only_what_trains_is_counted() -> None:
     assert counts[f"{EXPERTS}.gate_proj.adapter.lora_B"] == ranks * 16
     assert counts[f"{EXPERTS}.down_proj.adapter.lora_A"] == 2 * 8 * 2 * 16
     assert f"{EXPERTS}.up_proj.adapter.lora_A" not in counts
-    partition = decide(_attached(in_memory.UNEVEN_EXPERTS))
+    partition = make_partition(_attached(tiny_steps.UNEVEN_EXPERTS))
     dense = 2 * (64 + 32) + 2 * 2 * (16 + 32) + 3 * 2 * (24 + 32)  # down, shared down, o
     experts = ranks * (32 + 16) + 2 * 8 * 2 * (16 + 32)
     assert partition.counts()[0] == dense + experts
 
 
 def test_experts_without_an_adapter_stay_zero() -> None:
-    run = in_memory.start(in_memory.V3, in_memory.UNEVEN_EXPERTS, optimizer={"weight_decay": 0.5})
+    run = tiny_steps.start(
+        tiny_steps.V3, tiny_steps.UNEVEN_EXPERTS, optimizer={"weight_decay": 0.5}
+    )
     for seed in range(4):
-        run.step(in_memory.batch(seed=seed))
+        run.step(tiny_steps.batch(seed=seed))
     trained = run.trainable()
     a, b = (trained[f"{EXPERTS}.gate_proj.adapter.lora_{part}"] for part in "AB")
     own = np.zeros((2, 8), int)
@@ -113,8 +115,8 @@ def test_experts_without_an_adapter_stay_zero() -> None:
 def test_the_start_is_drawn_for_each_expert() -> None:
     model = _attached(_spec(["experts.1.up_proj", "experts.2.up_proj"], r=16))
     path = f"{EXPERTS}.up_proj.adapter.lora_A"
-    leaf = decide(model).leaves[path]
-    values = np.asarray(lora.initial(path, leaf, model, in_memory.jax.random.key(0)))
+    leaf = make_partition(model).leaves[path]
+    values = np.asarray(lora.initial(path, leaf, model, tiny_steps.jax.random.key(0)))
     assert not values[:, [0, 3, 4, 5, 6, 7]].any()
     drawn = values[:, 1:3]
     assert len(np.unique(drawn)) > 0.99 * drawn.size
@@ -149,7 +151,7 @@ def test_each_group_gets_its_own_update(dtype: str) -> None:
 
 
 def test_factors_are_held_in_parts() -> None:
-    run = in_memory.start(in_memory.V3, _spec(FEED_FORWARD), mesh={"expert": 4, "tensor": 2})
+    run = tiny_steps.start(tiny_steps.V3, _spec(FEED_FORWARD), mesh={"expert": 4, "tensor": 2})
     parts = {
         path.removeprefix(f"{EXPERTS}."): {s.data.shape for s in array.addressable_shards}
         for path, array in run.state.trainable.items()
@@ -206,9 +208,9 @@ def test_what_has_no_adapter_is_refused(
     fields: dict[str, Any], shape: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        _attached(LoraSpec(**({"r": 2, "lora_alpha": 4} | fields)), **shape)
+        _attached(LoraConfig(**({"r": 2, "lora_alpha": 4} | fields)), **shape)
 
 
 def test_dropout_without_routed_experts_is_taken() -> None:
     spec = _spec(["o_proj", "shared_experts.down_proj"], lora_dropout=0.1)
-    assert any("shared_experts" in path for path in decide(_attached(spec)).trainable)
+    assert any("shared_experts" in path for path in make_partition(_attached(spec)).trainable)

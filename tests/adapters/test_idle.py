@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import in_memory
 import pytest
+import tiny_steps
 
 from dsjax import adapters
 from dsjax.adapters import lora
-from dsjax.adapters.lora import LoraSpec
+from dsjax.adapters.lora import LoraConfig as OurLoraConfig
 from dsjax.config import AdapterSection, patterns
 from dsjax.errors import ConfigError
 from dsjax.weights import peft
@@ -26,7 +26,7 @@ def _section(folder: Path, **fields: Any) -> AdapterSection:
 
 
 def _fitted(folder: Path, shape: dict[str, Any], **fields: Any) -> tuple[Any, str]:
-    section, model = _section(folder, **fields), in_memory.model_of(**shape)
+    section, model = _section(folder, **fields), tiny_steps.model_of(**shape)
     spec, told = fitted(section, resolve(section), model)
     adapters.attach(model, spec)
     return spec, told
@@ -35,7 +35,7 @@ def _fitted(folder: Path, shape: dict[str, Any], **fields: Any) -> tuple[Any, st
 def test_what_is_not_in_the_model_is_left_out_and_told(tmp_path: Path):
     spec, told = _fitted(
         tmp_path,
-        in_memory.V3,
+        tiny_steps.V3,
         target_modules=["o_proj", "k_proj", "v_proj", "c_attn"],
         layers_to_transform=[0, 99],
         rank_pattern={"k_proj": 2, "o_proj": 8},
@@ -52,7 +52,7 @@ def test_what_is_not_in_the_model_is_left_out_and_told(tmp_path: Path):
 
 
 def test_an_adapter_that_fits_is_told_nothing(tmp_path: Path):
-    spec, told = _fitted(tmp_path, in_memory.V3)
+    spec, told = _fitted(tmp_path, tiny_steps.V3)
     assert (spec.target_modules, told) == (["o_proj"], "")
 
 
@@ -76,12 +76,12 @@ def test_what_is_in_the_model_and_has_no_adapter_is_refused(
 ):
     monkeypatch.setattr(patterns, "LIMIT_S", 2)
     with pytest.raises(ConfigError) as refused:
-        _fitted(tmp_path, in_memory.V3, **fields)
+        _fitted(tmp_path, tiny_steps.V3, **fields)
     assert part in str(refused.value)
 
 
 def test_a_name_in_the_yaml_that_matches_nothing_is_refused():
-    model = in_memory.model_of(**in_memory.V3)
+    model = tiny_steps.model_of(**tiny_steps.V3)
     section = AdapterSection(peft_type="LORA", target_modules=["o_proj", "k_proj"])
     spec, told = fitted(section, resolve(section), model)
     assert told == ""
@@ -94,7 +94,7 @@ def test_a_name_in_the_yaml_that_matches_nothing_is_refused():
 )
 def test_a_start_that_leaves_the_base_alone_is_a_plain_lora(tmp_path: Path, start: Any):
     spec = resolve(_section(tmp_path, init_lora_weights=start))
-    assert spec == LoraSpec(4, 8, target_modules=["o_proj"])
+    assert spec == OurLoraConfig(4, 8, target_modules=["o_proj"])
 
 
 @pytest.mark.parametrize(

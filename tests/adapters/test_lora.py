@@ -5,12 +5,12 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import in_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tiny_steps
 import torch
 from flax import nnx
 from hypothesis import assume, example, given, settings
@@ -19,16 +19,17 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
 from dsjax import adapters
 from dsjax.adapters import lora, lora_peft
-from dsjax.adapters.lora import Lora, LoraSpec
+from dsjax.adapters.lora import Lora
+from dsjax.adapters.lora import LoraConfig as OurLoraConfig
 from dsjax.config import MeshSection
 from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import leaf_shardings
 from dsjax.errors import ConfigError
 from dsjax.models import build
 from dsjax.models.layers import Dropout, Linear
-from dsjax.training.partition import decide
+from dsjax.training.partition import make_partition
 
-SHAPE = in_memory.SHAPE | {"num_hidden_layers": 3, "hidden_size": 16, "intermediate_size": 24}
+SHAPE = tiny_steps.SHAPE | {"num_hidden_layers": 3, "hidden_size": 16, "intermediate_size": 24}
 Modules = dict[str, tuple[int, float, tuple[int, ...], tuple[int, ...]]]
 
 
@@ -56,9 +57,9 @@ def _peft_modules(model: PeftModel) -> Modules:
 def _our_modules(fields: Mapping[str, Any], **shape: Any) -> tuple[Modules, dict[str, Any], int]:
     """The same of ours, the config that is exported, and the number of trained parameters."""
     model = build(SHAPE | shape, "float32")
-    spec = LoraSpec(**fields)
+    spec = OurLoraConfig(**fields)
     adapters.attach(model, spec)
-    partition = decide(model)
+    partition = make_partition(model)
     shapes = {}
     for key, (path, index) in lora.tensors(model, spec).items():
         array = np.broadcast_to(np.float32(0), partition.leaves[path].shape)
@@ -153,11 +154,11 @@ def test_counts_are_those_of_peft(tied: bool) -> None:
         "rank_pattern": {"k_proj": 5},
     }
     model = build(SHAPE | {"tie_word_embeddings": tied}, "float32")
-    adapters.attach(model, LoraSpec(**fields))
+    adapters.attach(model, OurLoraConfig(**fields))
 
     peft = _peft(fields, tie_word_embeddings=tied)
 
-    assert decide(model).counts() == peft.get_nb_trainable_parameters()
+    assert make_partition(model).counts() == peft.get_nb_trainable_parameters()
 
 
 @pytest.mark.parametrize(
@@ -210,18 +211,18 @@ def test_a_tied_head_is_no_target() -> None:
 
 
 def test_rows_beyond_a_layers_rank_stay_zero() -> None:
-    spec = LoraSpec(
+    spec = OurLoraConfig(
         r=2,
         lora_alpha=4,
         target_modules=["q_proj", "up_proj"],
         layers_to_transform=[0, 2],
         rank_pattern={r"layers\.0\.self_attn\.q_proj": 5, "up_proj": 3},
     )
-    run = in_memory.start({"num_hidden_layers": 3}, spec, optimizer={"weight_decay": 0.5})
+    run = tiny_steps.start({"num_hidden_layers": 3}, spec, optimizer={"weight_decay": 0.5})
     ranks = {"model.layers.self_attn.q_proj": (5, 0, 2), "model.layers.mlp.up_proj": (3, 0, 3)}
 
     for seed in range(5):
-        run.step(in_memory.batch(seed=seed))
+        run.step(tiny_steps.batch(seed=seed))
 
     trained = run.trainable()
     assert {path.partition(".adapter.")[0] for path in trained} == set(ranks)
@@ -233,10 +234,10 @@ def test_rows_beyond_a_layers_rank_stay_zero() -> None:
             assert not a[rank:].any() and not b[:, rank:].any()
 
 
-def _initial(spec: LoraSpec, mesh: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
-    model = in_memory.model_of()
+def _initial(spec: OurLoraConfig, mesh: Mapping[str, int], seed: int = 0) -> dict[str, np.ndarray]:
+    model = tiny_steps.model_of()
     adapters.attach(model, spec)
-    leaves = decide(model).leaves
+    leaves = make_partition(model).leaves
     section = MeshSection(**mesh)
     devices = jax.devices()[: section.data * section.fsdp * section.tensor]
     shardings = leaf_shardings(leaves, make_mesh(section, devices))
@@ -246,7 +247,7 @@ def _initial(spec: LoraSpec, mesh: Mapping[str, int], seed: int = 0) -> dict[str
 
 
 def test_the_start_depends_on_seed_and_path_but_not_on_the_mesh() -> None:
-    spec = LoraSpec(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj", "lm_head"])
+    spec = OurLoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "o_proj", "lm_head"])
     one = _initial(spec, {"fsdp": 1})
     many = _initial(spec, {"fsdp": 2, "tensor": 2, "data": 2})
     assert one.keys() == many.keys()
@@ -264,10 +265,12 @@ def test_the_start_depends_on_seed_and_path_but_not_on_the_mesh() -> None:
 def test_the_start_is_distributed_like_that_of_peft() -> None:
     shape = (2, 64, 256)
     model = build(SHAPE | {"intermediate_size": 256, "num_hidden_layers": 2}, "float32")
-    spec = LoraSpec(r=64, lora_alpha=8, target_modules=["down_proj"])
+    spec = OurLoraConfig(r=64, lora_alpha=8, target_modules=["down_proj"])
     adapters.attach(model, spec)
     path = "model.layers.mlp.down_proj.adapter.lora_A"
-    ours = np.asarray(lora.initial(path, decide(model).leaves[path], model, jax.random.key(0)))
+    ours = np.asarray(
+        lora.initial(path, make_partition(model).leaves[path], model, jax.random.key(0))
+    )
     assert ours.shape == shape
 
     torch.manual_seed(0)

@@ -6,19 +6,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import in_memory
 import numpy as np
 import pytest
+import tiny_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spoilt import spoilt
 
 from dsjax import adapters
-from dsjax.adapters.lora import LoraSpec
-from dsjax.adapters.prefix import PrefixSpec
+from dsjax.adapters.lora import LoraConfig
+from dsjax.adapters.prefix import PrefixConfig
 from dsjax.config import AdapterSection
 from dsjax.errors import ConfigError
-from dsjax.training.partition import decide
+from dsjax.training.partition import make_partition
 from dsjax.weights import peft
 from dsjax.weights.adapter import check_params, check_targets, fitted, resolve
 
@@ -48,7 +48,7 @@ EXPERTS = LORA | {
 PREFIX = {"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora": ({}, LORA),
-    "experts": (in_memory.V3, EXPERTS),
+    "experts": (tiny_steps.V3, EXPERTS),
     "prefix": ({}, PREFIX),
 }
 """Changes to a tiny model's shape, and an adapter_config.json for it."""
@@ -56,12 +56,12 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def _load(folder: Path, shape: dict[str, Any]) -> dict[str, np.ndarray]:
     """What every command does with an adapter's folder, up to its arrays."""
-    section, model = AdapterSection(path=str(folder)), in_memory.model_of(**shape)
+    section, model = AdapterSection(path=str(folder)), tiny_steps.model_of(**shape)
     spec, _ = fitted(section, resolve(section), model)
     assert spec is not None
     check_targets(section, spec, model)
     adapters.attach(model, spec)
-    leaves = decide(model).leaves
+    leaves = make_partition(model).leaves
     check_params(str(folder), model, spec, leaves, lambda name: np.zeros((64, 32), "f4"))
     return peft.read_params(str(folder), model, spec, leaves)
 
@@ -71,11 +71,11 @@ def _header_and_values(shape: dict[str, Any], config: dict[str, Any]) -> tuple[A
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "adapter_config.json").write_text(json.dumps(config))
         spec = resolve(AdapterSection(path=name))
-    assert isinstance(spec, LoraSpec | PrefixSpec)
-    model = in_memory.model_of(**shape)
+    assert isinstance(spec, LoraConfig | PrefixConfig)
+    model = tiny_steps.model_of(**shape)
     adapters.attach(model, spec)
     header, end = {}, 0
-    shapes = peft._wanted_shapes(model, spec, decide(model).leaves)
+    shapes = peft._wanted_shapes(model, spec, make_partition(model).leaves)
     for tensor, size in shapes.items():
         begin, end = end, end + 4 * int(np.prod(size))
         header[tensor] = {"dtype": "F32", "shape": list(size), "data_offsets": [begin, end]}

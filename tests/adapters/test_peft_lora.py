@@ -5,20 +5,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-import in_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_steps
 from safetensors.numpy import save_file
 
 from dsjax import adapters
 from dsjax.adapters import expert_lora, lora, lora_peft
-from dsjax.adapters.lora import LoraSpec
+from dsjax.adapters.lora import LoraConfig
 from dsjax.config import AdapterSection
 from dsjax.errors import ConfigError
 from dsjax.models import Model
-from dsjax.training.partition import decide
+from dsjax.training.partition import make_partition
 from dsjax.weights import peft
 from dsjax.weights.adapter import check_params, check_targets, peft_tensors, resolve
 
@@ -43,18 +43,18 @@ MOE_16B: dict[str, Any] = {
 FEED_FORWARD = ["down_proj", "gate_proj", "up_proj"]
 
 
-def _model(spec: LoraSpec, shape: dict[str, Any]) -> Model:
-    model = in_memory.model_of(**shape)
+def _model(spec: LoraConfig, shape: dict[str, Any]) -> Model:
+    model = tiny_steps.model_of(**shape)
     adapters.attach(model, spec)
     return model
 
 
-def _spec(targets: str | list[str], **fields: Any) -> LoraSpec:
-    return LoraSpec(**({"r": 2, "lora_alpha": 4, "target_modules": targets} | fields))
+def _spec(targets: str | list[str], **fields: Any) -> LoraConfig:
+    return LoraConfig(**({"r": 2, "lora_alpha": 4, "target_modules": targets} | fields))
 
 
-def _random(model: Model, spec: LoraSpec) -> dict[str, jax.Array]:
-    leaves, rng = decide(model).leaves, np.random.default_rng(0)
+def _random(model: Model, spec: LoraConfig) -> dict[str, jax.Array]:
+    leaves, rng = make_partition(model).leaves, np.random.default_rng(0)
     values = {
         path: np.zeros(leaf.shape, np.float32)
         for path, leaf in leaves.items()
@@ -65,7 +65,7 @@ def _random(model: Model, spec: LoraSpec) -> dict[str, jax.Array]:
     return {path: jnp.asarray(array) for path, array in values.items()}
 
 
-def _write(directory: Path, model: Model, spec: LoraSpec, **config: Any) -> Path:
+def _write(directory: Path, model: Model, spec: LoraConfig, **config: Any) -> Path:
     fields = adapters.peft_config(model, spec, "base") | config
     (directory / "adapter_config.json").write_text(json.dumps(fields, sort_keys=True))
     tensors = peft_tensors(model, spec, _random(model, spec))
@@ -85,21 +85,21 @@ def _write(directory: Path, model: Model, spec: LoraSpec, **config: Any) -> Path
         ({}, _spec(["q_proj"], rank_pattern={"q_proj": 3, "layers.0.self_attn.q_proj": 5})),
     ],
 )
-def test_what_is_written_is_read(shape: dict[str, Any], spec: LoraSpec, tmp_path: Path) -> None:
+def test_what_is_written_is_read(shape: dict[str, Any], spec: LoraConfig, tmp_path: Path) -> None:
     model = _model(spec, shape)
     path = str(_write(tmp_path, model, spec))
 
     again = resolve(AdapterSection(path=path))
 
     other = _model(again, shape)
-    leaves = decide(other).leaves
+    leaves = make_partition(other).leaves
     check_params(path, other, again, leaves, lambda name: np.zeros(()))
     read = peft.read_params(path, other, again, leaves)
     expected = _random(model, spec)
     assert read.keys() == expected.keys()
     assert all(np.array_equal(read[name], values) for name, values in expected.items())
     assert adapters.peft_config(other, again, "base") == adapters.peft_config(model, spec, "base")
-    assert decide(other).counts() == decide(model).counts()
+    assert make_partition(other).counts() == make_partition(model).counts()
 
 
 def test_experts_of_moe_16b_keep_names_of_their_own() -> None:
@@ -128,11 +128,11 @@ def test_factors_are_by_expert_in_a_and_by_rank_then_expert_in_b() -> None:
         (np.full((2, 1, 3), side) + [[[1.0]], [[2]]], np.full((2, 4, 1), side) + [[[1.0]], [[2]]])
         for side in (10, 20)
     )
-    a, b = expert_lora.fuse(*expert_lora.side_by_side(gate, up))
+    a, b = expert_lora.fuse(*expert_lora.stack_gate_up(gate, up))
     np.testing.assert_array_equal(a[:, 0], [11, 21, 12, 22])
     np.testing.assert_array_equal(b[0], [11, 12, 0, 0])
     np.testing.assert_array_equal(b[7], [0, 0, 21, 22])
-    taken = expert_lora.apart(*expert_lora.split(a, b, experts=2))
+    taken = expert_lora.split_gate_up(*expert_lora.split(a, b, experts=2))
     for ours, theirs in zip((*gate, *up), (*taken[0], *taken[1]), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -151,7 +151,7 @@ UNEQUAL = r"its experts, or their gate_proj and up_proj, differ in rank or alpha
         (_spec(r".*2.mlp.experts.\d.up_proj|.*1.mlp.experts.\d.gate_proj"), UNEQUAL),
     ],
 )
-def test_what_peft_cannot_hold_is_refused(spec: LoraSpec, reason: str) -> None:
+def test_what_peft_cannot_hold_is_refused(spec: LoraConfig, reason: str) -> None:
     model = _model(spec, SHAPE)
     said = r"export.format: got peft, expected merged or null; PEFT has one adapter for model\.lay"
     with pytest.raises(ConfigError, match=rf"{said}.*{reason}"):
@@ -166,10 +166,10 @@ def test_other_parameters_are_refused(parameter: str, tmp_path: Path) -> None:
         resolve(AdapterSection(path=str(folder)))
 
 
-def _resolved(folder: Path, **given: Any) -> LoraSpec:
+def _resolved(folder: Path, **given: Any) -> LoraConfig:
     section = AdapterSection(path=str(folder), **given)
     spec = resolve(section)
-    check_targets(section, spec, in_memory.model_of(**SHAPE))
+    check_targets(section, spec, tiny_steps.model_of(**SHAPE))
     return spec
 
 
@@ -180,7 +180,7 @@ def test_the_yaml_may_say_the_same_in_its_own_words(tmp_path: Path) -> None:
         "alpha_pattern": {r"layers\.1\..*": 9},
         "use_rslora": True,
     }
-    spec = LoraSpec(r=2, lora_alpha=4, **given)
+    spec = LoraConfig(r=2, lora_alpha=4, **given)
     folder = _write(tmp_path, _model(spec, SHAPE), spec)
     _resolved(folder, r=2, lora_alpha=4, **given)
     for key, value in (

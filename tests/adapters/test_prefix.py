@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """A prefix starts and is written as PEFT's: one tensor over layer, key or value, head and size."""
 
-import in_memory
 import jax
 import numpy as np
+import tiny_steps
 
 from dsjax import adapters
 from dsjax.adapters import prefix
-from dsjax.adapters.prefix import PrefixSpec
+from dsjax.adapters.prefix import PrefixConfig
 from dsjax.config import MeshSection
 from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import leaf_shardings
-from dsjax.training.partition import decide
+from dsjax.training.partition import make_partition
 from dsjax.weights import peft
 
 
 def _initial(**mesh: int) -> dict[str, np.ndarray]:
-    model = in_memory.model_of(num_hidden_layers=3)
-    spec = PrefixSpec(64)
+    model = tiny_steps.model_of(num_hidden_layers=3)
+    spec = PrefixConfig(64)
     adapters.attach(model, spec)
-    leaves = decide(model).leaves
+    leaves = make_partition(model).leaves
     section = MeshSection(**mesh)
     devices = jax.devices()[: section.data * section.fsdp * section.tensor]
     shardings = leaf_shardings(leaves, make_mesh(section, devices))
@@ -39,7 +39,7 @@ def test_the_start_is_a_standard_normal_on_every_mesh() -> None:
 
 
 def test_the_file_holds_key_and_value_of_every_layer_by_token() -> None:
-    model = in_memory.model_of(num_hidden_layers=3)
+    model = tiny_steps.model_of(num_hidden_layers=3)
     values = np.arange(5 * 3 * 2 * 2 * 8, dtype=np.float32).reshape(5, -1)
 
     key, value = prefix.from_file(values, model)
@@ -51,13 +51,13 @@ def test_the_file_holds_key_and_value_of_every_layer_by_token() -> None:
         np.testing.assert_array_equal(value[layer], by_place[:, layer, 1])
     at = "model.layers.self_attn.prefix"
     params = {f"{at}.key": jax.numpy.asarray(key), f"{at}.value": jax.numpy.asarray(value)}
-    written = peft.to_tensors(model, PrefixSpec(5), params)
+    written = peft.to_tensors(model, PrefixConfig(5), params)
     assert list(written) == ["prompt_embeddings"]
     np.testing.assert_array_equal(written["prompt_embeddings"], values)
 
 
 def test_the_config_says_the_shape() -> None:
-    model = in_memory.model_of(num_hidden_layers=3, num_key_value_heads=1)
-    fields = prefix.config_fields(model, PrefixSpec(7))
+    model = tiny_steps.model_of(num_hidden_layers=3, num_key_value_heads=1)
+    fields = prefix.config_fields(model, PrefixConfig(7))
     expected = {"num_virtual_tokens": 7, "num_layers": 3, "num_attention_heads": 1, "token_dim": 8}
     assert fields.items() >= expected.items()

@@ -15,7 +15,7 @@ from compiled_text import by_tokens, squares
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsjax.models.ops import attention_cuda
-from dsjax.models.ops.attention import Tokens, attend
+from dsjax.models.ops.attention import Tokens, dot_product_attention
 from dsjax.models.ops.attention_cuda import attend_cuda
 from dsjax.models.ops.grouped_matmul import grouped_matmul
 
@@ -100,7 +100,7 @@ def test_scores_that_are_held_are_found() -> None:
 
     def plain(q: jax.Array, k: jax.Array, v: jax.Array, segment_BT: jax.Array) -> jax.Array:
         tokens = Tokens(jnp.broadcast_to(jnp.arange(1024), segment_BT.shape), segment_BT)
-        return attend(q, k, v, tokens, tokens, None, 0.1)
+        return dot_product_attention(q, k, v, tokens, tokens, None, 0.1)
 
     program = h100.compiled(h100.lowered(plain, q, k, v, segment))
     assert squares(program.shapes(), 1024) != []

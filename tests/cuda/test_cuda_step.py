@@ -5,16 +5,16 @@ import json
 from pathlib import Path
 
 import h100
-import in_memory
 import pytest
+import tiny_steps
 from compiled_text import by_tokens, squares
 
 from dsjax import adapters
-from dsjax.adapters.lora import LoraSpec
+from dsjax.adapters.lora import LoraConfig
 from dsjax.config import MeshSection
 from dsjax.distributed.mesh import make_mesh
 from dsjax.models import build
-from dsjax.training.partition import decide
+from dsjax.training.partition import make_partition
 from dsjax.training.state import step_config
 from dsjax.training.step import lower_train_step
 
@@ -32,13 +32,13 @@ LENGTH = 4608  # no width is a multiple of it
 def test_the_lora_step_runs_the_kernels_and_takes_weights_a_layer_at_a_time(
     count: int, mesh: dict[str, int]
 ) -> None:
-    config = in_memory.run_config(
+    config = tiny_steps.run_config(
         {"dtype": "bfloat16"}, training={"gradient_checkpointing": "full", "batch_size": count}
     )
     model = build(V2_LITE, "bfloat16")
-    adapters.attach(model, LoraSpec(r=16, lora_alpha=32))
+    adapters.attach(model, LoraConfig(r=16, lora_alpha=32))
     on = make_mesh(MeshSection(**mesh), h100.devices(count))
-    parts = step_config(config, decide(model, dtype="bfloat16"), on, total_steps=10)
+    parts = step_config(config, make_partition(model, dtype="bfloat16"), on, total_steps=10)
     program = h100.compiled(lower_train_step(parts, count, LENGTH))
 
     # Both stacks, dense and sparse, attend once forward and once more for the gradients.

@@ -347,7 +347,7 @@ def test_other_rows_of_the_same_crc32_have_another_fingerprint():
     for tokens in (seen[sum_of], ids):
         stores.append(ExampleStore())
         stores[-1].append(Example(tokens, tokens, weights))
-        stores[-1].seal()
+        stores[-1].finalize()
     assert seen[sum_of].tolist() != ids.tolist()
     assert stores[0].fingerprint != stores[1].fingerprint
 
@@ -357,7 +357,7 @@ def test_a_fingerprint_tells_where_examples_end():
         made = ExampleStore()
         for length in lengths:
             made.append(Example(*np.zeros((2, length), np.int32), np.zeros(length, np.float32)))
-        made.seal()
+        made.finalize()
         return made
 
     assert store(1, 2).fingerprint == store(1, 2).fingerprint != store(2, 1).fingerprint

@@ -25,7 +25,7 @@ def store(lengths: list[int]) -> ExampleStore:
         weights = np.full(length, 1 + number, np.float32)
         weights[length // 2] = 0
         made.append(Example(ids, ids, weights))
-    made.seal()
+    made.finalize()
     return made
 
 

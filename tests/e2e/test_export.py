@@ -28,7 +28,7 @@ from dsjax.errors import ConfigError
 from dsjax.export import command as export
 from dsjax.training.checkpoint import Checkpointer
 
-MARKER = "dsjax_export.json"
+MANIFEST = "dsjax_export.json"
 Q_PROJ = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(3)]
 
 
@@ -112,7 +112,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_merged_keeps_everything_but_what_was_trained(trained: Path):
     source, out = trained / "model", trained / "run" / "export"
     before, after = small_run.contents(source), small_run.contents(out)
-    assert after.keys() - before.keys() == {"README.md", MARKER}
+    assert after.keys() - before.keys() == {"README.md", MANIFEST}
     assert before.keys() - after.keys() == set()
     changed = {name for name in before if after[name] != before[name]}
     assert all(name.endswith(".safetensors") for name in changed)
@@ -168,7 +168,7 @@ def test_full_training_changes_only_what_trains(trained: Path, tmp_path: Path):
 def test_peft_config_states_every_field(trained: Path, tmp_path: Path):
     export_here(trained / "run", tmp_path / "out", "peft")
     out = tmp_path / "out"
-    names = {"adapter_config.json", "adapter_model.safetensors", "README.md", MARKER}
+    names = {"adapter_config.json", "adapter_model.safetensors", "README.md", MANIFEST}
     assert {path.name for path in out.iterdir()} == names
     config = json.loads((out / "adapter_config.json").read_text())
     expected = {
@@ -219,7 +219,7 @@ def test_interrupted_run_exports_its_newest_complete_checkpoint(trained: Path, t
     before = small_run.states(run)
     export_here(run, out, "merged")
     assert small_run.states(run) == before  # the run may still be alive
-    assert json.loads((out / MARKER).read_text())["step"] == 4
+    assert json.loads((out / MANIFEST).read_text())["step"] == 4
     assert "4 steps" in (out / "README.md").read_text()
     finished = raw_tensors(trained / "run" / "export")
     assert [n for n, raw in raw_tensors(out).items() if raw != finished[n]] == Q_PROJ
@@ -243,7 +243,7 @@ def test_a_run_that_removes_what_is_read_is_exported_at_its_newest_step(
     monkeypatch.setattr(Checkpointer, "_restored", removed_meanwhile)
     export_here(run, tmp_path / "out", "merged")
     said = capsys.readouterr().err
-    assert reads == [6, 7] and json.loads((tmp_path / "out" / MARKER).read_text())["step"] == 7
+    assert reads == [6, 7] and json.loads((tmp_path / "out" / MANIFEST).read_text())["step"] == 7
     assert f"{run}/checkpoints/6: got a checkpoint that went away while it was read" in said
     assert "exported step 7 as merged" in said and "damaged" not in said
 

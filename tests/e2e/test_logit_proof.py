@@ -21,7 +21,7 @@ from dsjax.export import command as export
 from dsjax.export import merge, verify
 from dsjax.export.merge import _with_update
 from dsjax.training.loop import Loop
-from dsjax.training.run_dir import MARKER
+from dsjax.training.run_dir import MANIFEST
 
 TARGETS = {"llama_gqa": ["q_proj", "v_proj"], "deepseek_v3_fp8_mtp_hub": ["o_proj", "kv_b_proj"]}
 MESHES = {"llama_gqa": {}, "deepseek_v3_fp8_mtp_hub": {"expert": 2, "fsdp": 2, "data": 2}}
@@ -141,7 +141,7 @@ def test_a_proof_that_cannot_be_computed_leaves_the_export(
     said, reason = capsys.readouterr().err, f"{type(error).__name__}: {error}".splitlines()[0]
     assert f"the proof of the export did not run: {reason}\n" in said
     assert f"exported step 2 as merged to {out}, unproven; the reason follows" in said
-    card, marker = (out / "README.md").read_text(), json.loads((out / MARKER).read_text())
+    card, marker = (out / "README.md").read_text(), json.loads((out / MANIFEST).read_text())
     assert "**Not proven.**" in card and reason in card and "allocating" not in card
     assert marker["proof"] == f"did not run: {reason}"
     unproven = small_run.contents(out)
@@ -149,8 +149,8 @@ def test_a_proof_that_cannot_be_computed_leaves_the_export(
     # Started again, it tries again; the weights are the same, and nothing is left of the failure.
     assert export.main(export_words(finished, out)) == 0
     proven = small_run.contents(out)
-    assert {name for name in proven if proven[name] != unproven[name]} == {"README.md", MARKER}
-    assert "proof" not in json.loads((out / MARKER).read_text())
+    assert {name for name in proven if proven[name] != unproven[name]} == {"README.md", MANIFEST}
+    assert "proof" not in json.loads((out / MANIFEST).read_text())
     assert b"Not proven" not in proven["README.md"]
 
 

@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-import bucket
+import memory_bucket
 import pytest
 import small_run
 
@@ -22,7 +22,7 @@ def test_a_run_from_a_bucket_is_the_run_from_the_directory(tmp_path: Path) -> No
     words = ["training.eval_steps=null", "data.eval=null"]
     assert train.main(["--config", str(files["here"]), *words]) == 0
     there = ["--config", str(files["there"]), *words, f"model.path={URL}"]
-    with bucket.opened() as store:
+    with memory_bucket.opened() as store:
         assert store.upload(tmp_path / "there" / "model") == URL
         assert train.main(there) == 0
         assert train.main(there) == 0  # nothing to do

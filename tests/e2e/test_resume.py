@@ -28,7 +28,7 @@ from dsjax.export.model_card import card_facts
 from dsjax.training import run_data, setup
 from dsjax.training.checkpoint import Checkpointer
 from dsjax.training.loop import Loop
-from dsjax.training.run_dir import MARKER, claimed
+from dsjax.training.run_dir import MANIFEST, locked_run_dir
 from dsjax.weights.safetensors import read_header
 
 TOTAL = 12
@@ -204,7 +204,7 @@ class Several(Hosts):
     def __init__(self) -> None:
         super().__init__(0, 2)
 
-    def exchange(self, text: str) -> list[str]:
+    def all_gather_text(self, text: str) -> list[str]:
         """Its own text, which all agree on."""
         return [text]
 
@@ -245,7 +245,7 @@ def test_a_training_whose_evaluation_always_fails_ends_without_it(
 
 def test_a_directory_in_which_a_run_is_going_on_is_refused(again, run: Path):
     shutil.rmtree(run / "export")
-    with claimed(run):
+    with locked_run_dir(run):
         assert f"output_dir: got {str(run)!r}, in which another process" in refused(again)
     assert not (run / "export").exists()
     again()
@@ -288,13 +288,13 @@ def test_an_export_that_came_meanwhile_is_not_replaced(
     out = tmp_path / "out"
 
     def another_writes(*arguments: Any) -> Any:
-        (shutil.copytree(run / "export", out) / MARKER).write_text('{"run": "another"}')
+        (shutil.copytree(run / "export", out) / MANIFEST).write_text('{"run": "another"}')
         return card_facts(*arguments)
 
     (run / "eval_results.json").unlink()
     monkeypatch.setattr(train, "card_facts", another_writes)
     assert "export of another run" in refused(again, f"export.path={out}")
-    assert (out / MARKER).read_text() == '{"run": "another"}'
+    assert (out / MANIFEST).read_text() == '{"run": "another"}'
 
 
 def test_fewer_steps_than_done_are_refused(again, run: Path):

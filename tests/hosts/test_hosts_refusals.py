@@ -6,12 +6,13 @@ import shutil
 import time
 from pathlib import Path
 
+import multi_process
 import pytest
-import several
 import small_run
 
 from dsjax import evaluate
-from dsjax.distributed.bootstrap import Seat, find_seat, meet, split_seat
+from dsjax.distributed.bootstrap import detect_process, split_process_options, wait_for_all
+from dsjax.distributed.launchers import ProcessSpec
 from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
 from dsjax.training import run_dir
@@ -31,8 +32,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_run.write_inputs(tmp_path_factory.mktemp("refused"), "lora")
 
 
-def seat_of(*words: str, **environment: str) -> Seat | None:
-    return find_seat(split_seat(words)[0], environment)
+def spec_of(*words: str, **environment: str) -> ProcessSpec | None:
+    return detect_process(split_process_options(words)[0], environment)
 
 
 @pytest.mark.parametrize(
@@ -57,54 +58,58 @@ def seat_of(*words: str, **environment: str) -> Seat | None:
 )
 def test_options(words: str, told: str):
     with pytest.raises(ConfigError) as error:
-        seat_of(*words.split())
+        spec_of(*words.split())
     assert told in str(error.value)
 
 
 def test_options_are_taken_out():
     words = ["--config", "f", "--process=1", "a.b=1", "--coordinator", "h:7", "--processes", "2"]
-    given, rest = split_seat(words)
+    given, rest = split_process_options(words)
     assert rest == ["--config", "f", "a.b=1"]
-    assert find_seat(given, {}) == Seat("h:7", 2, 1)
-    assert find_seat({**given, "--coordinator": "[::1]:7"}, {}).address == ("::1", 7)
+    assert detect_process(given, {}) == ProcessSpec("h:7", 2, 1)
+    assert detect_process({**given, "--coordinator": "[::1]:7"}, {}).address == ("::1", 7)
 
 
 def test_a_process_alone_needs_nobody(monkeypatch: pytest.MonkeyPatch):
-    assert seat_of() is None
-    assert seat_of("--coordinator", "h:7", "--processes", "1", "--process", "0") is None
+    assert spec_of() is None
+    assert spec_of("--coordinator", "h:7", "--processes", "1", "--process", "0") is None
     alone = Hosts()
-    assert alone.primary and alone.exchange("a") == ["a"] and alone.decide(lambda: 3) == 3
-    alone.agree({"anything": 1})
-    assert alone.stop_reached() is None and alone.stop_wanted() is None
+    assert (
+        alone.primary
+        and alone.all_gather_text("a") == ["a"]
+        and alone.broadcast_from_primary(lambda: 3) == 3
+    )
+    alone.assert_equal({"anything": 1})
+    assert alone.reached_preemption() is None and alone.any_preemption() is None
     alone.ask_to_stop(15)
-    assert alone.stop_reached() == 15 and alone.stop_wanted() == 15
+    assert alone.reached_preemption() == 15 and alone.any_preemption() == 15
 
 
 def test_slurm_tells_where(monkeypatch: pytest.MonkeyPatch):
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     port = 4711 % 2**12 + 65535 - 2**12 + 1
-    assert find_seat({}, SLURM) == Seat(f"node07:{port}", 3, 2, [0])
+    assert detect_process({}, SLURM) == ProcessSpec(f"node07:{port}", 3, 2, [0])
     one_each = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x3)"}  # then all devices of the machine
-    assert find_seat({}, one_each) == Seat(f"node07:{port}", 3, 2, None)
+    assert detect_process({}, one_each) == ProcessSpec(f"node07:{port}", 3, 2, None)
     two_each = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "2,1"}
-    assert find_seat({}, two_each) == Seat(f"node07:{port}", 3, 2, [0])
+    assert detect_process({}, two_each) == ProcessSpec(f"node07:{port}", 3, 2, [0])
     with pytest.raises(ConfigError, match="processes: got 3, expected 1; dsjax.evaluate runs as"):
         evaluate.main(["--model", "m", "--data", "d"])
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    assert find_seat({}, SLURM) is None
+    assert detect_process({}, SLURM) is None
 
 
 def test_open_mpi_does_not_tell_where():
     with pytest.raises(ConfigError, match="processes: got 4 from mpirun, which does not say where"):
-        seat_of(OMPI_COMM_WORLD_SIZE="4")
+        spec_of(OMPI_COMM_WORLD_SIZE="4")
 
 
 def test_nobody_at_the_coordinator():
-    port = several.free_port()
+    port = multi_process.free_port()
     began = time.monotonic()
     with pytest.raises(ConfigError) as error:
-        meet(Seat(f"localhost:{port}", 3, 2, wait=0.5))
+        wait_for_all(ProcessSpec(f"localhost:{port}", 3, 2, wait=0.5))
     assert time.monotonic() - began < 10
     told = (
         f"--coordinator: got localhost:{port}, where process 2 did not reach process 0 within 0.5"
@@ -113,35 +118,36 @@ def test_nobody_at_the_coordinator():
 
 
 def test_an_unreachable_coordinator_ends_the_command(config: Path, run_cli):
-    seat = ["--coordinator", f"localhost:{several.free_port()}", "--processes=2", "--process=1"]
-    done = run_cli("train", "--config", config, *seat, "--wait", "1", timeout=60)
+    address = f"localhost:{multi_process.free_port()}"
+    options = ["--coordinator", address, "--processes=2", "--process=1"]
+    done = run_cli("train", "--config", config, *options, "--wait", "1", timeout=60)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: --coordinator: got localhost:")
 
 
 def test_the_others_do_not_come(capsys: pytest.CaptureFixture[str]):
-    port = several.free_port()
+    port = multi_process.free_port()
     with pytest.raises(
         ConfigError, match="processes: got 1 of 3 within 0.5 s, expected all; proce"
     ):
-        meet(Seat(f"localhost:{port}", 3, 0, wait=0.5))
+        wait_for_all(ProcessSpec(f"localhost:{port}", 3, 0, wait=0.5))
     assert f"waiting for 2 other processes at localhost:{port}" in capsys.readouterr().err
-    several.socket.create_server(("", port)).close()  # the port is free again
+    multi_process.socket.create_server(("", port)).close()  # the port is free again
 
 
 def test_the_port_is_taken():
-    with several.socket.create_server(("", 0)) as server:
+    with multi_process.socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(
             ConfigError, match="expected a port that is free on process 0's machine"
         ):
-            meet(Seat(f"localhost:{port}", 2, 0, wait=0.5))
+            wait_for_all(ProcessSpec(f"localhost:{port}", 2, 0, wait=0.5))
 
 
 def test_processes_that_disagree_are_refused(config: Path):
     own = [["training.seed=1"], ["training.seed=2", "mesh.data=2"]]
     began = time.monotonic()
-    run = several.train(config, processes=2, own_words=own)
+    run = multi_process.train(config, processes=2, own_words=own)
     assert run.codes(120) == [2, 2]
     for process in range(2):
         told = run.said(process)
@@ -155,10 +161,10 @@ def test_processes_that_disagree_are_refused(config: Path):
 @pytest.mark.slow
 def test_numbers_that_do_not_fit(config: Path):
     own = [[], ["--process=0"]]
-    run = several.train(config, "--wait=20", processes=2, own_words=own)
+    run = multi_process.train(config, "--wait=20", processes=2, own_words=own)
     assert set(run.codes(120)) <= {2}
     own = [[], [], ["--processes=4"]]
-    run = several.train(config, "--wait=20", processes=3, own_words=own)
+    run = multi_process.train(config, "--wait=20", processes=3, own_words=own)
     assert run.codes(120) == [2, 2, 2]
     assert "--processes: got 3 on process 0 and 4 on process 2" in run.said(0)
 
@@ -172,7 +178,7 @@ def test_other_data_on_one_host(config: Path, tmp_path: Path):
         file.write(json.dumps({"input_ids": [7, 8, 9]}) + "\n")
     words = ["data.train=train.jsonl", f"output_dir={tmp_path / 'run'}"]
     folders = [tmp_path / "here", tmp_path / "there"]
-    run = several.train(config, *words, processes=2, folders=folders)
+    run = multi_process.train(config, *words, processes=2, folders=folders)
     assert run.codes(120) == [2, 2]
     for process in range(2):
         assert "data.train: got " in run.said(process)
@@ -185,7 +191,7 @@ def test_output_that_is_not_shared(config: Path, tmp_path: Path):
     folders = [tmp_path / "here", tmp_path / "there"]
     for folder in folders:
         folder.mkdir()
-    run = several.train(config, "output_dir=run", processes=2, folders=folders)
+    run = multi_process.train(config, "output_dir=run", processes=2, folders=folders)
     assert run.codes(120) == [2, 2]
     for process in range(2):
         told = "output_dir: got 'run', which is another folder for process 1 than for process 0"
@@ -199,10 +205,10 @@ def test_a_process_in_a_shallower_folder_is_told_of_another(
     above = len(tmp_path.parts) + 1  # process 0 begins that far below the root
 
     class Second(Hosts):
-        def decide(self, choose: object) -> tuple[int, str]:
+        def broadcast_from_primary(self, choose: object) -> tuple[int, str]:
             return above, ".dsjax-0123"
 
-        def exchange(self, text: str) -> list[str]:
+        def all_gather_text(self, text: str) -> list[str]:
             return ["true", text]
 
     monkeypatch.chdir(tmp_path)
@@ -225,7 +231,7 @@ def test_a_failure_on_one_ends_all(config: Path, tmp_path: Path):
         folder.mkdir()
     (folders[0] / "model").symlink_to(config.parent / "model")
     words = ["model.path=./model", f"output_dir={tmp_path / 'run'}"]
-    run = several.train(config, *words, processes=2, folders=folders)
+    run = multi_process.train(config, *words, processes=2, folders=folders)
     assert run.codes(60) == [2, 2]
     assert "error: model.path: got './model', expected a directory" in run.said(1)
     assert "process 1 failed: model.path: got './model', expected a directory" in run.said(0)

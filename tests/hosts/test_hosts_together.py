@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import jax
+import multi_process
 import numpy as np
 import pytest
-import several
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -56,6 +56,6 @@ def test_rows_of_any_processes_make_the_batch(shape, owners, portion):
     ("processes", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
 )
 def test_batches_and_arrays_over_processes(tmp_path: Path, processes: int, devices: int):
-    words = [str(Path(__file__).with_name("exchange.py")), *map(json.dumps, MESHES)]
-    run = several.start(tmp_path, words, processes, devices)
+    words = [str(Path(__file__).with_name("collective_worker.py")), *map(json.dumps, MESHES)]
+    run = multi_process.start(tmp_path, words, processes, devices)
     assert run.codes() == [0] * processes, [run.said(i)[-3000:] for i in range(processes)]

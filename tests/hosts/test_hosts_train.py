@@ -10,9 +10,9 @@ import random
 import signal
 from pathlib import Path
 
+import multi_process
 import numpy as np
 import pytest
-import several
 import small_run
 from safetensors.numpy import load_file
 
@@ -39,7 +39,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(lora: Path) -> Path:
     """The folder of that run by two processes of two devices."""
     whole = lora.parent / "whole"
-    run = several.finish(lora, f"output_dir={whole}", processes=2, devices=2)
+    run = multi_process.finish(lora, f"output_dir={whole}", processes=2, devices=2)
     assert "step 24/24" in run.said(0) and "step " not in run.said(1)
     return whole
 
@@ -80,7 +80,7 @@ def newest(run: Path) -> int:
 
 def test_two_processes_train_what_one_trains(lora: Path, undisturbed: Path):
     alone = lora.parent / "alone"
-    several.finish(lora, f"output_dir={alone}", processes=1, devices=4)
+    multi_process.finish(lora, f"output_dir={alone}", processes=1, devices=4)
     assert_close(undisturbed, alone)
     starts = [row for row in small_run.scalars(undisturbed) if row[0] == "train/loss"]
     assert len(starts) == 12  # by one process
@@ -89,18 +89,18 @@ def test_two_processes_train_what_one_trains(lora: Path, undisturbed: Path):
 def test_devices_talk_once_all_have_read_the_weights(lora: Path, tmp_path: Path):
     script = str(Path(__file__).with_name("late.py"))
     words = [script, "--config", str(lora), f"output_dir={tmp_path}/run"]
-    run = several.start(tmp_path, words, 2, devices=2)
+    run = multi_process.start(tmp_path, words, 2, devices=2)
     assert run.codes() == [0, 0], [run.said(i)[-3000:] for i in range(2)]
 
 
 def test_a_signal_to_one_stops_all_at_the_same_step(lora: Path, undisturbed: Path):
     folder = lora.parent / "stopped"
-    run = several.train(lora, f"output_dir={folder}", processes=2, devices=2)
+    run = multi_process.train(lora, f"output_dir={folder}", processes=2, devices=2)
     run.wait_until(lambda: small_run.logged_steps(folder) >= 2)
-    assert several.stopped(run, 1) == [143, 143]
+    assert multi_process.stopped(run, 1) == [143, 143]
     done = newest(folder)
     assert 4 <= done < 24 and "stopped by signal 15" in run.said(0)
-    run = several.finish(lora, f"output_dir={folder}", processes=2, devices=2)
+    run = multi_process.finish(lora, f"output_dir={folder}", processes=2, devices=2)
     assert f"resuming after step {done} of 24" in run.said(0)
     assert_same(folder, undisturbed)
 
@@ -109,9 +109,9 @@ def test_a_signal_to_one_stops_all_at_the_same_step(lora: Path, undisturbed: Pat
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_signal_during_the_compilation_ends_all(lora: Path, process: int):
     folder = lora.parent / f"early{process}"
-    run = several.train(lora, f"output_dir={folder}", processes=2, devices=2)
+    run = multi_process.train(lora, f"output_dir={folder}", processes=2, devices=2)
     run.wait_until(lambda: "one row, the trained part marked" in run.said(0))
-    assert several.stopped(run, process) == [143, 143]
+    assert multi_process.stopped(run, process) == [143, 143]
     other = 1 - process
     assert f"process {process} ended by SIGTERM" in run.said(other)
     assert "Traceback" not in run.said(0) + run.said(1)
@@ -121,7 +121,7 @@ def test_a_signal_during_the_compilation_ends_all(lora: Path, process: int):
 @pytest.mark.parametrize("victims", [[1], [0], [0, 1]])
 def test_killed_processes_end_all(lora: Path, undisturbed: Path, victims: list[int]):
     folder = lora.parent / f"killed{len(victims)}{victims[0]}"
-    run = several.train(lora, f"output_dir={folder}", processes=2, devices=2)
+    run = multi_process.train(lora, f"output_dir={folder}", processes=2, devices=2)
     steps = random.Random(str(victims)).randrange(2, 8)
     run.wait_until(lambda: small_run.logged_steps(folder) >= steps)
     for process in victims:
@@ -134,7 +134,7 @@ def test_killed_processes_end_all(lora: Path, undisturbed: Path, victims: list[i
         )
     if victims == [0]:  # in jax's words: the coordinator was on process 0
         assert "leader task was preempted/died/restarted" in run.said(1)
-    several.finish(lora, f"output_dir={folder}", processes=2, devices=2)
+    multi_process.finish(lora, f"output_dir={folder}", processes=2, devices=2)
     assert_same(folder, undisturbed)
 
 
@@ -153,7 +153,7 @@ Loader.batch = broken
 errors.run_command(train.main)
 """
     words = ["-c", code, "--config", str(lora), f"output_dir={lora.parent / 'broken'}"]
-    run = several.start(lora.parent, words, 2, 2)
+    run = multi_process.start(lora.parent, words, 2, 2)
     assert run.codes(300) == [1, 1]
     assert "Traceback" in run.said(1) and "OSError: the disk is gone" in run.said(1)
     assert "process 1 failed: OSError: the disk is gone" in run.said(0)
@@ -181,7 +181,7 @@ errors.run_command(train.main)
 """
     folder = lora.parent / f"last{process}"
     words = ["-c", code.replace("SIGNALLED", str(process)), "--config", str(lora)]
-    run = several.start(lora.parent, [*words, f"output_dir={folder}"], 2, 2)
+    run = multi_process.start(lora.parent, [*words, f"output_dir={folder}"], 2, 2)
     assert run.codes(300) == [143, 143]
     assert "stopping after step 24" in run.said(process)
     assert f"process {process} ended by SIGTERM" in run.said(1 - process)
@@ -200,12 +200,12 @@ def test_other_processes_and_meshes_continue(lora: Path, undisturbed: Path):
     ):
         before = small_run.logged_steps(folder)
         words = [f"output_dir={folder}", *mesh]
-        run = several.train(lora, *words, processes=processes, devices=devices)
+        run = multi_process.train(lora, *words, processes=processes, devices=devices)
         run.wait_until(lambda before=before: small_run.logged_steps(folder) >= before + 1)
-        assert several.stopped(run, chance.randrange(processes)) == [143] * processes
-    several.finish(lora, f"output_dir={folder}", processes=4, devices=2)
+        assert multi_process.stopped(run, chance.randrange(processes)) == [143] * processes
+    multi_process.finish(lora, f"output_dir={folder}", processes=4, devices=2)
     assert_close(folder, undisturbed)
-    run = several.finish(lora, f"output_dir={folder}", processes=2, devices=1)
+    run = multi_process.finish(lora, f"output_dir={folder}", processes=2, devices=1)
     assert "nothing to do" in run.said(0)
 
 
@@ -231,11 +231,11 @@ def test_kinds_and_exports(tmp_path: Path, kind: str, variant: str, form: str):
     experts = ["mesh.expert=2"] if variant == "deepseek_v3" else []
     mesh = ["mesh.tensor=2", *experts]
     alone = tmp_path / "alone"
-    several.finish(config, f"output_dir={alone}", *mesh, processes=1, devices=4)
+    multi_process.finish(config, f"output_dir={alone}", *mesh, processes=1, devices=4)
     for processes in (2, 4):
         folder = tmp_path / f"by{processes}"
         words = [f"output_dir={folder}", *mesh]
-        several.finish(config, *words, processes=processes, devices=4 // processes)
+        multi_process.finish(config, *words, processes=processes, devices=4 // processes)
         assert_close(folder, alone)
         marker = json.loads((folder / "export" / "dsjax_export.json").read_text())
         assert marker["format"] == form

@@ -4,20 +4,20 @@
 import functools
 from typing import Any
 
-import in_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from in_memory import Run
+import tiny_steps
+from tiny_steps import Run
 
-from dsjax.adapters.lora import LoraSpec
-from dsjax.adapters.prefix import PrefixSpec
+from dsjax.adapters.lora import LoraConfig
+from dsjax.adapters.prefix import PrefixConfig
 from dsjax.data import Batch
 from dsjax.models.ops import attention
-from dsjax.models.ops.attention import PREFIX_SEGMENT, Tokens, attend, visible
+from dsjax.models.ops.attention import PREFIX_SEGMENT, Tokens, attention_mask, dot_product_attention
 from dsjax.objectives.sft import Forward, sft
-from dsjax.training.partition import put
+from dsjax.training.partition import unflatten
 
 POSITIONS = [0, 1, 2, 3, 0, 1, 2, 3, 4, 0]
 SEGMENTS = [1, 1, 1, 1, 2, 2, 2, 2, 2, 0]
@@ -45,7 +45,7 @@ def test_the_mask_is_its_definition(window: int | None, prefix: bool) -> None:
     query = Tokens(tokens.position + 3, tokens.segment) if prefix else tokens
     key = _with_prefix(tokens) if prefix else tokens
 
-    mask = np.asarray(visible(query, key, window))
+    mask = np.asarray(attention_mask(query, key, window))
 
     (q_pos, q_seg), (k_pos, k_seg) = (map(np.asarray, query), map(np.asarray, key))
     for row, i, j in np.ndindex(mask.shape):
@@ -68,14 +68,14 @@ def test_blocks_of_queries_give_the_whole_row(
     weights = jax.random.normal(keys[3], (2, 10, 4, 6))
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out = attend(q, k, v, query, key, window, 0.4)
+        out = dot_product_attention(q, k, v, query, key, window, 0.4)
         return jnp.sum(out * weights), out
 
     def both() -> Any:  # a new function each time: jit remembers the block size of the first
         lowered = jax.jit(jax.value_and_grad(lambda *x: run(*x), (0, 1, 2), has_aux=True)).lower(
             q, k, v
         )
-        return lowered.compile(in_memory.QUICK_COMPILE)(q, k, v)
+        return lowered.compile(tiny_steps.QUICK_COMPILE)(q, k, v)
 
     whole = both()
     monkeypatch.setattr(attention, "QUERY_BLOCK", 4)  # 10 queries: two blocks and a half
@@ -87,10 +87,13 @@ def test_blocks_of_queries_give_the_whole_row(
 
 WINDOW = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
 CASES: dict[str, dict[str, Any]] = {
-    "lora": {"adapter": LoraSpec(r=2, lora_alpha=4)},
-    "window": {"shape": {"model_type": "qwen2", **WINDOW}, "adapter": LoraSpec(r=2, lora_alpha=4)},
-    "prefix": {"shape": {"model_type": "qwen3"}, "adapter": PrefixSpec(3)},
-    "window and prefix": {"shape": {"model_type": "qwen2", **WINDOW}, "adapter": PrefixSpec(2)},
+    "lora": {"adapter": LoraConfig(r=2, lora_alpha=4)},
+    "window": {
+        "shape": {"model_type": "qwen2", **WINDOW},
+        "adapter": LoraConfig(r=2, lora_alpha=4),
+    },
+    "prefix": {"shape": {"model_type": "qwen3"}, "adapter": PrefixConfig(3)},
+    "window and prefix": {"shape": {"model_type": "qwen2", **WINDOW}, "adapter": PrefixConfig(2)},
 }
 
 
@@ -108,29 +111,29 @@ def _apart(batch: Batch) -> Batch:
 def _loss_and_gradients(run: Run, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
     def loss(trainable: dict[str, jax.Array], batch: Batch) -> jax.Array:
         return sft(
-            put(run.config.partition.graphdef, {**run.frozen, **trainable}), batch, Forward()
+            unflatten(run.config.partition.graphdef, {**run.frozen, **trainable}), batch, Forward()
         ).loss
 
     compiled = jax.jit(jax.value_and_grad(loss)).lower(run.state.trainable, batch)
-    return compiled.compile(in_memory.QUICK_COMPILE)(run.state.trainable, batch)
+    return compiled.compile(tiny_steps.QUICK_COMPILE)(run.state.trainable, batch)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_packed_rows_are_their_segments_apart(case: str) -> None:
-    run = in_memory.start(**CASES[case])
-    packed = in_memory.batch(rows=2, length=14)
+    run = tiny_steps.start(**CASES[case])
+    packed = tiny_steps.batch(rows=2, length=14)
 
     loss, gradients = _loss_and_gradients(run, packed)
     expected, exact = _loss_and_gradients(run, _apart(packed))
 
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
     for path, gradient in exact.items():
-        assert in_memory.distance(np.asarray(gradients[path]), np.asarray(gradient)) < 2e-6, path
+        assert tiny_steps.distance(np.asarray(gradients[path]), np.asarray(gradient)) < 2e-6, path
 
 
 def test_padding_changes_nothing() -> None:
-    run = in_memory.start(adapter=PrefixSpec(2))
-    short = in_memory.batch(rows=2, length=12)
+    run = tiny_steps.start(adapter=PrefixConfig(2))
+    short = tiny_steps.batch(rows=2, length=12)
     long = Batch(*(np.pad(field, ((0, 0), (0, 5))) for field in short))
     rubbish = long._replace(
         input_ids=np.where(long.segment_ids > 0, long.input_ids, 7),
@@ -143,4 +146,4 @@ def test_padding_changes_nothing() -> None:
         assert float(loss) == pytest.approx(float(expected), rel=1e-6)
         for path, gradient in exact.items():
             ours = np.asarray(gradients[path])
-            assert in_memory.distance(ours, np.asarray(gradient)) < 2e-6, path
+            assert tiny_steps.distance(ours, np.asarray(gradient)) < 2e-6, path

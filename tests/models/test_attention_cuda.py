@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention kernels for CUDA compute what `attend` computes; their programs are interpreted.
+"""The attention kernels for CUDA compute what the plain path does; their programs are interpreted.
 
 That the CUDA compiler takes them, and what memory they need, is tests/cuda's.
 """
@@ -7,11 +7,11 @@ That the CUDA compiler takes them, and what memory they need, is tests/cuda's.
 import functools
 
 import attention_cases
-import in_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_steps
 from attention_cases import Shape, arrays_of, check, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +21,7 @@ from dsjax.config import MeshSection
 from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import make_layout
 from dsjax.models.ops import attention, attention_cuda
-from dsjax.models.ops.attention import Tokens, attend
+from dsjax.models.ops.attention import Tokens, dot_product_attention
 from dsjax.models.ops.attention_cuda import attend_cuda
 
 SHAPES = {
@@ -41,7 +41,7 @@ def _packed(shape: Shape, ends: list[int]) -> jax.Array:
     return jnp.asarray(rows, jnp.int32)
 
 
-@functools.partial(jax.jit, compiler_options=in_memory.QUICK_COMPILE)
+@functools.partial(jax.jit, compiler_options=tiny_steps.QUICK_COMPILE)
 def _ours(arrays: tuple[jax.Array, ...], segment_BT: jax.Array) -> tuple[jax.Array, ...]:
     scale = arrays[0].shape[-1] ** -0.5
 
@@ -88,7 +88,7 @@ def test_narrow_numbers_cost_no_more_than_their_rounding(dtype: str) -> None:
     bound = float(jnp.finfo(dtype).eps)
     for got, want in zip(ours, expected, strict=True):
         assert got.dtype == dtype
-        assert in_memory.distance(np.asarray(got, np.float32), np.asarray(want)) < bound
+        assert tiny_steps.distance(np.asarray(got, np.float32), np.asarray(want)) < bound
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,14 @@ def test_every_device_runs_the_kernel_on_its_rows_and_heads(
     tokens = Tokens(jnp.broadcast_to(jnp.arange(20), (2, 20)), segment_BT)
 
     def by_kernel(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attend(q, k, v, tokens, tokens, None, 8**-0.5, layout=layout)
+        return dot_product_attention(q, k, v, tokens, tokens, None, 8**-0.5, layout=layout)
 
     run = functools.partial(with_gradients, by_kernel)
-    ours = jax.jit(run, compiler_options=in_memory.QUICK_COMPILE)(*arrays)
+    ours = jax.jit(run, compiler_options=tiny_steps.QUICK_COMPILE)(*arrays)
     for got, want in zip(ours, _ours(arrays, segment_BT), strict=True):
         got, want = (np.asarray(x, np.float32) for x in (got, want))
         # A kv head's gradients, if several devices have it, are rounded before they are summed.
-        assert in_memory.distance(got, want) < float(jnp.finfo(jnp.bfloat16).eps)
+        assert tiny_steps.distance(got, want) < float(jnp.finfo(jnp.bfloat16).eps)
 
 
 def test_padding_is_finite_and_changes_no_token() -> None:
@@ -194,7 +194,7 @@ def test_a_remat_policy_that_keeps_the_name_runs_the_kernel_once() -> None:
 
     def loops(keep: list[str]) -> int:
         gradient = jax.jit(jax.grad(functools.partial(loss, keep), (0, 1, 2)))
-        compiled = gradient.lower(*arrays).compile(in_memory.QUICK_COMPILE)
+        compiled = gradient.lower(*arrays).compile(tiny_steps.QUICK_COMPILE)
         return compiled.as_text().count(" while(")
 
     assert loops(["kept"]) < loops(["another"])

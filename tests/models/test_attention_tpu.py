@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attention kernel for TPU computes what `attend` computes; its program is interpreted.
+"""The attention kernel for TPU computes what the plain path does; its program is interpreted.
 
 That the TPU compiler takes it is tests/test_tpu_compile.py's.
 """
@@ -7,11 +7,11 @@ That the TPU compiler takes it is tests/test_tpu_compile.py's.
 from typing import Any
 
 import attention_cases
-import in_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_steps
 from attention_cases import Shape, arrays_of, check, with_gradients
 from jax.interpreters import partial_eval
 
@@ -42,7 +42,7 @@ def _ours(arrays: tuple[jax.Array, ...], segment_BT: jax.Array) -> tuple[jax.Arr
             lambda q, k, v: attend_tpu(q, k, v, segment_BT, scale, interpret=True), q, k, v, dout
         )
 
-    return jax.jit(run, compiler_options=in_memory.QUICK_COMPILE)(*arrays)
+    return jax.jit(run, compiler_options=tiny_steps.QUICK_COMPILE)(*arrays)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -68,7 +68,7 @@ def test_narrow_numbers_cost_no_more_than_their_rounding() -> None:
     bound = float(jnp.finfo(jnp.bfloat16).eps)
     for got, want in zip(ours, expected, strict=True):
         assert got.dtype == jnp.bfloat16
-        assert in_memory.distance(np.asarray(got, np.float32), np.asarray(want)) < bound
+        assert tiny_steps.distance(np.asarray(got, np.float32), np.asarray(want)) < bound
 
 
 def test_a_remat_policy_that_keeps_the_name_runs_the_kernel_once() -> None:

@@ -4,29 +4,29 @@
 import functools
 from typing import Any
 
-import in_memory
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_steps
 
-from dsjax.adapters.lora import LoraSpec
+from dsjax.adapters.lora import LoraConfig
 from dsjax.errors import ConfigError
 from dsjax.models import build
 from dsjax.training.loss_scale import LossScale
-from dsjax.training.partition import decide, report
+from dsjax.training.partition import make_partition, report
 
 BIAS = "model.layers.mlp.gate.e_score_correction_bias"
 SPEED = 0.125
 
 
-def _start(**changes: Any) -> in_memory.Run:
-    return in_memory.start(in_memory.V3, objective={"bias_update_speed": SPEED}, **changes)
+def _start(**changes: Any) -> tiny_steps.Run:
+    return tiny_steps.start(tiny_steps.V3, objective={"bias_update_speed": SPEED}, **changes)
 
 
 @functools.cache
-def _compiled() -> in_memory.Run:
+def _compiled() -> tiny_steps.Run:
     """One device's run before its first step."""
-    return _start().compile(in_memory.batch())
+    return _start().compile(tiny_steps.batch())
 
 
 def _expected(bias_LE: np.ndarray, loads_LE: np.ndarray) -> np.ndarray:
@@ -40,12 +40,12 @@ def _expected(bias_LE: np.ndarray, loads_LE: np.ndarray) -> np.ndarray:
 
 
 def test_a_bias_moves_against_its_experts_load() -> None:
-    run, batch = _compiled().fresh(), in_memory.batch()
+    run, batch = _compiled().fresh(), tiny_steps.batch()
     before = run.trainable()[BIAS]
 
-    first = np.asarray(run.step(batch).sums.loads)
+    first = np.asarray(run.step(batch).sums.tokens_per_expert)
     once = run.trainable()[BIAS]
-    second = np.asarray(run.step(in_memory.batch(seed=1)).sums.loads)
+    second = np.asarray(run.step(tiny_steps.batch(seed=1)).sums.tokens_per_expert)
 
     np.testing.assert_array_equal(once, _expected(before, first))
     np.testing.assert_array_equal(run.trainable()[BIAS], _expected(once, second))
@@ -56,7 +56,7 @@ def test_a_bias_moves_against_its_experts_load() -> None:
 
 def test_experts_at_the_mean_and_batches_without_tokens_move_nothing() -> None:
     run = _compiled().fresh()
-    empty = in_memory.batch()._replace(segment_ids=np.zeros((8, 24), np.int32))
+    empty = tiny_steps.batch()._replace(segment_ids=np.zeros((8, 24), np.int32))
     before = run.trainable()[BIAS]
     run.step(empty._replace(loss_weights=np.zeros((8, 24), np.float32)))
     np.testing.assert_array_equal(run.trainable()[BIAS], before)
@@ -64,8 +64,8 @@ def test_experts_at_the_mean_and_batches_without_tokens_move_nothing() -> None:
 
 def test_optimizer_decay_and_norm_do_not_know_of_it() -> None:
     optimizer = {"weight_decay": 0.5, "adam_epsilon": 0.0, "max_grad_norm": 0.1}
-    run, plain = _start(optimizer=optimizer), in_memory.start(in_memory.V3, optimizer=optimizer)
-    batch = in_memory.batch()
+    run, plain = _start(optimizer=optimizer), tiny_steps.start(tiny_steps.V3, optimizer=optimizer)
+    batch = tiny_steps.batch()
     before = run.trainable()[BIAS]
 
     found, expected = run.step(batch), plain.step(batch)
@@ -73,7 +73,7 @@ def test_optimizer_decay_and_norm_do_not_know_of_it() -> None:
     assert BIAS not in run.state.opt_state[0].mu
     assert float(found.grad_norm) == float(expected.grad_norm)
     np.testing.assert_array_equal(
-        run.trainable()[BIAS], _expected(before, np.asarray(found.sums.loads))
+        run.trainable()[BIAS], _expected(before, np.asarray(found.sums.tokens_per_expert))
     )
     for path, array in plain.trainable().items():
         assert array.tobytes() == run.trainable()[path].tobytes(), path
@@ -86,7 +86,7 @@ def test_loads_are_those_of_the_whole_batch(mesh: dict[str, int] | None, pieces:
     training = {"batch_size": 8, "gradient_accumulation_steps": pieces}
     run = _start(mesh=mesh, training=training)
     for expected in _two_biases():
-        run.step(in_memory.batch(seed=int(run.state.step)))
+        run.step(tiny_steps.batch(seed=int(run.state.step)))
         np.testing.assert_array_equal(run.trainable()[BIAS], expected)
 
 
@@ -95,7 +95,7 @@ def _two_biases() -> list[np.ndarray]:
     """The bias after each of two steps on one device."""
     run, biases = _compiled().fresh(), []
     for seed in range(2):
-        run.step(in_memory.batch(seed=seed))
+        run.step(tiny_steps.batch(seed=seed))
         biases.append(run.trainable()[BIAS])
     return biases
 
@@ -108,12 +108,12 @@ def test_a_skipped_float16_step_moves_nothing() -> None:
     run = _start(model={"dtype": "float16"})
     before = run.trainable()[BIAS]
     run.state = run.state._replace(loss_scale=_scale(2.0**100))
-    report = run.step(in_memory.batch())
+    report = run.step(tiny_steps.batch())
     assert int(report.skipped) == 1
     np.testing.assert_array_equal(run.trainable()[BIAS], before)
 
     run.state = run.state._replace(loss_scale=_scale(1.0))
-    loads = np.asarray(run.step(in_memory.batch()).sums.loads)
+    loads = np.asarray(run.step(tiny_steps.batch()).sums.tokens_per_expert)
     np.testing.assert_array_equal(run.trainable()[BIAS], _expected(before, loads))
 
 
@@ -121,29 +121,31 @@ def test_a_frozen_layer_keeps_its_bias() -> None:
     run = _start(training={"freeze": ["model.layers.1.mlp.gate.e_score_correction_bias"]})
     before = run.trainable()[BIAS]
     assert run.config.partition.layer_masks[BIAS].tolist() == [False, True]
-    loads = np.asarray(run.step(in_memory.batch()).sums.loads)
+    loads = np.asarray(run.step(tiny_steps.batch()).sums.tokens_per_expert)
     after, moved = run.trainable()[BIAS], _expected(before, loads)
     assert after[0].tobytes() == before[0].tobytes()
     np.testing.assert_array_equal(after[1], moved[1])
 
 
 def test_the_table_tells_of_it() -> None:
-    model = build(in_memory.SHAPE | in_memory.V3, "float32")
-    plain = decide(model)
-    moving = decide(model, param_dtype="bfloat16", balance=True)
-    some = decide(model, freeze=["model.layers.2.mlp.gate"], balance=True)
+    model = build(tiny_steps.SHAPE | tiny_steps.V3, "float32")
+    plain = make_partition(model)
+    moving = make_partition(model, param_dtype="bfloat16", balance=True)
+    some = make_partition(model, freeze=["model.layers.2.mlp.gate"], balance=True)
 
-    assert plain.balanced == () and BIAS in plain.frozen
-    assert moving.balanced == (BIAS,) and set(moving.trainable) - set(plain.trainable) == {BIAS}
-    assert moving.learnt == plain.trainable
+    assert plain.router_biases == () and BIAS in plain.frozen
+    assert moving.router_biases == (BIAS,) and set(moving.trainable) - set(plain.trainable) == {
+        BIAS
+    }
+    assert moving.gradient_params == plain.trainable
     rows = {row[0]: row[1:] for row in report(moving)}
     assert rows[BIAS] == ("2 x 8", "float32", 16, 16)
     assert {row[0]: row[3:] for row in report(some)}[BIAS] == (8, 16)
 
 
 def test_an_adapter_leaves_it_frozen() -> None:
-    run = _start(adapter=LoraSpec(r=2, lora_alpha=2, target_modules=["o_proj"]))
-    assert run.config.partition.balanced == () and BIAS in run.config.partition.frozen
+    run = _start(adapter=LoraConfig(r=2, lora_alpha=2, target_modules=["o_proj"]))
+    assert run.config.partition.router_biases == () and BIAS in run.config.partition.frozen
 
 
 @pytest.mark.parametrize(
@@ -154,6 +156,6 @@ def test_an_adapter_leaves_it_frozen() -> None:
     ],
 )
 def test_freezing_what_should_move_is_refused(freeze: list[str], said: str) -> None:
-    model = build(in_memory.SHAPE | in_memory.V3, "float32")
+    model = build(tiny_steps.SHAPE | tiny_steps.V3, "float32")
     with pytest.raises(ConfigError, match=said):
-        decide(model, freeze=freeze, balance=True)
+        make_partition(model, freeze=freeze, balance=True)

@@ -8,11 +8,11 @@ import importlib
 from typing import Any
 
 import hypothesis.strategies as st
-import in_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_steps
 from flax import nnx
 from hypothesis import given, settings
 
@@ -186,14 +186,14 @@ def test_the_factors_of_lora_are_summed_in_float32() -> None:
 
 
 def test_chunks_of_the_head_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = in_memory.batch(8, 64)
+    batch = tiny_steps.batch(8, 64)
     gradients = []
     for tokens in (8, 512):
         monkeypatch.setattr(SFT, "TOKENS_PER_CHUNK", tokens)
-        run = in_memory.start({"num_hidden_layers": 1}, model={"dtype": "bfloat16"})
+        run = tiny_steps.start({"num_hidden_layers": 1}, model={"dtype": "bfloat16"})
         run.step(batch)
         gradients.append(run.gradients()["lm_head.weight"])
-    assert in_memory.distance(*gradients) < 1e-5
+    assert tiny_steps.distance(*gradients) < 1e-5
 
 
 def test_blocks_of_queries_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,10 +208,10 @@ def test_blocks_of_queries_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) ->
         return np.asarray(pull(jnp.ones_like(v))[0], np.float64)
 
     whole = of_values(length)
-    assert in_memory.distance(of_values(4), whole) < 2**-8
+    assert tiny_steps.distance(of_values(4), whole) < 2**-8
 
 
-@pytest.mark.parametrize("shape", [{}, in_memory.V3], ids=["dense", "experts"])
+@pytest.mark.parametrize("shape", [{}, tiny_steps.V3], ids=["dense", "experts"])
 @pytest.mark.parametrize(("mesh", "pieces"), [(None, 8), ({"data": 8}, 1), ({"fsdp": 4}, 2)])
 def test_in_bfloat16_portions_and_devices_add_up_in_float32(
     shape: dict[str, Any], mesh: dict[str, int] | None, pieces: int
@@ -219,13 +219,13 @@ def test_in_bfloat16_portions_and_devices_add_up_in_float32(
     gradients = []
     for axes, count in ((None, 1), (mesh, pieces)):
         training = {"batch_size": 8, "gradient_accumulation_steps": count}
-        run = in_memory.start(shape, mesh=axes, model={"dtype": "bfloat16"}, training=training)
-        run.step(in_memory.batch())
+        run = tiny_steps.start(shape, mesh=axes, model={"dtype": "bfloat16"}, training=training)
+        run.step(tiny_steps.batch())
         gradients.append(run.gradients())
     for path, gradient in gradients[0].items():
         # The head's: all activations are the same, so rounding of sums is the only difference.
         bound = 1e-5 if path in ("lm_head.weight", "model.norm.weight") else 2e-3
-        assert in_memory.distance(gradients[1][path], gradient) < bound, path
+        assert tiny_steps.distance(gradients[1][path], gradient) < bound, path
 
 
 def _assert_masks_go_by_tokens(seed: int, p: float, layer: int) -> None:

@@ -1,59 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stack as a program: every remat policy computes the same, and the cache continues a row."""
 
-import in_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_steps
 
-from dsjax.adapters.lora import LoraSpec
-from dsjax.adapters.prefix import PrefixSpec
+from dsjax.adapters.lora import LoraConfig
+from dsjax.adapters.prefix import PrefixConfig
 from dsjax.models import build
 from dsjax.models.decoder import REMAT
 from dsjax.models.layers import Dropout
 from dsjax.objectives.sft import Forward, sft
-from dsjax.training.partition import put
+from dsjax.training.partition import unflatten
 
 Params = dict[str, jax.Array]
 
 
 @pytest.mark.parametrize(
     "adapter",
-    [LoraSpec(r=2, lora_alpha=4, target_modules=["q_proj", "o_proj"], lora_dropout=0.3), None],
+    [LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "o_proj"], lora_dropout=0.3), None],
     ids=["dropout", "full"],
 )
-def test_rematerialisation_changes_no_number(adapter: LoraSpec | None) -> None:
-    run = in_memory.start(adapter=adapter)
-    batch = jax.tree.map(jnp.asarray, in_memory.batch(rows=2, length=12))
+def test_rematerialisation_changes_no_number(adapter: LoraConfig | None) -> None:
+    run = tiny_steps.start(adapter=adapter)
+    batch = jax.tree.map(jnp.asarray, tiny_steps.batch(rows=2, length=12))
     tokens = jnp.arange(24).reshape(2, 12)
     dropout = None if adapter is None else Dropout(jax.random.key(3), tokens)
 
     def outcome(remat: str) -> tuple[jax.Array, Params]:
         def loss(trainable: Params) -> jax.Array:
-            model = put(run.config.partition.graphdef, {**run.frozen, **trainable})
+            model = unflatten(run.config.partition.graphdef, {**run.frozen, **trainable})
             return sft(model, batch, Forward(remat, dropout)).loss
 
         lowered = jax.jit(jax.value_and_grad(loss)).lower(run.state.trainable)
-        return lowered.compile(in_memory.QUICK_COMPILE)(run.state.trainable)
+        return lowered.compile(tiny_steps.QUICK_COMPILE)(run.state.trainable)
 
     expected, exact = outcome("none")
     for remat in REMAT:
         loss, gradients = outcome(remat)
         assert float(loss) == float(expected), remat
         for path, gradient in exact.items():
-            distance = in_memory.distance(np.asarray(gradients[path]), np.asarray(gradient))
+            distance = tiny_steps.distance(np.asarray(gradients[path]), np.asarray(gradient))
             assert distance < 1e-6, (remat, path)
 
 
 def test_policies_keep_what_they_say() -> None:
     """What a block keeps for its backward pass, by the outputs of the forward scan."""
-    run = in_memory.start({"num_hidden_layers": 7})  # 7 is the size of nothing else
-    batch = jax.tree.map(jnp.asarray, in_memory.batch(rows=2, length=12))
+    run = tiny_steps.start({"num_hidden_layers": 7})  # 7 is the size of nothing else
+    batch = jax.tree.map(jnp.asarray, tiny_steps.batch(rows=2, length=12))
 
     def kept(remat: str) -> int:
         def loss(trainable: Params) -> jax.Array:
-            model = put(run.config.partition.graphdef, trainable)
+            model = unflatten(run.config.partition.graphdef, trainable)
             return sft(model, batch, Forward(remat)).loss
 
         _, residuals = jax.eval_shape(lambda t: jax.vjp(loss, t), run.state.trainable)
@@ -69,8 +69,8 @@ def test_policies_keep_what_they_say() -> None:
 
 def test_a_cache_continues_a_row_after_a_prefix() -> None:
     window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
-    run = in_memory.start({"model_type": "qwen2", **window}, PrefixSpec(2))
-    model = in_memory.full_model(run)
+    run = tiny_steps.start({"model_type": "qwen2", **window}, PrefixConfig(2))
+    model = tiny_steps.full_model(run)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 9)), jnp.int32)
     positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9))
     expected = model(ids)
@@ -85,10 +85,10 @@ def test_a_cache_continues_a_row_after_a_prefix() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_activations_have_the_dtype_of_the_computation(dtype: str) -> None:
-    run = in_memory.start(model={"dtype": dtype}, adapter=LoraSpec(r=2, lora_alpha=2))
-    model = in_memory.full_model(run)
+    run = tiny_steps.start(model={"dtype": dtype}, adapter=LoraConfig(r=2, lora_alpha=2))
+    model = tiny_steps.full_model(run)
     ids = jnp.zeros((1, 4), jnp.int32)
     hidden = jax.eval_shape(lambda: model.hidden(ids)).states
     assert hidden.dtype == dtype
     assert jax.eval_shape(lambda: model(ids)).dtype == jnp.float32
-    assert build(in_memory.SHAPE, dtype).dtype == dtype
+    assert build(tiny_steps.SHAPE, dtype).dtype == dtype

@@ -6,11 +6,11 @@ And rows go to their experts and come back as plain indexing says, gradients inc
 
 from typing import Any
 
-import in_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_steps
 from flax import nnx
 
 from dsjax.models import moe
@@ -69,7 +69,7 @@ def test_the_balance_of_a_row_is_the_formulas(kind: str) -> None:
     np.testing.assert_allclose(work.balance, [*expected, 0.0], rtol=1e-5)
     assert max(expected) > 1.05
     counts = np.bincount(experts[real_BT].reshape(-1), minlength=EXPERTS)
-    np.testing.assert_array_equal(work.loads, counts)
+    np.testing.assert_array_equal(work.tokens_per_expert, counts)
 
 
 def test_all_experts_alike_give_one() -> None:
@@ -81,17 +81,17 @@ def test_all_experts_alike_give_one() -> None:
 
 def _gradients(alpha: float, mesh: dict[str, int] | None = None, pieces: int = 1) -> dict:
     training = {"batch_size": 8, "gradient_accumulation_steps": pieces}
-    run = in_memory.start(
-        in_memory.V3, mesh=mesh, training=training, objective={"aux_loss_alpha": alpha}
+    run = tiny_steps.start(
+        tiny_steps.V3, mesh=mesh, training=training, objective={"aux_loss_alpha": alpha}
     )
-    report = run.step(in_memory.batch())
+    report = run.step(tiny_steps.batch())
     return run.gradients() | {"loss": np.asarray(report.sums.loss)}
 
 
 def test_the_loss_is_in_the_gradients_and_not_in_what_is_logged() -> None:
     alpha, plain, balanced = 0.5, _gradients(0.0), _gradients(0.5)
     assert plain["loss"] == balanced["loss"]
-    run, batch = in_memory.start(in_memory.V3), in_memory.batch()
+    run, batch = tiny_steps.start(tiny_steps.V3), tiny_steps.batch()
 
     def mean(trainable: Any) -> jax.Array:
         model = run.config.partition.merge(trainable, run.frozen)
@@ -113,7 +113,7 @@ def test_the_loss_is_in_the_gradients_and_not_in_what_is_logged() -> None:
 def test_it_is_a_mean_over_the_rows_of_the_batch(mesh: dict[str, int] | None, pieces: int) -> None:
     expected, found = _gradients(0.5), _gradients(0.5, mesh, pieces)
     for path, gradient in expected.items():
-        assert in_memory.distance(found[path], gradient) < 1e-5, path
+        assert tiny_steps.distance(found[path], gradient) < 1e-5, path
 
 
 def test_rows_are_sorted_by_group_and_keep_their_order_in_it() -> None:

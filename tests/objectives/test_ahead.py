@@ -5,16 +5,16 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import in_memory
 import numpy as np
 import pytest
+import tiny_steps
 
 from dsjax.data import Batch
 from dsjax.errors import ConfigError
 from dsjax.models import base_shapes, build, entries_of, predict_ahead
 from dsjax.objectives.checks import check_objective
 from dsjax.objectives.sft import shifted
-from dsjax.training.partition import decide
+from dsjax.training.partition import make_partition
 
 AHEAD: dict[str, Any] = {"mtp_loss_weight": 0.5, "bias_update_speed": 0.125}
 
@@ -40,34 +40,42 @@ def test_a_place_takes_what_stands_at_the_next_of_its_segment() -> None:
     assert after.position_ids is batch.position_ids
 
 
-def _start(mesh: Mapping[str, int] | None = None, pieces: int = 1, **changes: Any) -> in_memory.Run:
+def _start(
+    mesh: Mapping[str, int] | None = None, pieces: int = 1, **changes: Any
+) -> tiny_steps.Run:
     training = {"batch_size": 8, "gradient_accumulation_steps": pieces}
     objective = AHEAD | {"aux_loss_alpha": 0.25}
-    return in_memory.start(
-        in_memory.V3, mesh=mesh, training=training, objective=objective, **changes
+    return tiny_steps.start(
+        tiny_steps.V3, mesh=mesh, training=training, objective=objective, **changes
     )
 
 
-def _two_steps(run: in_memory.Run) -> tuple[in_memory.Outcome, list[float], dict[str, np.ndarray]]:
+def _two_steps(
+    run: tiny_steps.Run,
+) -> tuple[tiny_steps.Outcome, list[float], dict[str, np.ndarray]]:
     """Two steps; besides their outcome the sums ahead of the second, and the routers' biases."""
-    report = run.step(in_memory.batch())
+    report = run.step(tiny_steps.batch())
     gradients = run.gradients()
-    ahead = run.step(in_memory.batch(seed=1)).sums.ahead
-    assert ahead is not None and ahead.loads is not None
-    outcome = in_memory.Outcome(float(report.sums.loss), gradients, run.trainable())
-    biases = {path: outcome.trained[path] for path in run.config.partition.balanced}
-    return outcome, [float(ahead.loss), float(ahead.weight), float(ahead.loads.sum())], biases
+    ahead = run.step(tiny_steps.batch(seed=1)).sums.ahead
+    assert ahead is not None and ahead.tokens_per_expert is not None
+    outcome = tiny_steps.Outcome(float(report.sums.loss), gradients, run.trainable())
+    biases = {path: outcome.trained[path] for path in run.config.partition.router_biases}
+    return (
+        outcome,
+        [float(ahead.loss), float(ahead.weight), float(ahead.tokens_per_expert.sum())],
+        biases,
+    )
 
 
 @functools.cache
-def _one_device() -> tuple[in_memory.Outcome, list[float], dict[str, np.ndarray]]:
+def _one_device() -> tuple[tiny_steps.Outcome, list[float], dict[str, np.ndarray]]:
     return _two_steps(_compiled().fresh())
 
 
 @functools.cache
-def _compiled() -> in_memory.Run:
+def _compiled() -> tiny_steps.Run:
     """One device's run before its first step."""
-    return _start().compile(in_memory.batch())
+    return _start().compile(tiny_steps.batch())
 
 
 @pytest.mark.parametrize(
@@ -83,7 +91,7 @@ def test_a_mesh_and_portions_give_the_result_of_one_device(
 ) -> None:
     expected, sums, biases = _one_device()
     found, own_sums, own_biases = _two_steps(_start(mesh, pieces))
-    in_memory.assert_same(found, expected)
+    tiny_steps.assert_same(found, expected)
     assert own_sums == pytest.approx(sums, rel=1e-5)
     assert len(biases) == 2
     for path, bias in biases.items():
@@ -91,7 +99,7 @@ def test_a_mesh_and_portions_give_the_result_of_one_device(
 
 
 def test_sums_are_over_the_tokens_whose_next_is_of_their_segment() -> None:
-    run, batch = _compiled().fresh(), in_memory.batch()
+    run, batch = _compiled().fresh(), tiny_steps.batch()
     bias = "mtp.block.mlp.gate.e_score_correction_bias"
     before = run.trainable()[bias]
     sums = run.step(batch).sums
@@ -99,15 +107,15 @@ def test_sums_are_over_the_tokens_whose_next_is_of_their_segment() -> None:
     inside &= batch.segment_ids[:, :-1] > 0
     assert float(sums.ahead.weight) == batch.loss_weights[:, 1:][inside].sum()
     assert float(sums.ahead.weight) == float(after.loss_weights.sum())
-    loads = np.asarray(sums.ahead.loads)
+    loads = np.asarray(sums.ahead.tokens_per_expert)
     assert loads.shape == (1, 8) and loads.sum() == 3 * inside.sum()
     moved = AHEAD["bias_update_speed"] * np.sign(loads.mean() - loads)
     np.testing.assert_array_equal(run.trainable()[bias], before + moved.astype(np.float32))
 
 
 def test_the_main_loss_is_the_one_without() -> None:
-    plain = in_memory.start(in_memory.V3)
-    expected = plain.step(in_memory.batch()).sums
+    plain = tiny_steps.start(tiny_steps.V3)
+    expected = plain.step(tiny_steps.batch()).sums
     found = _one_device()[0]
     assert found.loss == pytest.approx(float(expected.loss), rel=1e-6)
     assert expected.ahead is None
@@ -115,7 +123,7 @@ def test_the_main_loss_is_the_one_without() -> None:
 
 
 def _model(ahead: bool = True, **changes: Any) -> Any:
-    model = build(in_memory.SHAPE | in_memory.V3 | changes, "float32")
+    model = build(tiny_steps.SHAPE | tiny_steps.V3 | changes, "float32")
     if ahead:
         predict_ahead(model)
     return model
@@ -139,13 +147,13 @@ def test_embedding_and_head_are_written_twice_and_read_once(tied: bool) -> None:
 
 
 def test_freezing_layer_and_embedding_are_two_things() -> None:
-    module = decide(_model(), freeze=["model.layers.3"])
+    module = make_partition(_model(), freeze=["model.layers.3"])
     assert set(module.frozen) == {
         *(path for path in module.leaves if path.startswith("mtp.")),
         "model.layers.mlp.gate.e_score_correction_bias",
     }
     assert module.layer_masks == {}
-    embedding = decide(_model(), freeze=["model.embed_tokens"], balance=True)
+    embedding = make_partition(_model(), freeze=["model.embed_tokens"], balance=True)
     assert embedding.frozen == ("model.embed_tokens.weight",)
 
 
@@ -174,10 +182,10 @@ V2 = {"model_type": "deepseek_v2", "topk_method": "greedy", "num_nextn_predict_l
 def test_what_a_model_cannot_have_is_refused(
     shape: dict[str, Any], peft_type: str | None, said: list[str]
 ) -> None:
-    section = in_memory.run_config(objective=AHEAD).objective
+    section = tiny_steps.run_config(objective=AHEAD).objective
     with pytest.raises(ConfigError) as error:
         check_objective(section, _model(False, **shape), peft_type)
     for part in said:
         assert part in str(error.value)
-    default = in_memory.run_config().objective
+    default = tiny_steps.run_config().objective
     check_objective(default, _model(False, **shape), peft_type)

@@ -5,14 +5,14 @@ import importlib
 import re
 from typing import Any
 
-import in_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_steps
 from flax import nnx
 
-from dsjax.adapters.lora import LoraSpec
+from dsjax.adapters.lora import LoraConfig
 from dsjax.data import Batch
 from dsjax.models import Model
 from dsjax.models.decoder import Hidden
@@ -29,7 +29,7 @@ class Head(Model):
     def __init__(self, hidden_BTD: jax.Array, weight_VD: jax.Array):
         self.states, self.weight = nnx.Param(hidden_BTD), nnx.Param(weight_VD)
 
-    def gather_ends(self, layout: None) -> None:
+    def all_gather_embeddings(self, layout: None) -> None:
         pass
 
     def hidden(self, *batch: Any, **forward: Any) -> Hidden:
@@ -43,7 +43,7 @@ def _inputs(length: int) -> tuple[jax.Array, jax.Array, Batch]:
     rng = np.random.default_rng(length)
     hidden = jnp.asarray(rng.normal(size=(2, length, 8)), jnp.float32)
     weight = jnp.asarray(rng.normal(size=(11, 8)), jnp.float32)
-    batch = in_memory.batch(2, length, vocab_size=11, packed=False)
+    batch = tiny_steps.batch(2, length, vocab_size=11, packed=False)
     return hidden, weight, jax.tree.map(jnp.asarray, batch)
 
 
@@ -85,10 +85,10 @@ def test_a_train_step_has_no_array_of_all_logits(
     tied: bool, adapted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SFT, "TOKENS_PER_CHUNK", 64)
-    adapter = LoraSpec(r=2, lora_alpha=2) if adapted else None
+    adapter = LoraConfig(r=2, lora_alpha=2) if adapted else None
     vocab_size, rows, length = 61, 4, 56  # 61 is the size of nothing else
-    run = in_memory.start({"vocab_size": vocab_size, "tie_word_embeddings": tied}, adapter)
-    batch = in_memory.batch(rows, length, vocab_size)
+    run = tiny_steps.start({"vocab_size": vocab_size, "tie_word_embeddings": tied}, adapter)
+    batch = tiny_steps.batch(rows, length, vocab_size)
 
     text = str(jax.make_jaxpr(make_train_step(run.config, run.state))(run.state, run.frozen, batch))
 
@@ -102,11 +102,11 @@ def test_a_train_step_has_no_array_of_all_logits(
 def test_dropout_of_an_adapted_head_goes_by_tokens_not_by_chunks(
     monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    adapter = LoraSpec(r=2, lora_alpha=2, target_modules=["lm_head"], lora_dropout=0.5)
-    run = in_memory.start({"num_hidden_layers": 1}, adapter)
-    batch = jax.tree.map(jnp.asarray, in_memory.batch(4, 12))
+    adapter = LoraConfig(r=2, lora_alpha=2, target_modules=["lm_head"], lora_dropout=0.5)
+    run = tiny_steps.start({"num_hidden_layers": 1}, adapter)
+    batch = jax.tree.map(jnp.asarray, tiny_steps.batch(4, 12))
     dropout = Dropout(jax.random.key(0), jnp.arange(48).reshape(4, 12))
-    model = in_memory.full_model(run)
+    model = tiny_steps.full_model(run)
     states = model.hidden(*batch[:1], batch.position_ids, batch.segment_ids).states
     keep = dropout.fold_in(model.lm_head.adapter.seed).keep(0.5, states.shape[-1])
     low = jnp.where(keep, states * 2, 0) @ model.lm_head.adapter.lora_A[...].T

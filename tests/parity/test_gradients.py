@@ -17,7 +17,7 @@ import dsjax
 from dsjax.data import Batch
 from dsjax.models import entries_of
 from dsjax.objectives.sft import Forward, sft
-from dsjax.training.partition import put, take
+from dsjax.training.partition import flatten, unflatten
 
 pytestmark = pytest.mark.parity
 
@@ -73,10 +73,10 @@ def test_loss_and_gradients_are_those_of_torch(variant: str, remat: str, tmp_pat
     expected.backward()
 
     model = dsjax.load_pretrained(str(checkpoint), dtype="float32")
-    graphdef, params = nnx.graphdef(model), take(model)
+    graphdef, params = nnx.graphdef(model), flatten(model)
 
     def loss(params: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        sums = sft(put(graphdef, params), _batch(rows), Forward(remat))
+        sums = sft(unflatten(graphdef, params), _batch(rows), Forward(remat))
         return sums.loss, sums.weight
 
     (total, weight), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)

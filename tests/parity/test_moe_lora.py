@@ -129,13 +129,13 @@ def _assemble(checkpoint: Path, **fields: Any) -> Assembly:
 
 def _write(checkpoint: Path, directory: Path, **fields: Any) -> Path:
     """Write a random adapter as an export does, which reads it again and compares."""
-    parts = _assemble(checkpoint, **({"peft_type": "LORA", "r": 4, "lora_alpha": 6} | fields))
-    leaves, rng = parts.partition.leaves, np.random.default_rng(0)
-    trained = {path: np.zeros(leaves[path].shape, np.float32) for path in parts.partition.trainable}
-    for path, index in lora.tensors(parts.model, parts.spec).values():
+    setup = _assemble(checkpoint, **({"peft_type": "LORA", "r": 4, "lora_alpha": 6} | fields))
+    leaves, rng = setup.partition.leaves, np.random.default_rng(0)
+    trained = {path: np.zeros(leaves[path].shape, np.float32) for path in setup.partition.trainable}
+    for path, index in lora.tensors(setup.model, setup.spec).values():
         trained[path][index] = rng.normal(0.0, 0.1, trained[path][index].shape)
     directory.mkdir()
-    write_peft(directory, parts, {path: jnp.asarray(array) for path, array in trained.items()})
+    write_peft(directory, setup, {path: jnp.asarray(array) for path, array in trained.items()})
     return directory
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import deepseek_variants
-import in_memory
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
 import tiny
+import tiny_steps
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -120,22 +120,22 @@ def _losses(model: nn.Module, module: Module, batch: Batch) -> list[torch.Tensor
     return [loss / weight for loss, weight in sums]
 
 
-def _run(checkpoint: Path, remat: str) -> tuple[in_memory.Run, Assembly]:
+def _run(checkpoint: Path, remat: str) -> tuple[tiny_steps.Run, Assembly]:
     objective = ObjectiveSection(mtp_loss_weight=WEIGHT)
     mesh = make_mesh(MeshSection(fsdp=1), jax.devices()[:1])
     section = ModelSection(path=str(checkpoint), dtype="float32")
-    parts = assemble_model(section, AdapterSection(), [], mesh, objective)
+    setup = assemble_model(section, AdapterSection(), [], mesh, objective)
     training = {"gradient_checkpointing": remat}
-    config = in_memory.run_config(training=training, objective={"mtp_loss_weight": WEIGHT})
-    step = step_config(config, parts.partition, mesh, total_steps=10)
-    return in_memory.Run(
-        step, init_state(load_trainable(parts, 0), step, 0), load_frozen(parts, 0)
-    ), parts
+    config = tiny_steps.run_config(training=training, objective={"mtp_loss_weight": WEIGHT})
+    step = step_config(config, setup.partition, mesh, total_steps=10)
+    return tiny_steps.Run(
+        step, init_state(load_trainable(setup, 0), step, 0), load_frozen(setup, 0)
+    ), setup
 
 
 def _batch() -> Batch:
     """Packed rows, one of which ends in a segment of a single token."""
-    batch = in_memory.batch(rows=3, vocab_size=VOCABULARY)
+    batch = tiny_steps.batch(rows=3, vocab_size=VOCABULARY)
     last = int((batch.segment_ids[0] > 0).sum()) - 1
     batch.segment_ids[0, last], batch.position_ids[0, last] = 3, 0
     return batch
@@ -163,13 +163,13 @@ def test_losses_and_gradients_are_those_of_torch(kind: str, remat: str, tmp_path
     plain, ahead = _losses(model, module, batch)
     (plain + WEIGHT * ahead).backward()
 
-    run, parts = _run(checkpoint, remat)
+    run, setup = _run(checkpoint, remat)
     sums = run.step(jax.tree.map(jnp.asarray, batch)).sums
 
     assert float(sums.loss / sums.weight) == pytest.approx(plain.item(), rel=1e-6)
     assert float(sums.ahead.loss / sums.ahead.weight) == pytest.approx(ahead.item(), rel=1e-6)
     expected = {name: gradient for name, _, gradient in _named(model, module)}
-    entries = [entry for entry in entries_of(parts.model) if not entry.copy]
+    entries = [entry for entry in entries_of(setup.model) if not entry.copy]
     assert {entry.hf for entry in entries} == set(expected)
     gradients = run.gradients()
     for entry in entries:

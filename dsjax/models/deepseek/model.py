@@ -14,13 +14,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dsjax.models.decoder import LATENTS, Block, CausalLM, PerLayer, Shared, append_to_cache
+from dsjax.models.decoder import LATENTS, Block, CausalLM, LayerInputs, StackInputs, append_to_cache
 from dsjax.models.deepseek.config import LATENT_EPS, DeepseekConfig
 from dsjax.models.deepseek.mtp import MTP
 from dsjax.models.layers import MLP, Dropout, LayerNorm, Linear, RMSNorm, spread
 from dsjax.models.llama.model import Attention
 from dsjax.models.moe import MoE
-from dsjax.models.ops.attention import Selection, attend
+from dsjax.models.ops.attention import SparseMask, dot_product_attention
 from dsjax.models.ops.blocks import precision
 from dsjax.models.rope import rotate, split_pairs
 
@@ -67,7 +67,7 @@ class LatentAttention(nnx.Module):
         self.prefix: Any = nnx.data(None)
 
     def __call__(
-        self, x_BTD: jax.Array, shared: Shared, own: PerLayer
+        self, x_BTD: jax.Array, shared: StackInputs, own: LayerInputs
     ) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
         """Attend; returns the output and, with a cache, what is kept of all tokens so far."""
         m, dropout = self.mla, own.dropout
@@ -91,7 +91,9 @@ class LatentAttention(nnx.Module):
         else:
             qkv = self._as_latents(q_nope_BTNP, q_rope_BTNR, seen[0], seen[1])
         layout = shared.layout if own.cache is None else None
-        out_BTNV = attend(*qkv, shared.query, shared.key, None, m.softmax_scale, selection, layout)
+        out_BTNV = dot_product_attention(
+            *qkv, shared.query, shared.key, None, m.softmax_scale, selection, layout
+        )
         if own.cache is not None:
             out_BTNV = self._from_latents(out_BTNV)
         out_BTD = self.o_proj(out_BTNV.reshape(*x_BTD.shape[:2], -1), dropout)
@@ -109,7 +111,7 @@ class LatentAttention(nnx.Module):
             q_BTX = self.q_b_proj(latent_BTQ, dropout)
         return q_BTX.reshape(*x_BTD.shape[:2], self.heads, -1), latent_BTQ
 
-    def _rotate(self, x_BTNR: jax.Array, shared: Shared) -> jax.Array:
+    def _rotate(self, x_BTNR: jax.Array, shared: StackInputs) -> jax.Array:
         if self.mla.rope_interleave:
             x_BTNR = split_pairs(x_BTNR)
         wide = x_BTNR.astype(jnp.float32) if self.mla.rope_in_float32 else x_BTNR
@@ -155,7 +157,7 @@ class LatentAttention(nnx.Module):
 
     def _by_head(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
         """The parts of kv_b_proj that make keys and values: [N, P, C] and [N, V, C]."""
-        weight_XC = self.kv_b_proj.whole_weight(dtype)
+        weight_XC = self.kv_b_proj.merged_weight(dtype)
         weight_NXC = weight_XC.reshape(self.heads, -1, self.mla.kv_lora_rank)
         key_NPC, value_NVC = jnp.split(weight_NXC, [self.mla.qk_nope_head_dim], axis=1)
         return key_NPC, value_NVC
@@ -183,14 +185,14 @@ class Indexer(nnx.Module):
             config.hidden_size, heads, (None, "embed"), layers=layers, trains=False
         )
 
-    def keys(self, x_BTD: jax.Array, shared: Shared) -> Float[Array, "B T H"]:
+    def keys(self, x_BTD: jax.Array, shared: StackInputs) -> Float[Array, "B T H"]:
         """One key for each token, rotated in half-split order."""
         key_BTH = self.k_norm(self.wk(jax.lax.stop_gradient(x_BTD)))
         return self._rotate(key_BTH[:, :, None], shared)[:, :, 0]
 
     def select(
-        self, x_BTD: jax.Array, q_latent_BTQ: jax.Array, key_BSH: jax.Array, shared: Shared
-    ) -> Selection | None:
+        self, x_BTD: jax.Array, q_latent_BTQ: jax.Array, key_BSH: jax.Array, shared: StackInputs
+    ) -> SparseMask | None:
         """Choose `index_topk` keys for each query; None where there are no more than that."""
         most, size = self.sizes.index_topk, self.sizes.index_head_dim
         if key_BSH.shape[1] <= most:
@@ -200,8 +202,8 @@ class Indexer(nnx.Module):
         q_BTNH = self._rotate(q_BTNH, shared)
         weights_BTN = self.weights_proj(x_BTD).astype(jnp.float32) * self.sizes.index_n_heads**-0.5
 
-        def narrow(asking, mask_BTS):
-            q_BTNH, weights_BTN = asking
+        def select(query_inputs, mask_BTS):
+            q_BTNH, weights_BTN = query_inputs
             wide = jnp.float32
             scores_BTNS = jnp.einsum(
                 "btnh,bsh->btns",
@@ -216,9 +218,9 @@ class Indexer(nnx.Module):
             chosen_BTS = jnp.zeros_like(mask_BTS).at[rows[..., None], columns[..., None], best_BTK]
             return mask_BTS & chosen_BTS.set(True)
 
-        return Selection(narrow, (q_BTNH, weights_BTN))
+        return SparseMask(select, (q_BTNH, weights_BTN))
 
-    def _rotate(self, x_BTNH: jax.Array, shared: Shared) -> jax.Array:
+    def _rotate(self, x_BTNH: jax.Array, shared: StackInputs) -> jax.Array:
         """Rotate the first dimensions of each head; unlike those of the attention, half-split."""
         first, rest = jnp.split(x_BTNH, [self.rotated], axis=-1)
         return jnp.concatenate([rotate(first, shared.cos_BTH, shared.sin_BTH), rest], axis=-1)

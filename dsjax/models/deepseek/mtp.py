@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dsjax.models.decoder import Block, PerLayer, Shared, run_stack
+from dsjax.models.decoder import Block, LayerInputs, StackInputs, run_stack
 from dsjax.models.deepseek.config import DeepseekConfig
 from dsjax.models.layers import Linear, RMSNorm
-from dsjax.models.moe import Work
+from dsjax.models.moe import RouterStats
 
 
 class MTP(nnx.Module):
@@ -36,9 +36,9 @@ class MTP(nnx.Module):
         self,
         next_BTD: Float[Array, "B T D"],
         states_BTD: Float[Array, "B T D"],
-        shared: Shared,
+        shared: StackInputs,
         remat: str,
-    ) -> tuple[jax.Array, Work | None]:
+    ) -> tuple[jax.Array, RouterStats | None]:
         """Run the module.
 
         Args:
@@ -51,6 +51,6 @@ class MTP(nnx.Module):
             States [B, T, D] after `shared_head.norm`, and how the experts shared the work.
         """
         both_BTX = jnp.concatenate([self.enorm(next_BTD), self.hnorm(states_BTD)], axis=-1)
-        own = PerLayer(window=None, number=None, cache=None)
+        own = LayerInputs(window=None, number=None, cache=None)
         x_BTD, _, work = run_stack(self.block, self.eh_proj(both_BTX), shared, own, remat)
         return self.norm(x_BTD), work

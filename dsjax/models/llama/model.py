@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dsjax.models.decoder import Block, CausalLM, PerLayer, Shared, append_to_cache
+from dsjax.models.decoder import Block, CausalLM, LayerInputs, StackInputs, append_to_cache
 from dsjax.models.layers import MLP, Linear, RMSNorm
 from dsjax.models.llama.config import LlamaConfig
-from dsjax.models.ops.attention import attend
+from dsjax.models.ops.attention import dot_product_attention
 from dsjax.models.rope import rotate
 
 
@@ -42,7 +42,7 @@ class Attention(nnx.Module):
         self.prefix: Any = nnx.data(None)
 
     def __call__(
-        self, x_BTD: jax.Array, shared: Shared, own: PerLayer
+        self, x_BTD: jax.Array, shared: StackInputs, own: LayerInputs
     ) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
         """Attend; returns the output and, with a cache, the layer's keys and values so far."""
         q_BTNH = self._heads(self.q_proj(x_BTD, own.dropout), self.q_norm)
@@ -53,7 +53,7 @@ class Attention(nnx.Module):
         seen = append_to_cache(own.cache, (k_BSKH, v_BSKH), shared.length)
         k_BSKH, v_BSKH = seen if self.prefix is None else self.prefix(*seen)
         own_rows = own.cache is None and self.prefix is None
-        out_BTNH = attend(
+        out_BTNH = dot_product_attention(
             q_BTNH,
             k_BSKH,
             v_BSKH,

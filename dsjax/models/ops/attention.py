@@ -43,20 +43,20 @@ class Tokens(NamedTuple):
     segment: Int[Array, "B T"]
 
 
-class Selection(NamedTuple):
+class SparseMask(NamedTuple):
     """A sparse attention's choice of keys.
 
     Attributes:
         narrow: (what a block of queries asks with, the mask of keys that it may see) -> a mask with
             fewer keys.
-        asking: arrays [B, T, ...] that `narrow` is given block by block.
+        asking: arrays [B, T, ...] that `select` is given block by block.
     """
 
-    narrow: Callable[[Any, Bool[Array, "B T S"]], Bool[Array, "B T S"]]
-    asking: Any
+    select: Callable[[Any, Bool[Array, "B T S"]], Bool[Array, "B T S"]]
+    query_inputs: Any
 
 
-def visible(
+def attention_mask(
     query: Tokens, key: Tokens, window: Int[Array, ""] | int | None
 ) -> Bool[Array, "B T S"]:
     """Which keys each query sees: its own segment (or a prefix), no later, inside the window.
@@ -74,7 +74,7 @@ def visible(
     return mask_BTS
 
 
-def attend(
+def dot_product_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKV: Float[Array, "B S K V"],
@@ -82,7 +82,7 @@ def attend(
     key: Tokens,
     window: Int[Array, ""] | int | None,
     scale: float,
-    selection: Selection | None = None,
+    selection: SparseMask | None = None,
     layout: Layout | None = None,
 ) -> Float[Array, "B T N V"]:
     """Grouped-query attention; the softmax is float32 and cast back, as in the reference.
@@ -95,7 +95,7 @@ def attend(
         v_BSKV: values, of any head size.
         query: tokens that ask.
         key: tokens that may be seen.
-        window: see `visible`.
+        window: see `attention_mask`.
         scale: of the scores before the softmax.
         selection: leaves fewer keys to each query than it may see.
         layout: of the mesh; None where keys are not the queries' own rows (a cache, a prefix).
@@ -109,17 +109,17 @@ def attend(
     wide_k, wide_v = (x.astype(jnp.float32) for x in (k_BSKH, v_BSKV))
 
     def block(piece):
-        q, tokens, asking = piece
+        q, tokens, query_inputs = piece
         k_BSKH, v_BSKV = (x.astype(q.dtype) for x in (wide_k, wide_v))
-        mask = visible(tokens, key, window)
+        mask = attention_mask(tokens, key, window)
         if selection is not None:
-            mask = selection.narrow(asking, mask)
+            mask = selection.select(query_inputs, mask)
         return _attend_block(q, k_BSKH, v_BSKV, mask, scale)
 
-    asking = None if selection is None else selection.asking
+    query_inputs = None if selection is None else selection.query_inputs
     if q_BTNH.shape[1] <= QUERY_BLOCK:
-        return block((q_BTNH, query, asking))
-    pieces = jax.tree.map(lambda x: in_blocks(x, QUERY_BLOCK), (q_BTNH, query, asking))
+        return block((q_BTNH, query, query_inputs))
+    pieces = jax.tree.map(lambda x: in_blocks(x, QUERY_BLOCK), (q_BTNH, query, query_inputs))
     return out_of_blocks(jax.lax.map(jax.checkpoint(block), pieces))[:, : q_BTNH.shape[1]]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from desk import Desk
+from cli_runner import CliRunner
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +15,6 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def desk(tmp_path, checkpoint, capsys, monkeypatch) -> Desk:
+def cli_runner(tmp_path, checkpoint, capsys, monkeypatch) -> CliRunner:
     """The files of a run that would work."""
-    return Desk(tmp_path, checkpoint, capsys, monkeypatch)
+    return CliRunner(tmp_path, checkpoint, capsys, monkeypatch)

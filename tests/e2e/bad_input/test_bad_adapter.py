@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from desk import Q_PROJ, Desk, assert_says
+from cli_runner import Q_PROJ, CliRunner, assert_says
 
 FULL = "adapter.peft_type=null"
 
@@ -75,20 +75,22 @@ FULL = "adapter.peft_type=null"
     ],
     ids=lambda value: value[0] if value and "=" in value[0] else None,
 )
-def test_a_target_that_is_not_there(desk: Desk, words: list[str], parts: list[str]):
-    assert_says(desk.refusal(*words), *parts)
+def test_a_target_that_is_not_there(cli_runner: CliRunner, words: list[str], parts: list[str]):
+    assert_says(cli_runner.refusal(*words), *parts)
 
 
-def test_a_tied_head_as_target(desk: Desk):
-    desk.edit_config(tie_word_embeddings=True)
-    desk.edit_tensors(lambda tensors: tensors.pop("lm_head.weight"))
-    message = desk.refusal("adapter.target_modules=[q_proj, lm_head]")
+def test_a_tied_head_as_target(cli_runner: CliRunner):
+    cli_runner.edit_config(tie_word_embeddings=True)
+    cli_runner.edit_tensors(lambda tensors: tensors.pop("lm_head.weight"))
+    message = cli_runner.refusal("adapter.target_modules=[q_proj, lm_head]")
     assert_says(message, "adapter.target_modules: got 'lm_head'", "tie_word_embeddings")
 
 
-def test_keys_of_an_adapter_without_its_kind(desk: Desk):
-    desk.edit_yaml("  peft_type: LORA\n", "")
-    assert_says(desk.refusal(), "adapter.peft_type: got nothing beside adapter.r", "expected LORA")
+def test_keys_of_an_adapter_without_its_kind(cli_runner: CliRunner):
+    cli_runner.edit_yaml("  peft_type: LORA\n", "")
+    assert_says(
+        cli_runner.refusal(), "adapter.peft_type: got nothing beside adapter.r", "expected LORA"
+    )
 
 
 # ---- PEFT's folder
@@ -107,10 +109,10 @@ def test_keys_of_an_adapter_without_its_kind(desk: Desk):
     ],
     ids=["absent", "file", "model", "hub_id"],
 )
-def test_an_adapter_path_without_an_adapter(desk: Desk, path: str, parts: list[str]):
-    desk.edit_yaml("  peft_type: LORA\n  r: 4\n", "  path: null\n")
-    path = path.format(folder=desk.folder, rows=desk.rows, model=desk.model)
-    assert_says(desk.refusal(f"adapter.path={path}"), *parts)
+def test_an_adapter_path_without_an_adapter(cli_runner: CliRunner, path: str, parts: list[str]):
+    cli_runner.edit_yaml("  peft_type: LORA\n  r: 4\n", "  path: null\n")
+    path = path.format(folder=cli_runner.folder, rows=cli_runner.rows, model=cli_runner.model)
+    assert_says(cli_runner.refusal(f"adapter.path={path}"), *parts)
 
 
 @pytest.mark.parametrize(
@@ -168,9 +170,11 @@ def test_an_adapter_path_without_an_adapter(desk: Desk, path: str, parts: list[s
         "_".join(f"{k}_{v}" for k, v in value.items()) if isinstance(value, dict) else None
     ),
 )
-def test_an_adapter_config_that_does_not_fit(desk: Desk, changes: dict[str, Any], parts: list[str]):
-    desk.write_adapter(**changes)
-    assert_says(desk.refusal(), "adapter", *parts)
+def test_an_adapter_config_that_does_not_fit(
+    cli_runner: CliRunner, changes: dict[str, Any], parts: list[str]
+):
+    cli_runner.write_adapter(**changes)
+    assert_says(cli_runner.refusal(), "adapter", *parts)
 
 
 A1 = Q_PROJ.format(1, "A")
@@ -195,9 +199,9 @@ A1 = Q_PROJ.format(1, "A")
     ],
     ids=["missing", "shape", "extra", "renamed"],
 )
-def test_adapter_tensors_that_do_not_fit(desk: Desk, edit: Any, parts: list[str]):
-    desk.write_adapter(edit)
-    assert_says(desk.refusal(), "adapter_model.safetensors", *parts)
+def test_adapter_tensors_that_do_not_fit(cli_runner: CliRunner, edit: Any, parts: list[str]):
+    cli_runner.write_adapter(edit)
+    assert_says(cli_runner.refusal(), "adapter_model.safetensors", *parts)
 
 
 @pytest.mark.parametrize(
@@ -219,9 +223,11 @@ def test_adapter_tensors_that_do_not_fit(desk: Desk, edit: Any, parts: list[str]
     ],
     ids=["r", "alpha", "targets", "kind"],
 )
-def test_keys_that_disagree_with_the_adapter_on_disk(desk: Desk, word: str, parts: list[str]):
-    desk.write_adapter()
-    assert_says(desk.refusal(word), *parts)
+def test_keys_that_disagree_with_the_adapter_on_disk(
+    cli_runner: CliRunner, word: str, parts: list[str]
+):
+    cli_runner.write_adapter()
+    assert_says(cli_runner.refusal(word), *parts)
 
 
 @pytest.mark.parametrize(
@@ -239,22 +245,22 @@ def test_keys_that_disagree_with_the_adapter_on_disk(desk: Desk, word: str, part
     ],
     ids=["no_tensors", "empty_tensors", "no_config", "config_json", "config_list"],
 )
-def test_a_damaged_adapter(desk: Desk, name: str, content: str | None, parts: list[str]):
-    desk.write_adapter()
-    (desk.adapter / name).unlink()
+def test_a_damaged_adapter(cli_runner: CliRunner, name: str, content: str | None, parts: list[str]):
+    cli_runner.write_adapter()
+    (cli_runner.adapter / name).unlink()
     if content is not None:
-        (desk.adapter / name).write_text(content)
-    assert_says(desk.refusal(), *parts)
+        (cli_runner.adapter / name).write_text(content)
+    assert_says(cli_runner.refusal(), *parts)
 
 
-def test_a_prefix_from_disk_as_a_merged_export(desk: Desk):
+def test_a_prefix_from_disk_as_a_merged_export(cli_runner: CliRunner):
     prefix = np.zeros((4, 144), np.float32)
-    desk.write_adapter(
+    cli_runner.write_adapter(
         lambda tensors: (tensors.clear(), tensors.update(prompt_embeddings=prefix)),
         peft_type="PREFIX_TUNING",
         num_virtual_tokens=4,
     )
-    message = desk.refusal("export.format=merged")
+    message = cli_runner.refusal("export.format=merged")
     assert_says(message, 'export.format: got "merged" with PREFIX_TUNING', "expected peft or null")
 
 
@@ -287,5 +293,5 @@ def test_a_prefix_from_disk_as_a_merged_export(desk: Desk):
     ],
     ids=["typo", "glob", "syntax", "everything", "with_adapter"],
 )
-def test_freezing_what_cannot_be_frozen(desk: Desk, words: list[str], parts: list[str]):
-    assert_says(desk.refusal(*words), *parts)
+def test_freezing_what_cannot_be_frozen(cli_runner: CliRunner, words: list[str], parts: list[str]):
+    assert_says(cli_runner.refusal(*words), *parts)

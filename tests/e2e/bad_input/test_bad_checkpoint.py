@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from desk import Desk, assert_says
+from cli_runner import CliRunner, assert_says
 
 POINTER = (
     "version https://git-lfs.github.com/spec/v1\n"
@@ -35,19 +35,19 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
     ],
     ids=["absent", "typo", "file", "no_config", "hub_offline", "null"],
 )
-def test_a_model_path_without_a_model(desk: Desk, path: str, parts: list[str]):
-    path = path.format(folder=desk.folder, model=desk.model)
-    assert_says(desk.refusal(f"model.path={path}"), *parts)
+def test_a_model_path_without_a_model(cli_runner: CliRunner, path: str, parts: list[str]):
+    path = path.format(folder=cli_runner.folder, model=cli_runner.model)
+    assert_says(cli_runner.refusal(f"model.path={path}"), *parts)
 
 
-def test_an_adapter_as_the_model(desk: Desk):
-    desk.write_adapter()
-    message = desk.refusal(f"model.path={desk.adapter}")
+def test_an_adapter_as_the_model(cli_runner: CliRunner):
+    cli_runner.write_adapter()
+    message = cli_runner.refusal(f"model.path={cli_runner.adapter}")
     assert_says(message, "model.path: got", "PEFT adapter", "adapter.path")
 
 
-def test_a_revision_of_a_local_directory(desk: Desk):
-    message = desk.refusal("model.revision=main")
+def test_a_revision_of_a_local_directory(cli_runner: CliRunner):
+    message = cli_runner.refusal("model.revision=main")
     assert_says(message, "model.revision: got 'main' with the local directory", "expected null")
 
 
@@ -116,15 +116,15 @@ def _without_weights(model: Path) -> None:
         *("two_saves", "config_json", "config_list", "config_lfs", "no_config"),
     ],
 )
-def test_damaged_files(desk: Desk, spoil: Callable[[Path], Any], parts: list[str]):
-    spoil(desk.model)
-    assert_says(desk.refusal(), *parts)
+def test_damaged_files(cli_runner: CliRunner, spoil: Callable[[Path], Any], parts: list[str]):
+    spoil(cli_runner.model)
+    assert_says(cli_runner.refusal(), *parts)
 
 
-def test_a_pickle_that_would_run_code(desk: Desk):
-    _without_weights(desk.model)
-    (desk.model / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch run'\ntR.")
-    assert_says(desk.refusal(), "model.path", "pytorch_model.bin", "expected")
+def test_a_pickle_that_would_run_code(cli_runner: CliRunner):
+    _without_weights(cli_runner.model)
+    (cli_runner.model / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch run'\ntR.")
+    assert_says(cli_runner.refusal(), "model.path", "pytorch_model.bin", "expected")
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,12 @@ def test_a_pickle_that_would_run_code(desk: Desk):
     ],
     ids=["absent", "damaged", "damaged_config"],
 )
-def test_a_tokenizer_that_is_not_one(desk: Desk, spoil: Callable[[Path], Any], parts: list[str]):
-    desk.write_rows(*[{"text": "the question"}] * 8)
-    spoil(desk.model)
-    assert_says(desk.refusal(), *parts)
+def test_a_tokenizer_that_is_not_one(
+    cli_runner: CliRunner, spoil: Callable[[Path], Any], parts: list[str]
+):
+    cli_runner.write_rows(*[{"text": "the question"}] * 8)
+    spoil(cli_runner.model)
+    assert_says(cli_runner.refusal(), *parts)
 
 
 # ---- Tensors
@@ -173,9 +175,11 @@ def _rename(tensors: dict[str, np.ndarray]) -> None:
     ],
     ids=["missing", "no_head", "extra", "shape", "renamed", "none"],
 )
-def test_tensors_that_config_json_does_not_declare(desk: Desk, edit: Callable, parts: list[str]):
-    desk.edit_tensors(edit)
-    assert_says(desk.refusal(), *parts)
+def test_tensors_that_config_json_does_not_declare(
+    cli_runner: CliRunner, edit: Callable, parts: list[str]
+):
+    cli_runner.edit_tensors(edit)
+    assert_says(cli_runner.refusal(), *parts)
 
 
 @pytest.mark.parametrize(
@@ -201,15 +205,15 @@ def test_tensors_that_config_json_does_not_declare(desk: Desk, edit: Callable, p
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_a_config_of_another_size(desk: Desk, changes: dict[str, Any], parts: list[str]):
-    desk.edit_config(**changes)
-    assert_says(desk.refusal(), *parts)
+def test_a_config_of_another_size(cli_runner: CliRunner, changes: dict[str, Any], parts: list[str]):
+    cli_runner.edit_config(**changes)
+    assert_says(cli_runner.refusal(), *parts)
 
 
-def test_an_untied_model_without_a_head(desk: Desk):
-    desk.edit_config(tie_word_embeddings=False)
-    desk.edit_tensors(lambda tensors: tensors.pop("lm_head.weight"))
-    assert_says(desk.refusal(), "lm_head.weight: got no such tensor", "tie_word_embeddings")
+def test_an_untied_model_without_a_head(cli_runner: CliRunner):
+    cli_runner.edit_config(tie_word_embeddings=False)
+    cli_runner.edit_tensors(lambda tensors: tensors.pop("lm_head.weight"))
+    assert_says(cli_runner.refusal(), "lm_head.weight: got no such tensor", "tie_word_embeddings")
 
 
 # ---- config.json
@@ -280,17 +284,21 @@ def _rope(**settings: Any) -> dict[str, Any]:
     ],
     ids=lambda value: "_".join(value)[:40] if isinstance(value, dict) else None,
 )
-def test_a_config_json_that_is_not_supported(desk: Desk, changes: dict[str, Any], parts: list[str]):
-    desk.edit_config(**changes)
-    assert_says(desk.refusal(), *parts)
+def test_a_config_json_that_is_not_supported(
+    cli_runner: CliRunner, changes: dict[str, Any], parts: list[str]
+):
+    cli_runner.edit_config(**changes)
+    assert_says(cli_runner.refusal(), *parts)
 
 
-def test_layer_types_that_do_not_fit(desk: Desk):
-    desk.edit_config(model_type="qwen2", layer_types=["full_attention"])
-    assert_says(desk.refusal(), "config.json layer_types: got 1 entries", "num_hidden_layers (3)")
+def test_layer_types_that_do_not_fit(cli_runner: CliRunner):
+    cli_runner.edit_config(model_type="qwen2", layer_types=["full_attention"])
+    assert_says(
+        cli_runner.refusal(), "config.json layer_types: got 1 entries", "num_hidden_layers (3)"
+    )
 
 
-def test_values_that_float16_cannot_hold(desk: Desk):
-    desk.edit_tensors(lambda tensors: tensors[Q_PROJ].fill(1e6))
-    message = desk.refusal("model.dtype=float16", announced=True)
+def test_values_that_float16_cannot_hold(cli_runner: CliRunner):
+    cli_runner.edit_tensors(lambda tensors: tensors[Q_PROJ].fill(1e6))
+    message = cli_runner.refusal("model.dtype=float16", announced=True)
     assert_says(message, f"{Q_PROJ}: got values beyond 65504", "bfloat16 or float32")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from desk import Desk, assert_says
+from cli_runner import CliRunner, assert_says
 
 from dsjax.errors import ConfigError
 from dsjax.export import command as export
@@ -29,21 +29,33 @@ def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words", "parts"),
     [
-        (lambda desk: desk.edit_yaml("r: 4", "rank: 4"), [], ["adapter.rank: got an unknown key"]),
         (
-            lambda desk: (desk.model / "model-00002-of-00004.safetensors").unlink(),
+            lambda cli_runner: cli_runner.edit_yaml("r: 4", "rank: 4"),
+            [],
+            ["adapter.rank: got an unknown key"],
+        ),
+        (
+            lambda cli_runner: (cli_runner.model / "model-00002-of-00004.safetensors").unlink(),
             [],
             ["model.path: got", "without model-00002-of-00004.safetensors"],
         ),
-        (lambda desk: desk.write_rows("{"), [], ["rows.jsonl:1: got a line that is not JSON"]),
-        (lambda desk: None, ["mesh.data=3", "mesh.fsdp=1"], ["mesh: got data 3", "devices (1)"]),
         (
-            lambda desk: desk.write_adapter(use_dora=True),
+            lambda cli_runner: cli_runner.write_rows("{"),
+            [],
+            ["rows.jsonl:1: got a line that is not JSON"],
+        ),
+        (
+            lambda cli_runner: None,
+            ["mesh.data=3", "mesh.fsdp=1"],
+            ["mesh: got data 3", "devices (1)"],
+        ),
+        (
+            lambda cli_runner: cli_runner.write_adapter(use_dora=True),
             [],
             ["adapter_config.json use_dora: got True"],
         ),
         (
-            lambda desk: desk.edit_yaml(f"{desk.run}", f"{desk.model}/run"),
+            lambda cli_runner: cli_runner.edit_yaml(f"{cli_runner.run}", f"{cli_runner.model}/run"),
             [],
             ["output_dir: got", "model/run', which lies in model.path (", "a folder outside of it"],
         ),
@@ -51,53 +63,63 @@ def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     ids=["config", "checkpoint", "data", "mesh", "adapter", "output"],
 )
 def test_training_refuses(
-    desk: Desk, run_cli, spoil: Callable[[Desk], None], words: list[str], parts: list[str]
+    cli_runner: CliRunner,
+    run_cli,
+    spoil: Callable[[CliRunner], None],
+    words: list[str],
+    parts: list[str],
 ):
-    spoil(desk)
-    before = sorted(desk.folder.rglob("*"))
-    assert_refused(run_cli("train", "--config", desk.yaml, *words), *parts)
-    assert sorted(desk.folder.rglob("*")) == before
+    spoil(cli_runner)
+    before = sorted(cli_runner.folder.rglob("*"))
+    assert_refused(run_cli("train", "--config", cli_runner.yaml, *words), *parts)
+    assert sorted(cli_runner.folder.rglob("*")) == before
 
 
 def test_training_without_a_configuration(run_cli):
     assert_refused(run_cli("train"), "--config: got nothing", "add --config FILE")
 
 
-def test_converting_refuses(desk: Desk):
+def test_converting_refuses(cli_runner: CliRunner):
     done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "convert_weights.py", "to-hf", desk.model, desk.run],
+        [
+            sys.executable,
+            ROOT / "tools" / "convert_weights.py",
+            "to-hf",
+            cli_runner.model,
+            cli_runner.run,
+        ],
         capture_output=True,
         text=True,
         env=os.environ,
     )
-    assert_refused(done, "got", str(desk.model), "expected a directory written by to-flax")
-    assert not desk.run.exists()
+    assert_refused(done, "got", str(cli_runner.model), "expected a directory written by to-flax")
+    assert not cli_runner.run.exists()
 
 
 # ---- Conversion
 
 
-def test_converting_into_a_folder_in_use(desk: Desk):
+def test_converting_into_a_folder_in_use(cli_runner: CliRunner):
     for convert in (to_flax, to_hf):
-        source = desk.model
+        source = cli_runner.model
         if convert is to_hf:
-            source = desk.folder / "flax"
-            to_flax(str(desk.model), str(source))
+            source = cli_runner.folder / "flax"
+            to_flax(str(cli_runner.model), str(source))
         with pytest.raises(ConfigError, match="got .*model', which is not empty"):
-            convert(str(source), str(desk.model))
+            convert(str(source), str(cli_runner.model))
 
 
-def test_converting_what_is_not_there(desk: Desk):
+def test_converting_what_is_not_there(cli_runner: CliRunner):
     with pytest.raises(ConfigError, match="got '/nowhere', expected a directory or a hub id"):
-        to_flax("/nowhere", str(desk.run))
-    assert not desk.run.exists()
+        to_flax("/nowhere", str(cli_runner.run))
+    assert not cli_runner.run.exists()
 
 
-def test_converting_a_checkpoint_with_another_shape(desk: Desk):
-    desk.edit_config(vocab_size=300)
+def test_converting_a_checkpoint_with_another_shape(cli_runner: CliRunner):
+    cli_runner.edit_config(vocab_size=300)
     with pytest.raises(ConfigError, match=r"model.embed_tokens.weight: got shape \[288, 48\]"):
-        to_flax(str(desk.model), str(desk.run))
-    assert sorted(path.name for path in desk.folder.iterdir()) == [
+        to_flax(str(cli_runner.model), str(cli_runner.run))
+    assert sorted(path.name for path in cli_runner.folder.iterdir()) == [
         "model",
         "rows.jsonl",
         "run.yaml",
@@ -120,53 +142,59 @@ def test_converting_a_checkpoint_with_another_shape(desk: Desk):
     ],
     ids=["manifest", "format", "array", "config"],
 )
-def test_a_damaged_dsjax_checkpoint(desk: Desk, spoil: Callable[[Path], object], parts: list[str]):
-    flax = desk.folder / "flax"
-    to_flax(str(desk.model), str(flax))
+def test_a_damaged_dsjax_checkpoint(
+    cli_runner: CliRunner, spoil: Callable[[Path], object], parts: list[str]
+):
+    flax = cli_runner.folder / "flax"
+    to_flax(str(cli_runner.model), str(flax))
     spoil(flax)
-    assert_says(desk.refusal(f"model.path={flax}"), "model.path", *parts)
+    assert_says(cli_runner.refusal(f"model.path={flax}"), "model.path", *parts)
 
 
 # ---- Export of a run
 
 
-def _refused_export(desk: Desk, form: str = "peft", out: str = "out") -> str:
-    words = ("--run", desk.run, "--out", desk.folder / out, "--format", form)
-    before, message = desk.refused(export.main, *words)
+def _refused_export(cli_runner: CliRunner, form: str = "peft", out: str = "out") -> str:
+    words = ("--run", cli_runner.run, "--out", cli_runner.folder / out, "--format", form)
+    before, message = cli_runner.refused(export.main, *words)
     assert before == ""
-    assert not (desk.folder / "out").exists()
+    assert not (cli_runner.folder / "out").exists()
     return message
 
 
-def _make_run(desk: Desk) -> None:
-    desk.run.mkdir()
-    (desk.run / "config.yaml").write_text(desk.yaml.read_text())
+def _make_run(cli_runner: CliRunner) -> None:
+    cli_runner.run.mkdir()
+    (cli_runner.run / "config.yaml").write_text(cli_runner.yaml.read_text())
 
 
-def test_exporting_what_is_no_run(desk: Desk):
-    assert_says(_refused_export(desk), "--run: got", "expected the output_dir of a run")
+def test_exporting_what_is_no_run(cli_runner: CliRunner):
+    assert_says(_refused_export(cli_runner), "--run: got", "expected the output_dir of a run")
 
 
-def test_exporting_a_run_without_a_checkpoint(desk: Desk):
-    _make_run(desk)
-    assert_says(_refused_export(desk), "checkpoints: got no complete checkpoint", "train first")
+def test_exporting_a_run_without_a_checkpoint(cli_runner: CliRunner):
+    _make_run(cli_runner)
+    assert_says(
+        _refused_export(cli_runner), "checkpoints: got no complete checkpoint", "train first"
+    )
 
 
-def test_exporting_over_something_else(desk: Desk):
-    _make_run(desk)
-    (desk.folder / "thesis").mkdir()
-    (desk.folder / "thesis" / "chapter.tex").write_text("")
-    assert_says(_refused_export(desk, out="thesis"), "--out: got", "which is not empty")
-    assert_says(_refused_export(desk, out="model"), "--out: got", "which lies in model.path")
+def test_exporting_over_something_else(cli_runner: CliRunner):
+    _make_run(cli_runner)
+    (cli_runner.folder / "thesis").mkdir()
+    (cli_runner.folder / "thesis" / "chapter.tex").write_text("")
+    assert_says(_refused_export(cli_runner, out="thesis"), "--out: got", "which is not empty")
+    assert_says(_refused_export(cli_runner, out="model"), "--out: got", "which lies in model.path")
 
 
-def test_exporting_an_adapter_of_a_run_without_one(desk: Desk):
-    desk.edit_yaml("  peft_type: LORA\n  r: 4\n", "  peft_type: null\n")
-    _make_run(desk)
-    assert_says(_refused_export(desk), "--format: got peft for a run without an adapter")
+def test_exporting_an_adapter_of_a_run_without_one(cli_runner: CliRunner):
+    cli_runner.edit_yaml("  peft_type: LORA\n  r: 4\n", "  peft_type: null\n")
+    _make_run(cli_runner)
+    assert_says(_refused_export(cli_runner), "--format: got peft for a run without an adapter")
 
 
-def test_exporting_a_prefix_as_merged(desk: Desk):
-    desk.edit_yaml("LORA\n  r: 4", "PREFIX_TUNING")
-    _make_run(desk)
-    assert_says(_refused_export(desk, "merged"), "--format: got merged with PREFIX_TUNING", "peft")
+def test_exporting_a_prefix_as_merged(cli_runner: CliRunner):
+    cli_runner.edit_yaml("LORA\n  r: 4", "PREFIX_TUNING")
+    _make_run(cli_runner)
+    assert_says(
+        _refused_export(cli_runner, "merged"), "--format: got merged with PREFIX_TUNING", "peft"
+    )

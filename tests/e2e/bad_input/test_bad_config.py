@@ -4,7 +4,7 @@
 import os
 
 import pytest
-from desk import Desk, assert_says
+from cli_runner import CliRunner, assert_says
 
 # ---- The YAML file
 
@@ -71,9 +71,9 @@ from desk import Desk, assert_says
         ),
     ],
 )
-def test_a_wrong_yaml_file(desk: Desk, old: str, new: str, parts: list[str]):
-    desk.edit_yaml(old, new)
-    assert_says(desk.refusal(), *parts)
+def test_a_wrong_yaml_file(cli_runner: CliRunner, old: str, new: str, parts: list[str]):
+    cli_runner.edit_yaml(old, new)
+    assert_says(cli_runner.refusal(), *parts)
 
 
 @pytest.mark.parametrize(
@@ -96,14 +96,16 @@ def test_a_wrong_yaml_file(desk: Desk, old: str, new: str, parts: list[str]):
         ),
     ],
 )
-def test_a_yaml_file_that_holds_no_run(desk: Desk, text: str, parts: list[str]):
-    desk.yaml.write_text(text)
-    assert_says(desk.refusal(), *parts)
+def test_a_yaml_file_that_holds_no_run(cli_runner: CliRunner, text: str, parts: list[str]):
+    cli_runner.yaml.write_text(text)
+    assert_says(cli_runner.refusal(), *parts)
 
 
-def test_a_yaml_file_of_other_bytes(desk: Desk):
-    desk.yaml.write_bytes(b"model: \xff\xfe")
-    assert_says(desk.refusal(), "run.yaml: got bytes that are not UTF-8", "expected a YAML file")
+def test_a_yaml_file_of_other_bytes(cli_runner: CliRunner):
+    cli_runner.yaml.write_bytes(b"model: \xff\xfe")
+    assert_says(
+        cli_runner.refusal(), "run.yaml: got bytes that are not UTF-8", "expected a YAML file"
+    )
 
 
 # ---- Overrides
@@ -180,18 +182,18 @@ def test_a_yaml_file_of_other_bytes(desk: Desk):
     ],
     ids=lambda value: value[-1] if value and "=" in value[-1] else None,
 )
-def test_a_wrong_override(desk: Desk, words: list[str], parts: list[str]):
-    assert_says(desk.refusal(*words), *parts)
+def test_a_wrong_override(cli_runner: CliRunner, words: list[str], parts: list[str]):
+    assert_says(cli_runner.refusal(*words), *parts)
 
 
-def test_all_wrong_keys_are_named_at_once(desk: Desk):
-    message = desk.refusal("adapter.r=0", "training.seed=-1", "optimizer.optim=sgd")
+def test_all_wrong_keys_are_named_at_once(cli_runner: CliRunner):
+    message = cli_runner.refusal("adapter.r=0", "training.seed=-1", "optimizer.optim=sgd")
     assert_says(message, "adapter.r: got 0", "training.seed: got -1", 'optimizer.optim: got "sgd"')
 
 
-def test_a_configuration_file_that_is_not_there(desk: Desk):
-    desk.yaml = desk.folder / "nowhere.yaml"
-    assert_says(desk.refusal(), "nowhere.yaml: got No such file", "expected a YAML file")
+def test_a_configuration_file_that_is_not_there(cli_runner: CliRunner):
+    cli_runner.yaml = cli_runner.folder / "nowhere.yaml"
+    assert_says(cli_runner.refusal(), "nowhere.yaml: got No such file", "expected a YAML file")
 
 
 # ---- Devices, batches, places to write to
@@ -220,8 +222,10 @@ def test_a_configuration_file_that_is_not_there(desk: Desk):
     ],
     ids=lambda value: value[-1] if value and "=" in value[-1] else None,
 )
-def test_devices_and_batches_that_do_not_fit(desk: Desk, words: list[str], parts: list[str]):
-    assert_says(desk.refusal(*words), *parts)
+def test_devices_and_batches_that_do_not_fit(
+    cli_runner: CliRunner, words: list[str], parts: list[str]
+):
+    assert_says(cli_runner.refusal(*words), *parts)
 
 
 @pytest.mark.parametrize(
@@ -231,44 +235,48 @@ def test_devices_and_batches_that_do_not_fit(desk: Desk, words: list[str], parts
         ("optimizer.learning_rate=0", ["learning_rate: got 0.0", "no step would change a weight"]),
     ],
 )
-def test_a_run_that_would_change_nothing(desk: Desk, word: str, parts: list[str]):
-    assert_says(desk.refusal(word), *parts)
+def test_a_run_that_would_change_nothing(cli_runner: CliRunner, word: str, parts: list[str]):
+    assert_says(cli_runner.refusal(word), *parts)
 
 
-def test_an_output_directory_that_is_a_file(desk: Desk):
-    desk.run.write_text("notes")
-    assert_says(desk.refusal(), f"output_dir: got the file {desk.run}", "expected a folder")
-    assert desk.run.read_text() == "notes"
+def test_an_output_directory_that_is_a_file(cli_runner: CliRunner):
+    cli_runner.run.write_text("notes")
+    assert_says(
+        cli_runner.refusal(), f"output_dir: got the file {cli_runner.run}", "expected a folder"
+    )
+    assert cli_runner.run.read_text() == "notes"
 
 
-def test_an_output_directory_under_a_file(desk: Desk):
-    message = desk.refusal(f"output_dir={desk.rows}/run")
-    assert_says(message, "output_dir: got", f"under the file {desk.rows}", "expected a folder")
+def test_an_output_directory_under_a_file(cli_runner: CliRunner):
+    message = cli_runner.refusal(f"output_dir={cli_runner.rows}/run")
+    assert_says(
+        message, "output_dir: got", f"under the file {cli_runner.rows}", "expected a folder"
+    )
 
 
-def test_an_export_folder_of_somebody_else(desk: Desk):
-    other = desk.folder / "thesis"
+def test_an_export_folder_of_somebody_else(cli_runner: CliRunner):
+    other = cli_runner.folder / "thesis"
     other.mkdir()
     (other / "chapter.tex").write_text("")
-    message = desk.refusal(f"export.path={other}")
+    message = cli_runner.refusal(f"export.path={other}")
     assert_says(message, f"export.path: got '{other}'", "not empty", "expected a new folder")
 
 
-def test_another_run_in_the_output_directory(desk: Desk):
-    other = desk.folder / "other"
+def test_another_run_in_the_output_directory(cli_runner: CliRunner):
+    other = cli_runner.folder / "other"
     other.mkdir()
-    (other / "config.yaml").write_text(desk.yaml.read_text().replace("r: 4", "r: 5"))
+    (other / "config.yaml").write_text(cli_runner.yaml.read_text().replace("r: 4", "r: 5"))
     (other / "metrics.jsonl").write_text('{"step": 3, "train_loss": 2.0}\n')
-    message = desk.refusal(f"output_dir={other}")
+    message = cli_runner.refusal(f"output_dir={other}")
     assert_says(message, "output_dir: got", "other adapter.r", "choose another output_dir")
     assert sorted(file.name for file in other.iterdir()) == ["config.yaml", "metrics.jsonl"]
 
 
-def test_something_else_in_the_output_directory(desk: Desk):
-    other = desk.folder / "other"
+def test_something_else_in_the_output_directory(cli_runner: CliRunner):
+    other = cli_runner.folder / "other"
     other.mkdir()
     (other / "config.yaml").write_text("site: {title: my page}\n")
-    message = desk.refusal(f"output_dir={other}")
+    message = cli_runner.refusal(f"output_dir={other}")
     assert_says(message, f"output_dir: got '{other}'", "config.yaml is not one that a run wrote")
     assert_says(message, "site: got an unknown key", "choose another output_dir")
 
@@ -277,28 +285,32 @@ def test_something_else_in_the_output_directory(desk: Desk):
     ("name", "says"),
     [("model", "which lies in model.path ("), ("run", "in which output_dir (")],
 )
-def test_the_export_in_place_of_what_the_run_needs(desk: Desk, name: str, says: str):
-    out = desk.folder / name
-    message = desk.refusal(f"export.path={out}")
+def test_the_export_in_place_of_what_the_run_needs(cli_runner: CliRunner, name: str, says: str):
+    out = cli_runner.folder / name
+    message = cli_runner.refusal(f"export.path={out}")
     assert_says(message, f"export.path: got '{out}', {says}'{out}'")
 
 
-def test_an_export_folder_under_a_file(desk: Desk):
-    message = desk.refusal(f"export.path={desk.rows}/out")
-    assert_says(message, "export.path: got", f"under the file {desk.rows}", "expected a folder")
+def test_an_export_folder_under_a_file(cli_runner: CliRunner):
+    message = cli_runner.refusal(f"export.path={cli_runner.rows}/out")
+    assert_says(
+        message, "export.path: got", f"under the file {cli_runner.rows}", "expected a folder"
+    )
 
 
-def test_a_folder_that_may_not_be_written(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_that_may_not_be_written(cli_runner: CliRunner, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    message = desk.refusal()
-    assert_says(message, "output_dir: got", "expected a folder", f"{desk.folder} is read-only")
+    message = cli_runner.refusal()
+    assert_says(
+        message, "output_dir: got", "expected a folder", f"{cli_runner.folder} is read-only"
+    )
 
 
-def test_a_tilde_is_the_home_directory(desk: Desk, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HOME", str(desk.folder))
-    (desk.folder / "taken").write_text("")
-    message = desk.refusal("output_dir=~/taken")
-    assert_says(message, f"output_dir: got the file {desk.folder}/taken")
+def test_a_tilde_is_the_home_directory(cli_runner: CliRunner, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(cli_runner.folder))
+    (cli_runner.folder / "taken").write_text("")
+    message = cli_runner.refusal("output_dir=~/taken")
+    assert_says(message, f"output_dir: got the file {cli_runner.folder}/taken")
 
 
 @pytest.mark.parametrize(
@@ -316,5 +328,5 @@ def test_a_tilde_is_the_home_directory(desk: Desk, monkeypatch: pytest.MonkeyPat
     ],
     ids=["merged_prefix", "peft_without_adapter", "unknown"],
 )
-def test_an_export_that_does_not_exist(desk: Desk, words: list[str], parts: list[str]):
-    assert_says(desk.refusal(*words), *parts)
+def test_an_export_that_does_not_exist(cli_runner: CliRunner, words: list[str], parts: list[str]):
+    assert_says(cli_runner.refusal(*words), *parts)

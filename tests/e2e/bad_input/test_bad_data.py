@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from desk import Desk, assert_says
+from cli_runner import CliRunner, assert_says
 
 GOOD = {"input_ids": [5, 6, 7, 8]}
 CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
@@ -33,20 +33,20 @@ CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "S
     ],
     ids=["typo", "no_folder", "folder", "yaml", "url", "hub_offline"],
 )
-def test_a_source_that_cannot_be_read(desk: Desk, source: str, parts: list[str]):
-    assert_says(desk.refusal(f"data.train={source.format(folder=desk.folder)}"), *parts)
+def test_a_source_that_cannot_be_read(cli_runner: CliRunner, source: str, parts: list[str]):
+    assert_says(cli_runner.refusal(f"data.train={source.format(folder=cli_runner.folder)}"), *parts)
 
 
-def test_a_pattern_that_matches_nothing(desk: Desk):
-    message = desk.refusal(f"data.train={desk.folder}/*.json")
+def test_a_pattern_that_matches_nothing(cli_runner: CliRunner):
+    message = cli_runner.refusal(f"data.train={cli_runner.folder}/*.json")
     assert_says(message, "data.train[0]: got", "*.json, which matches no file")
 
 
-def test_a_mapping_of_columns_that_are_not_there(desk: Desk):
-    message = desk.refusal("data.column_mapping={labels: lable, text: input_id}")
+def test_a_mapping_of_columns_that_are_not_there(cli_runner: CliRunner):
+    message = cli_runner.refusal("data.column_mapping={labels: lable, text: input_id}")
     assert_says(message, "data.column_mapping: got input_id for text, which no row has")
     assert_says(message, "did you mean input_ids?", "data.column_mapping: got lable for labels")
-    message = desk.refusal("data.column_mapping={question: instruction}")
+    message = cli_runner.refusal("data.column_mapping={question: instruction}")
     assert_says(
         message, "got question: instruction, expected one of", "write instruction: question"
     )
@@ -60,29 +60,31 @@ def test_a_mapping_of_columns_that_are_not_there(desk: Desk):
         ("data.val_size=0", ["data.val_size: got 0, expected"]),
     ],
 )
-def test_a_share_that_leaves_nothing(desk: Desk, override: str, parts: list[str]):
-    assert_says(desk.refusal(override), *parts)
+def test_a_share_that_leaves_nothing(cli_runner: CliRunner, override: str, parts: list[str]):
+    assert_says(cli_runner.refusal(override), *parts)
 
 
-def test_rows_to_evaluate_on_named_twice(desk: Desk):
-    message = desk.refusal("data.val_size=2", f"data.eval={desk.rows}")
+def test_rows_to_evaluate_on_named_twice(cli_runner: CliRunner):
+    message = cli_runner.refusal("data.val_size=2", f"data.eval={cli_runner.rows}")
     assert_says(message, "data.val_size: got 2 beside data.eval, expected one of the two")
 
 
-def test_the_second_of_two_sources(desk: Desk):
-    message = desk.refusal(f"data.train=[{desk.rows}, {desk.folder}/more.jsonl]")
+def test_the_second_of_two_sources(cli_runner: CliRunner):
+    message = cli_runner.refusal(f"data.train=[{cli_runner.rows}, {cli_runner.folder}/more.jsonl]")
     assert_says(message, "data.train[1]: got", "more.jsonl", "a file that exists")
 
 
-def test_an_evaluation_file_that_is_not_there(desk: Desk):
-    message = desk.refusal(f"data.eval={desk.folder}/held_out.jsonl")
+def test_an_evaluation_file_that_is_not_there(cli_runner: CliRunner):
+    message = cli_runner.refusal(f"data.eval={cli_runner.folder}/held_out.jsonl")
     assert_says(message, "data.eval[0]: got", "held_out.jsonl", "a file that exists")
 
 
 @pytest.mark.parametrize("text", ["", "\n\n"], ids=["empty", "blank"])
-def test_a_file_without_rows(desk: Desk, text: str):
-    desk.rows.write_text(text)
-    assert_says(desk.refusal(), "data.train[0]: got", "without a row", "expected at least one")
+def test_a_file_without_rows(cli_runner: CliRunner, text: str):
+    cli_runner.rows.write_text(text)
+    assert_says(
+        cli_runner.refusal(), "data.train[0]: got", "without a row", "expected at least one"
+    )
 
 
 # ---- Lines
@@ -100,9 +102,9 @@ def test_a_file_without_rows(desk: Desk, text: str):
     ],
     ids=["json", "list", "text"],
 )
-def test_a_line_that_is_no_row(desk: Desk, line: str, parts: list[str]):
-    desk.write_rows(GOOD, GOOD, line, GOOD)
-    assert_says(desk.refusal(), *parts)
+def test_a_line_that_is_no_row(cli_runner: CliRunner, line: str, parts: list[str]):
+    cli_runner.write_rows(GOOD, GOOD, line, GOOD)
+    assert_says(cli_runner.refusal(), *parts)
 
 
 @pytest.mark.parametrize(
@@ -155,10 +157,10 @@ def test_a_line_that_is_no_row(desk: Desk, line: str, parts: list[str]):
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_a_file_of_another_kind_than_its_name(
-    desk: Desk, name: str, content: bytes, parts: list[str]
+    cli_runner: CliRunner, name: str, content: bytes, parts: list[str]
 ):
-    (desk.folder / name).write_bytes(content)
-    assert_says(desk.refusal(f"data.train={desk.folder / name}"), *parts)
+    (cli_runner.folder / name).write_bytes(content)
+    assert_says(cli_runner.refusal(f"data.train={cli_runner.folder / name}"), *parts)
 
 
 # ---- Rows
@@ -280,89 +282,91 @@ def test_a_file_of_another_kind_than_its_name(
         ),
     ],
 )
-def test_a_row_that_means_nothing(desk: Desk, row: Any, form: str, parts: list[str]):
-    desk.write_rows(row)
-    assert_says(desk.refusal(f"data.format={form}"), "rows.jsonl:1", *parts)
+def test_a_row_that_means_nothing(cli_runner: CliRunner, row: Any, form: str, parts: list[str]):
+    cli_runner.write_rows(row)
+    assert_says(cli_runner.refusal(f"data.format={form}"), "rows.jsonl:1", *parts)
 
 
-def test_a_row_of_another_format_than_the_one_named(desk: Desk):
-    desk.write_rows(GOOD, GOOD, {"text": "a"})
-    message = desk.refusal("data.format=tokens")
+def test_a_row_of_another_format_than_the_one_named(cli_runner: CliRunner):
+    cli_runner.write_rows(GOOD, GOOD, {"text": "a"})
+    message = cli_runner.refusal("data.format=tokens")
     assert_says(message, "rows.jsonl:3: got the keys text", "expected also input_ids", "tokens")
 
 
-def test_several_wrong_rows_are_named_at_once(desk: Desk):
-    desk.write_rows(GOOD, {"input_ids": []}, GOOD, {"input_ids": [999]})
+def test_several_wrong_rows_are_named_at_once(cli_runner: CliRunner):
+    cli_runner.write_rows(GOOD, {"input_ids": []}, GOOD, {"input_ids": [999]})
     assert_says(
-        desk.refusal(), "rows.jsonl:2 input_ids: got []", "rows.jsonl:4 input_ids[0]: got 999"
+        cli_runner.refusal(), "rows.jsonl:2 input_ids: got []", "rows.jsonl:4 input_ids[0]: got 999"
     )
 
 
-def test_a_conversation_without_a_chat_template(desk: Desk):
-    file = desk.model / "tokenizer_config.json"
+def test_a_conversation_without_a_chat_template(cli_runner: CliRunner):
+    file = cli_runner.model / "tokenizer_config.json"
     settings = json.loads(file.read_text())
     del settings["chat_template"]
     file.write_text(json.dumps(settings))
-    (desk.model / "chat_template.jinja").unlink(missing_ok=True)
-    desk.write_rows({"messages": CHAT})
+    (cli_runner.model / "chat_template.jinja").unlink(missing_ok=True)
+    cli_runner.write_rows({"messages": CHAT})
     assert_says(
-        desk.refusal(),
+        cli_runner.refusal(),
         "rows.jsonl:1: got a conversation",
         "without chat template",
         "chat_template.jinja",
     )
 
 
-def test_a_chat_template_that_is_no_template(desk: Desk):
-    file = desk.model / "tokenizer_config.json"
+def test_a_chat_template_that_is_no_template(cli_runner: CliRunner):
+    file = cli_runner.model / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": "{% if %}"}))
-    desk.write_rows({"messages": CHAT})
-    assert_says(desk.refusal(), "rows.jsonl:1: got a chat template that is not Jinja")
+    cli_runner.write_rows({"messages": CHAT})
+    assert_says(cli_runner.refusal(), "rows.jsonl:1: got a chat template that is not Jinja")
 
 
-def test_tools_that_the_template_does_not_show(desk: Desk):
-    desk.write_rows({"messages": CHAT, "tools": [{"name": "search"}]})
-    assert_says(desk.refusal(), "rows.jsonl:1 tools: got tool definitions", "expected none")
+def test_tools_that_the_template_does_not_show(cli_runner: CliRunner):
+    cli_runner.write_rows({"messages": CHAT, "tools": [{"name": "search"}]})
+    assert_says(cli_runner.refusal(), "rows.jsonl:1 tools: got tool definitions", "expected none")
 
 
 # ---- Length and weight
 
 
-def test_overlong_rows_that_are_an_error(desk: Desk):
-    desk.write_rows(GOOD, {"input_ids": [5] * 65}, {"input_ids": [5] * 70})
-    message = desk.refusal("data.overlong=error")
+def test_overlong_rows_that_are_an_error(cli_runner: CliRunner):
+    cli_runner.write_rows(GOOD, {"input_ids": [5] * 65}, {"input_ids": [5] * 70})
+    message = cli_runner.refusal("data.overlong=error")
     assert_says(message, "data.overlong: got 2 rows longer than data.max_length = 64")
     assert_says(
         message, "rows.jsonl:2: 65 tokens", "rows.jsonl:3: 70 tokens", "raise data.max_length"
     )
 
 
-def test_overlong_rows_of_which_none_is_left(desk: Desk):
-    desk.write_rows({"input_ids": [5] * 65})
-    message = desk.refusal("data.overlong=drop")
+def test_overlong_rows_of_which_none_is_left(cli_runner: CliRunner):
+    cli_runner.write_rows({"input_ids": [5] * 65})
+    message = cli_runner.refusal("data.overlong=drop")
     assert_says(message, "data.train: got 1 rows, all longer than data.max_length = 64 and dropped")
 
 
-def test_rows_without_a_trained_token(desk: Desk):
-    desk.write_rows({"input_ids": [5, 6, 7], "labels": [-100, -100, -100]})
-    message = desk.refusal()
+def test_rows_without_a_trained_token(cli_runner: CliRunner):
+    cli_runner.write_rows({"input_ids": [5, 6, 7], "labels": [-100, -100, -100]})
+    message = cli_runner.refusal()
     assert_says(message, "data.train: got 1 sequences without one trained token", "labels")
 
 
-def test_one_token_per_row(desk: Desk):
-    desk.write_rows({"input_ids": [5]})
-    assert_says(desk.refusal(), "data.train: got 1 sequences without one trained token")
+def test_one_token_per_row(cli_runner: CliRunner):
+    cli_runner.write_rows({"input_ids": [5]})
+    assert_says(cli_runner.refusal(), "data.train: got 1 sequences without one trained token")
 
 
-def test_a_file_of_another_user(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_of_another_user(cli_runner: CliRunner, monkeypatch: pytest.MonkeyPatch):
     opened = Path.open
 
     def refuse(path: Path, *args: Any, **kwargs: Any):
-        if path == desk.rows:
+        if path == cli_runner.rows:
             raise PermissionError(13, "Permission denied", str(path))
         return opened(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", refuse)
     assert_says(
-        desk.refusal(), "rows.jsonl: got Permission denied", "expected a file that can be read"
+        cli_runner.refusal(),
+        "rows.jsonl: got Permission denied",
+        "expected a file that can be read",
     )

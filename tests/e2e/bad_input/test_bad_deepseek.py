@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from desk import Desk, assert_says
+from cli_runner import CliRunner, assert_says
 from safetensors.torch import load_file, save_file
 
 EXPERT = "model.layers.2.mlp.experts.5.up_proj.weight"
@@ -22,16 +22,16 @@ def checkpoint(tmp_path_factory):
     return tiny.build_checkpoint(folder, "deepseek_v3_fp8_mtp_hub")
 
 
-def _edit_tensor(desk: Desk, name: str, tensor: torch.Tensor | None) -> None:
+def _edit_tensor(cli_runner: CliRunner, name: str, tensor: torch.Tensor | None) -> None:
     """Replace a tensor, or take it out; the index stays as it is but for its name."""
-    for file in sorted(desk.model.glob("*.safetensors")):
+    for file in sorted(cli_runner.model.glob("*.safetensors")):
         tensors = load_file(file)
         if name in tensors:
             tensors.pop(name)
             if tensor is not None:
                 tensors[name] = tensor
             save_file(tensors, file, metadata={"format": "pt"})
-    index = desk.model / "model.safetensors.index.json"
+    index = cli_runner.model / "model.safetensors.index.json"
     if tensor is None:
         lines = index.read_text().splitlines(keepends=True)
         index.write_text("".join(line for line in lines if f'"{name}"' not in line))
@@ -67,9 +67,11 @@ def _edit_tensor(desk: Desk, name: str, tensor: torch.Tensor | None) -> None:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_config_that_does_not_fit(desk: Desk, changes: dict[str, Any], parts: list[str]):
-    desk.edit_config(**changes)
-    assert_says(desk.refusal(LORA), *parts)
+def test_a_config_that_does_not_fit(
+    cli_runner: CliRunner, changes: dict[str, Any], parts: list[str]
+):
+    cli_runner.edit_config(**changes)
+    assert_says(cli_runner.refusal(LORA), *parts)
 
 
 @pytest.mark.parametrize(
@@ -81,15 +83,15 @@ def test_a_config_that_does_not_fit(desk: Desk, changes: dict[str, Any], parts: 
         ({"fmt": "e5m2"}, ["quantization_config.fmt: got 'e5m2'"]),
     ],
 )
-def test_another_quantisation(desk: Desk, changes: dict[str, Any], parts: list[str]):
+def test_another_quantisation(cli_runner: CliRunner, changes: dict[str, Any], parts: list[str]):
     section = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}
-    desk.edit_config(quantization_config=section | changes)
-    assert_says(desk.refusal(LORA), *parts)
+    cli_runner.edit_config(quantization_config=section | changes)
+    assert_says(cli_runner.refusal(LORA), *parts)
 
 
-def test_fp8_that_config_json_does_not_tell_of(desk: Desk):
-    desk.edit_config(quantization_config=...)
-    assert_says(desk.refusal(LORA), "got float8_e4m3fn", "no quantization_config")
+def test_fp8_that_config_json_does_not_tell_of(cli_runner: CliRunner):
+    cli_runner.edit_config(quantization_config=...)
+    assert_says(cli_runner.refusal(LORA), "got float8_e4m3fn", "no quantization_config")
 
 
 @pytest.mark.parametrize(
@@ -106,9 +108,11 @@ def test_fp8_that_config_json_does_not_tell_of(desk: Desk):
     ],
     ids=["expert", "scale", "scale_shape", "bias"],
 )
-def test_a_tensor_that_is_missing_or_wrong(desk: Desk, name: str, tensor: Any, parts: list[str]):
-    _edit_tensor(desk, name, tensor)
-    assert_says(desk.refusal(LORA), *parts)
+def test_a_tensor_that_is_missing_or_wrong(
+    cli_runner: CliRunner, name: str, tensor: Any, parts: list[str]
+):
+    _edit_tensor(cli_runner, name, tensor)
+    assert_says(cli_runner.refusal(LORA), *parts)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +124,8 @@ def test_a_tensor_that_is_missing_or_wrong(desk: Desk, name: str, tensor: Any, p
     ],
     ids=["prefix", "target", "mesh"],
 )
-def test_words_that_do_not_fit_the_model(desk: Desk, words: list[str], parts: list[str]):
-    assert_says(desk.refusal(*words), *parts)
+def test_words_that_do_not_fit_the_model(cli_runner: CliRunner, words: list[str], parts: list[str]):
+    assert_says(cli_runner.refusal(*words), *parts)
 
 
 FULL = "adapter.peft_type=null"
@@ -145,66 +149,68 @@ MODULE = "model.layers.3."
     ],
     ids=["bias", "ahead", "negative", "frozen"],
 )
-def test_an_objective_that_cannot_be_had(desk: Desk, words: list[str], parts: list[str]):
-    assert_says(desk.refusal(*words), *parts)
+def test_an_objective_that_cannot_be_had(cli_runner: CliRunner, words: list[str], parts: list[str]):
+    assert_says(cli_runner.refusal(*words), *parts)
 
 
-def test_biases_that_the_file_cannot_hold_as_they_move(desk: Desk):
+def test_biases_that_the_file_cannot_hold_as_they_move(cli_runner: CliRunner):
     name = "model.layers.1.mlp.gate.e_score_correction_bias"
-    _edit_tensor(desk, name, torch.zeros(16, dtype=torch.bfloat16))
-    said = desk.refusal(FULL, "objective.bias_update_speed=0.001")
+    _edit_tensor(cli_runner, name, torch.zeros(16, dtype=torch.bfloat16))
+    said = cli_runner.refusal(FULL, "objective.bias_update_speed=0.001")
     assert_says(said, f"{name}: got bfloat16 with objective.bias_update_speed=0.001, expected floa")
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_another_number_of_modules_than_one(desk: Desk, count: int):
-    desk.edit_config(num_nextn_predict_layers=count)
+def test_another_number_of_modules_than_one(cli_runner: CliRunner, count: int):
+    cli_runner.edit_config(num_nextn_predict_layers=count)
     said = f"objective.mtp_loss_weight: got 0.3 for config.json num_nextn_predict_layers {count}"
-    assert_says(desk.refusal(FULL, AHEAD), said, "one module for multi-token prediction")
+    assert_says(cli_runner.refusal(FULL, AHEAD), said, "one module for multi-token prediction")
 
 
-def test_a_checkpoint_without_its_module(desk: Desk):
-    everything = [name for name in _names(desk) if name.startswith(MODULE)]
+def test_a_checkpoint_without_its_module(cli_runner: CliRunner):
+    everything = [name for name in _names(cli_runner) if name.startswith(MODULE)]
     for name in everything:
-        _edit_tensor(desk, name, None)
-    said = desk.refusal(FULL, AHEAD)
+        _edit_tensor(cli_runner, name, None)
+    said = cli_runner.refusal(FULL, AHEAD)
     assert_says(said, "objective.mtp_loss_weight: got 0.3, and the checkpoint lacks", MODULE, "...")
     assert len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["eh_proj.weight", "shared_head.norm.weight", "mlp.gate.weight"])
-def test_a_module_that_is_not_whole(desk: Desk, name: str):
-    _edit_tensor(desk, MODULE + name, None)
+def test_a_module_that_is_not_whole(cli_runner: CliRunner, name: str):
+    _edit_tensor(cli_runner, MODULE + name, None)
     assert_says(
-        desk.refusal(FULL, AHEAD), "lacks 1 of the", f"prediction: {MODULE}{name}, expected"
+        cli_runner.refusal(FULL, AHEAD), "lacks 1 of the", f"prediction: {MODULE}{name}, expected"
     )
 
 
 @pytest.mark.parametrize("name", ["embed_tokens.weight", "shared_head.head.weight"])
-def test_a_copy_that_is_none(desk: Desk, name: str):
-    _edit_tensor(desk, MODULE + name, torch.ones(288, 48, dtype=torch.bfloat16))
-    said = desk.refusal(FULL, AHEAD)
+def test_a_copy_that_is_none(cli_runner: CliRunner, name: str):
+    _edit_tensor(cli_runner, MODULE + name, torch.ones(288, 48, dtype=torch.bfloat16))
+    said = cli_runner.refusal(FULL, AHEAD)
     assert_says(
         said, f"{MODULE}{name}: got a tensor that differs from", "start from the checkpoint"
     )
-    _edit_tensor(desk, MODULE + name, torch.ones(9, 48))
-    assert_says(desk.refusal(FULL, AHEAD), f"{MODULE}{name}: got shape [9, 48], expected [288, 48]")
+    _edit_tensor(cli_runner, MODULE + name, torch.ones(9, 48))
+    assert_says(
+        cli_runner.refusal(FULL, AHEAD), f"{MODULE}{name}: got shape [9, 48], expected [288, 48]"
+    )
 
 
-def test_a_tensor_of_the_module_that_is_not_computed_with(desk: Desk):
-    index = desk.model / "model.safetensors.index.json"
+def test_a_tensor_of_the_module_that_is_not_computed_with(cli_runner: CliRunner):
+    index = cli_runner.model / "model.safetensors.index.json"
     known = re.search(rf'"{MODULE}enorm.weight": "(.*?)"', index.read_text())
     assert known is not None
-    file = desk.model / known[1]
+    file = cli_runner.model / known[1]
     added = {MODULE + "enorm.bias": torch.ones(48)}
     save_file(load_file(file) | added, file, metadata={"format": "pt"})
     line = f'"{MODULE}enorm.bias": "{known[1]}",\n    '
     index.write_text(index.read_text().replace(known[0], line + known[0]))
-    said = desk.refusal(FULL, AHEAD)
+    said = cli_runner.refusal(FULL, AHEAD)
     assert_says(said, f"{MODULE}enorm.bias: got a tensor that config.json does not declare")
 
 
-def _names(desk: Desk) -> list[str]:
+def _names(cli_runner: CliRunner) -> list[str]:
     """Names of all tensors but scales."""
-    files = sorted(desk.model.glob("*.safetensors"))
+    files = sorted(cli_runner.model.glob("*.safetensors"))
     return [name for file in files for name in load_file(file) if not name.endswith("_scale_inv")]

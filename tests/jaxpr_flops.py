@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts the matrix products of a traced program: scans by their length, dead ones left out.
 
-In: a run and a batch of tests/in_memory.py. Out: FLOPs of the step that `dsjax.training.step` makes
-for them. Unlike XLA's own count it multiplies a scanned body by the scan's length; unlike
+In: a run and a batch of tests/tiny_steps.py. Out: FLOPs of the step that `dsjax.training.step`
+makes for them. Unlike XLA's own count it multiplies a scanned body by the scan's length; unlike
 `dsjax.training.flops` it knows nothing of models and policies. Not here: products inside of
 kernels.
 """
@@ -10,14 +10,14 @@ kernels.
 import math
 from typing import Any
 
-import in_memory
+import tiny_steps
 from jax.interpreters import partial_eval
 
 from dsjax.data import Batch
 from dsjax.training.step import make_train_step
 
 
-def step_flops(run: in_memory.Run, batch: Batch) -> int:
+def step_flops(run: tiny_steps.Run, batch: Batch) -> int:
     """FLOPs of the matrix products of one step, as they are handed to the compiler."""
     traced = make_train_step(run.config, run.state).trace(run.state, run.frozen, batch)
     whole = traced.jaxpr.jaxpr

@@ -18,9 +18,9 @@ from dsjax.config import DataSection, MeshSection
 from dsjax.data import Batch, Example, Loader
 from dsjax.data.store import ExampleStore
 from dsjax.distributed.arrays import host_array, host_part
-from dsjax.distributed.bootstrap import find_seat, split_seat
+from dsjax.distributed.bootstrap import detect_process, split_process_options
 from dsjax.distributed.mesh import make_mesh, process_rows, replicated
-from dsjax.distributed.processes import Hosts, joined
+from dsjax.distributed.processes import Hosts, process_group
 from dsjax.errors import run_command
 from dsjax.training.evaluation import to_devices
 
@@ -29,8 +29,8 @@ BATCH = 8
 
 def main(argv: Sequence[str]) -> int:
     """Take the meshes as JSON, a word each."""
-    given, words = split_seat(argv)
-    with joined(find_seat(given, os.environ)) as hosts:
+    given, words = split_process_options(argv)
+    with process_group(detect_process(given, os.environ)) as hosts:
         talk(hosts)
         for word in words:
             mesh = make_mesh(MeshSection(**json.loads(word)))
@@ -41,9 +41,9 @@ def main(argv: Sequence[str]) -> int:
 
 def talk(hosts: Hosts) -> None:
     """Everybody hears everybody, and process 0 decides."""
-    assert hosts.exchange(f"from {hosts.index}") == [f"from {i}" for i in range(hosts.count)]
-    assert hosts.decide(lambda: ["decided by", hosts.index]) == ["decided by", 0]
-    hosts.agree({"same": 1})
+    assert hosts.all_gather_text(f"from {hosts.index}") == [f"from {i}" for i in range(hosts.count)]
+    assert hosts.broadcast_from_primary(lambda: ["decided by", hosts.index]) == ["decided by", 0]
+    hosts.assert_equal({"same": 1})
 
 
 def store() -> ExampleStore:
@@ -52,7 +52,7 @@ def store() -> ExampleStore:
     for number in range(29):
         ids = (100 * number + np.arange(1, 4 + number % 5)).astype(np.int32)
         made.append(Example(ids, ids, np.ones(len(ids), np.float32)))
-    made.seal()
+    made.finalize()
     return made
 
 

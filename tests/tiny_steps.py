@@ -18,14 +18,14 @@ import numpy as np
 from flax import nnx
 
 from dsjax import adapters
-from dsjax.adapters.lora import LoraSpec
-from dsjax.adapters.prefix import PrefixSpec
+from dsjax.adapters.lora import LoraConfig
+from dsjax.adapters.prefix import PrefixConfig
 from dsjax.config import MeshSection, RunConfig
 from dsjax.data import Batch
 from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import Leaf, Params, leaf_shardings
 from dsjax.models import build, predict_ahead
-from dsjax.training.partition import decide, put
+from dsjax.training.partition import make_partition, unflatten
 from dsjax.training.state import StepConfig, StepReport, TrainState, init_state, step_config
 from dsjax.training.step import make_train_step
 
@@ -62,7 +62,7 @@ V3: dict[str, Any] = {
 """What makes SHAPE a DeepSeek-V3 of a dense layer and two with experts."""
 
 # Layers and experts differ: layer 1 has 2 and 5 of rank 3, layer 2 others of rank 2; no ups.
-UNEVEN_EXPERTS = LoraSpec(
+UNEVEN_EXPERTS = LoraConfig(
     r=2,
     lora_alpha=4,
     target_modules=["experts.2.gate_proj", "experts.5.gate_proj", "down_proj", "o_proj"],
@@ -139,7 +139,7 @@ def random_array(path: str, leaf: Leaf, seed: int = 0) -> np.ndarray:
 
 def start(
     shape: Mapping[str, Any] | None = None,
-    adapter: LoraSpec | PrefixSpec | None = None,
+    adapter: LoraConfig | PrefixConfig | None = None,
     mesh: Mapping[str, int] | None = None,
     model: Mapping[str, Any] | None = None,
     optimizer: Mapping[str, Any] | None = None,
@@ -164,7 +164,7 @@ def start(
     if config.objective.mtp_loss_weight:
         predict_ahead(module)
     adapters.attach(module, adapter)
-    partition = decide(
+    partition = make_partition(
         module,
         freeze=config.training.freeze,
         dtype=config.model.dtype,
@@ -243,7 +243,7 @@ def batch(
 
 def full_model(run: Run) -> nnx.Module:
     """The run's model with its present values."""
-    return put(run.config.partition.graphdef, {**run.frozen, **run.state.trainable})
+    return unflatten(run.config.partition.graphdef, {**run.frozen, **run.state.trainable})
 
 
 def distance(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The desk of a clumsy user: the files of one run that would work, for a test to spoil one of them.
+"""The commands of a clumsy user: the files of one run that would work, for a test to spoil one.
 
-In: a good checkpoint. Out: a `Desk` that starts the real command on its files, in this process for
-speed, and gives what it says. The message has to name the field, file, row or tensor, what was
+In: a good checkpoint. Out: a `CliRunner` that starts the real command on its files, in this process
+for speed, and gives what it says. The message has to name the field, file, row or tensor, what was
 found there and what is expected; nothing may be left behind.
 """
 
@@ -40,7 +40,7 @@ HIDDEN = 48
 Q_PROJ = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
 
 
-class Desk:
+class CliRunner:
     """The files of one run that would work, for a test to spoil."""
 
     def __init__(self, folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture, monkeypatch):

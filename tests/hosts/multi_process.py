@@ -75,8 +75,8 @@ def start(
     made, logs = [], []
     for index in range(processes):
         log = folder / f"process{index}.log"
-        seat = ["--coordinator", address, "--processes", str(processes), "--process", str(index)]
-        own = [*(seat if processes > 1 else []), *(own_words[index] if own_words else [])]
+        options = ["--coordinator", address, "--processes", str(processes), "--process", str(index)]
+        own = [*(options if processes > 1 else []), *(own_words[index] if own_words else [])]
         with log.open("w") as stderr:
             made.append(
                 subprocess.Popen(
