@@ -20,6 +20,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +153,8 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
     # ---- 5. Announcement: what will happen, before it takes long
     table = announce(config, setup, data, total) if hosts.primary else ""
     rows = data.eval_fingerprint
-    if hosts.broadcast_from_primary(
-        lambda: is_complete(config, rows, form, earlier, total, contents)
-    ):
+    done = partial(is_complete, config, rows, form, earlier, total, contents)
+    if hosts.broadcast_from_primary(done):
         if hosts.primary and not (run / PICTURE).is_file():
             plot_loss(run)
         hosts.log_once(f"nothing to do: {total} steps and all results are there")

@@ -6,6 +6,7 @@ and the contents of a run's folder in a form to compare. Not here: what has to b
 """
 
 import contextlib
+import gzip
 import json
 import os
 import signal
@@ -168,3 +169,11 @@ def scalars(run: Path) -> Iterator[tuple[str, int, float]]:
     for tag in board.Tags()["scalars"]:
         for event in board.Scalars(tag):
             yield tag, event.step, event.value
+
+
+def traced_steps(trace: Path) -> list[int]:
+    """The optimizer steps that a trace holds, in order."""
+    with gzip.open(trace / "perfetto_trace.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    numbers = [event["args"]["step_num"] for event in events if event.get("name") == "train"]
+    return sorted(map(int, numbers))

@@ -2,7 +2,7 @@
 """logging.profile_steps: a run traces the steps that it was asked for."""
 
 import small_run
-from test_profiling import traced_steps
+from small_run import traced_steps
 
 from dsjax import train
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from dsjax.adapters.lora import Lora
 from dsjax.models.layers import Dropout, Embedding, Linear, RMSNorm
 from dsjax.models.ops import attention
-from dsjax.models.ops.attention import Tokens, attend
+from dsjax.models.ops.attention import Tokens, dot_product_attention
 from dsjax.models.ops.grouped_matmul import grouped_matmul
 
 SFT = importlib.import_module("dsjax.objectives.sft")  # the package has a function of that name
@@ -204,7 +204,7 @@ def test_blocks_of_queries_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) ->
 
     def of_values(block: int) -> np.ndarray:
         monkeypatch.setattr(attention, "QUERY_BLOCK", block)
-        _, pull = jax.vjp(lambda v: attend(q * 0, k, v, here, here, None, 1.0), v)
+        _, pull = jax.vjp(lambda v: dot_product_attention(q * 0, k, v, here, here, None, 1.0), v)
         return np.asarray(pull(jnp.ones_like(v))[0], np.float64)
 
     whole = of_values(length)

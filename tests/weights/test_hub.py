@@ -19,7 +19,7 @@ from dsjax.weights.hf_directory import HFSource, SafetensorsWriter, open_source
 from dsjax.weights.load import open_checkpoint
 from dsjax.weights.write import write_checkpoint
 
-MODELS = Path(__file__).parent / "model_configs"
+MODELS = Path(__file__).parents[1] / "model_configs"
 A = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 

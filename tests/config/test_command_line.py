@@ -11,7 +11,7 @@ import pytest
 from dsjax.config.command_line import CommandParser
 from dsjax.errors import ConfigError
 
-CONVERT = Path(__file__).resolve().parents[1] / "tools" / "convert_weights.py"
+CONVERT = Path(__file__).resolve().parents[2] / "tools" / "convert_weights.py"
 
 
 def _parser() -> CommandParser:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where every array of a recipe lies on a mesh, written down: a change shows as a difference.
 
-`python tests/test_golden_shardings.py` writes the files anew, to be read before they are committed.
+`python tests/distributed/test_golden_shardings.py` writes the files anew, to be read before they
+are committed.
 """
 
 import sys
@@ -15,7 +16,7 @@ from dsjax.plan.report import table
 from dsjax.plan.topologies import open_topology
 from dsjax.training.setup import assemble
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests/shardings"
 
 CASES = {

@@ -415,7 +415,7 @@ for step in range(start, 10**6):
 
 def run_and_kill(directory, seconds):
     command = [sys.executable, "-c", SAVING_FOREVER, str(directory)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         lines = iter(process.stdout.readline, "")
         assert any(line == "ready\n" for line in lines)

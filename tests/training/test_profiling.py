@@ -1,22 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which steps are traced, and what is said of those that are not."""
 
-import gzip
-import json
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from small_run import traced_steps
 
 from dsjax.training.profiling import Profile
-
-
-def traced_steps(trace: Path) -> list[int]:
-    """The optimizer steps that a trace holds, in order."""
-    with gzip.open(trace / "perfetto_trace.json.gz") as file:
-        events = json.load(file)["traceEvents"]
-    numbers = [event["args"]["step_num"] for event in events if event.get("name") == "train"]
-    return sorted(map(int, numbers))
 
 
 def take_steps(folder: Path, steps: list[int] | None, start: int, stop: int, total: int = 9):

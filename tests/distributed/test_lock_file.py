@@ -24,7 +24,7 @@ from dsjax.errors import ConfigError
 from dsjax.training.run_dir import locked_run_dir, read_manifest
 from dsjax.weights.folders import atomic_directory, check_empty
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HERE = socket.gethostname(), lock_file._boot_id()
 HOLDS = """
 import fcntl, sys, time

@@ -18,7 +18,7 @@ from dsjax.models.tensor_names import MOST_EXAMPLES, examples, find_renamed, mis
 from dsjax.models.weight_rules import coverage_problems, entry_shape
 from dsjax.weights import peft
 
-R1 = Path(__file__).parent / "model_configs/deepseek_r1/config.json"
+R1 = Path(__file__).parents[1] / "model_configs/deepseek_r1/config.json"
 SAYS = {"rule": "from config.json", "config": "config.json", "place": "model.path"}
 
 
