@@ -10,11 +10,17 @@ missing.
 """
 
 if __name__ == "__main__":
+    import sys
+
     from dsjax.signals import end_at_once
 
     end_at_once()  # what is imported below takes seconds
 
-import json
+    from dsjax.config.train_options import show_text
+
+    if show_text(sys.argv[1:]):
+        sys.exit()
+
 import os
 import shlex
 import sys
@@ -31,6 +37,7 @@ import dsjax
 from dsjax import adapters
 from dsjax import config as configuration
 from dsjax.config import RunConfig, load_config, split_arguments
+from dsjax.config.train_options import show_text
 from dsjax.data import Loader
 from dsjax.distributed.bootstrap import detect_process, split_process_options
 from dsjax.distributed.devices import GPU_MEMORY_SHARE, peak_flops
@@ -71,32 +78,13 @@ from dsjax.training.state import (
 )
 from dsjax.weights.folders import write_atomic
 
-USAGE = """usage: python -m dsjax.train --config FILE [section.key=value ...]
-
---config FILE     YAML of the sections below; words `section.key=value` override it
---print-config    print the resolved configuration, and stop
---schema          print its JSON schema, for editors, and stop
---help            print this, and stop
-
-Several processes find each other by what a TPU VM, GKE, Slurm or Open MPI tells them, or by
---coordinator HOST:PORT  where process 0 listens
---processes N            how many there are; 1 alone is a run of this process, whatever started it
---process I              which one this is, from 0
---wait SECONDS           how long to wait for the others (45)
-
-"""
-
 
 def main(argv: Sequence[str]) -> int:
     """Print what was asked for, or run."""
+    if show_text(argv):
+        return 0
     given, words = split_process_options(argv)
     path, overrides, wanted = split_arguments(words)
-    if "--help" in wanted:
-        print(USAGE + configuration.describe())
-        return 0
-    if "--schema" in wanted:
-        print(json.dumps(configuration.json_schema(), indent=2))
-        return 0
     if "--print-config" in wanted:
         print(configuration.to_yaml(load_config(path, overrides)), end="")
         return 0
@@ -153,8 +141,8 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
     # ---- 5. Announcement: what will happen, before it takes long
     table = announce(config, setup, data, total) if hosts.primary else ""
     rows = data.eval_fingerprint
-    done = partial(is_complete, config, rows, form, earlier, total, contents)
-    if hosts.broadcast_from_primary(done):
+    complete = partial(is_complete, config, rows, form, earlier, total, contents)
+    if hosts.broadcast_from_primary(complete):
         if hosts.primary and not (run / PICTURE).is_file():
             plot_loss(run)
         hosts.log_once(f"nothing to do: {total} steps and all results are there")

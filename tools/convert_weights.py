@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert checkpoints between Hugging Face's form and dsjax's, without loss.
+"""Convert checkpoints between Hugging Face's form and dsjax's: `dsjax convert` from a checkout.
 
-    python tools/convert_weights.py to-flax SRC DST    a Hugging Face directory or hub id -> dsjax
-    python tools/convert_weights.py to-hf SRC DST      back, every tensor byte for byte
+    python tools/convert_weights.py to-flax SRC DST
+    python tools/convert_weights.py to-hf SRC DST
 
-In: SRC. Out: DST, a new folder, complete or not at all. Training takes either form as `model.path`.
+In: SRC. Out: DST. Not done here: anything else than finding the package (`dsjax.export.convert`).
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -18,26 +17,8 @@ if __name__ == "__main__":
 
     end_at_once()  # what is imported below takes seconds
 
-from dsjax.config.command_line import CommandParser
 from dsjax.errors import run_command
-from dsjax.training.console import Loading
-from dsjax.weights.convert import to_flax, to_hf
-
-COMMANDS = {"to-flax": (to_flax, "reading weights"), "to-hf": (to_hf, "writing weights")}
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run one conversion."""
-    parser = CommandParser("python tools/convert_weights.py", __doc__)
-    parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("src", help="what to convert")
-    parser.add_argument("dst", help="folder to write; it must not exist, or be empty")
-    words = parser.parse_args(argv)
-    convert, verb = COMMANDS[words.command]
-    convert(words.src, words.dst, Loading(verb))
-    print(f"wrote {words.dst}", file=sys.stderr)
-    return 0
-
+from dsjax.export.convert import main as main
 
 if __name__ == "__main__":
     run_command(main)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `dsjax.train` prints about itself, without the seconds that its imports take.
+
+In: the words of its command line. Out: its usage with every key, or the schema of its file. Not
+done here: reading a configuration (`load`), what the options mean (`distributed.bootstrap`).
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from dsjax.config.load import describe, json_schema
+
+USAGE = """usage: python -m dsjax.train --config FILE [section.key=value ...]
+
+--config FILE     YAML of the sections below; words `section.key=value` override it
+--print-config    print the resolved configuration, and stop
+--schema          print its JSON schema, for editors, and stop
+--help            print this, and stop
+
+Several processes find each other by what a TPU VM, GKE, Slurm or Open MPI tells them, or by
+--coordinator HOST:PORT  where process 0 listens
+--processes N            how many there are; 1 alone is a run of this process, whatever started it
+--process I              which one this is, from 0
+--wait SECONDS           how long to wait for the others (45)
+
+"""
+
+
+def show_text(argv: Sequence[str]) -> bool:
+    """Print what `--help` or `--schema` asks for; False if neither is there."""
+    if "--help" in argv:
+        _print(USAGE + describe())
+        return True
+    if "--schema" in argv:
+        _print(json.dumps(json_schema(), indent=2))
+        return True
+    return False
+
+
+def _print(text: str) -> None:
+    """Print, also for a reader that leaves before the end, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end

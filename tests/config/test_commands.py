@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The console script runs the modules, and says what it knows without importing them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsjax.config.commands import COMMANDS, main
+from dsjax.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"jax", "flax", "transformers", "orbax", "torch", "datasets"}
+RUN = "import sys\nfrom dsjax.config.commands import main\nsys.exit(main(sys.argv[1:]))"
+
+
+def dsjax(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", RUN, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
+def test_the_commands_are_listed(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in COMMANDS)
+
+
+def test_another_word_is_refused():
+    with pytest.raises(ConfigError, match=r"command: got 'trian', expected .*mean train\?$"):
+        main(["trian", "--config", "run.yaml"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_tells_of_itself(name: str):
+    done = dsjax(name, "--help")
+    assert done.returncode == 0 and done.stderr == "" and name in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_exit_code_is_the_command_s(name: str):
+    done = dsjax(name, "--no-such-option")
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("words", ["train --help", "train --schema", "--help"])
+def test_a_text_is_there_at_once(words: str):
+    """None of the libraries is imported for it that take seconds."""
+    code = (
+        "import sys\nfrom dsjax.config.commands import main\n"
+        f"try: main({words.split()})\nexcept SystemExit as end: assert not end.code\n"
+        f"for name in {HEAVY} & set(sys.modules): print(name, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout
+
+
+@pytest.mark.parametrize("option", ["--help", "--schema"])
+def test_a_reader_may_leave_before_the_end(option: str):
+    command = [sys.executable, "-m", "dsjax.train", option]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout is not None and run.stderr is not None
+        run.stdout.close()
+        assert run.stderr.read() == b"" and run.wait() == 0
