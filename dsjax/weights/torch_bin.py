@@ -74,8 +74,9 @@ def read_tensor(
     """
     tensor = _load(path, "model.path")[info.name].detach()
     part = tensor[tuple(index or ())]
-    # numpy has no bfloat16 and no float8 of torch's: pass the bytes.
-    octets = part.reshape(-1).view(_torch(path, "model.path").uint8).numpy()
+    # numpy has no bfloat16 and no float8 of torch's: pass the bytes. One column alone is flat as it
+    # lies, with the others between its elements.
+    octets = part.reshape(-1).contiguous().view(_torch(path, "model.path").uint8).numpy()
     return octets.copy().view(info.dtype).reshape(tuple(part.shape))
 
 

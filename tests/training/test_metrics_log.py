@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dsjax.config import LoggingSection
 from dsjax.errors import ConfigError
+from dsjax.training import meter as meter_module
 from dsjax.training import metrics_log
 from dsjax.training.loss_plot import MOST_POINTS, _binned, _smooth, plot_loss
 from dsjax.training.meter import Meter
@@ -282,7 +283,7 @@ def test_meter_restored_in_the_middle_gives_the_unbroken_numbers():
 
 def test_meter_speed_leaves_out_pauses(monkeypatch):
     clock = iter([0.0, 2.0, 12.0, 14.0])
-    monkeypatch.setattr(metrics_log.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(meter_module.time, "monotonic", lambda: next(clock))
     meter = Meter(flops_per_token=3.0, peak_flops=60.0)
     meter.add(1.0, 1.0, 1.0, 40)
     with meter.paused():
@@ -294,7 +295,7 @@ def test_meter_speed_leaves_out_pauses(monkeypatch):
 
 def test_meter_leaves_out_what_came_before_the_first_step(monkeypatch):
     clock = iter([0.0, 100.0, 104.0, 110.0])
-    monkeypatch.setattr(metrics_log.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(meter_module.time, "monotonic", lambda: next(clock))
     meter = Meter()
     meter.start()
     meter.add(1.0, 1.0, 1.0, 40)

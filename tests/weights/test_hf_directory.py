@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dsjax.errors import ConfigError
@@ -151,6 +151,7 @@ def test_safetensors_are_preferred_to_torch_files(single: Path) -> None:
     assert open_source(single).files == ["model.safetensors"]
 
 
+BLOCK = np.arange(72).reshape(6, 4, 3).astype(ml_dtypes.bfloat16)
 SLICE = st.slices(6).filter(lambda part: part.step in (None, 1))
 
 
@@ -160,6 +161,7 @@ SLICE = st.slices(6).filter(lambda part: part.step in (None, 1))
     ),
     index=st.lists(SLICE, max_size=3),
 )
+@example(BLOCK, [slice(None), slice(None), slice(0, 1)])  # flat as it lies, with gaps
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_slices(tmp_path: Path, kind: str, array: np.ndarray, index: list[slice]) -> None:
