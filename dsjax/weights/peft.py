@@ -145,7 +145,9 @@ class _Shared(BaseModel):
 
 def contents(path: str, spec: LoraConfig | PrefixConfig) -> str:
     """What tells an adapter from another, wherever it lies: what it is, and all its numbers."""
-    return digest([repr(spec), file_digest(_open(path).files[TENSORS])])
+    # Checkpoints know it by the names that these classes had first.
+    described = repr(spec).replace("Config(", "Spec(", 1)
+    return digest([described, file_digest(_open(path).files[TENSORS])])
 
 
 def _value_problems(field: str, config: Mapping[str, Any], required: str) -> list[str]:

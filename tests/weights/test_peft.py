@@ -134,3 +134,17 @@ def test_a_damaged_folder_is_loaded_or_refused(folder):
 @given(_folders())
 def test_many_damaged_folders_are_loaded_or_refused(folder):
     _is_loaded_or_refused(*folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "known"),
+    [
+        (LORA, "ec837ab83cf3a2f2dbeb38498aeb419c"),
+        (PREFIX, "1a28140b47c7afc0c9befb83e2809eb9"),
+    ],
+)
+def test_checkpoints_know_an_adapter_again(tmp_path: Path, fields: dict[str, Any], known: str):
+    """A run that began from it goes on, whatever its description is called here."""
+    (tmp_path / peft.CONFIG).write_text(json.dumps(fields))
+    (tmp_path / peft.TENSORS).write_bytes(b"of any content")
+    assert peft.contents(str(tmp_path), peft.read_spec(str(tmp_path))) == known
