@@ -132,9 +132,9 @@ def test_a_folder_half_written_is_removed(tmp_path: Path):
     (tmp_path / "writes.py").write_text("""
 import time
 from pathlib import Path
-from dsjax.weights.folders import written_beside
+from dsjax.weights.folders import atomic_directory
 def main(words):
-    with written_beside(Path(words[0])) as folder:
+    with atomic_directory(Path(words[0])) as folder:
         (folder / "half").write_text("")
         half_written()
         time.sleep(600)
@@ -150,14 +150,14 @@ def half_written():
 TRAIN: dict[str, Moment] = {
     "import": ("", "", ""),
     "config": ("dsjax.train", "", "load_config"),
-    "data": ("dsjax.train", "", "read_data"),
+    "data": ("dsjax.training.run_data", "", "read_data"),
     "compile": ("dsjax.train", "", "compile_step"),
     "load": ("dsjax.train", "", "load_frozen"),
     "step": ("dsjax.training.loop", "", "to_devices"),
     "restore": ("dsjax.training.checkpoint", "Checkpointer", "restore"),
     "save": ("dsjax.training.checkpoint", "Checkpointer", "save"),
     "evaluate": ("dsjax.training.loop", "", "evaluate_loss"),
-    "export": ("dsjax.export", "", "write_checkpoint"),
+    "export": ("dsjax.export.run", "", "write_checkpoint"),
     "proof": ("dsjax.export.verify", "", "prove"),
     "picture": ("dsjax.train", "", "plot_loss"),
 }
@@ -193,8 +193,9 @@ def test_the_other_commands_end_as_well(tmp_path: Path):
     int_, term = SIGNALS
     for number in (int_, term):
         signalled(tmp_path, number, "dsjax.evaluate", evaluate, "--config", config)
-        signalled(tmp_path, number, "dsjax.export", export, *written)
+        signalled(tmp_path, number, "dsjax.export.command", export, *written)
         assert list(out.parent.iterdir()) == []
-    signalled(tmp_path, term, "dsjax.plan", plan, "--config", config, "--topology", "cpu:1")
-    load = ("dsjax.generate", "", "open_checkpoint")
-    signalled(tmp_path, int_, "dsjax.generate", load, "--model", run / "export", "--prompt", "1")
+    signalled(tmp_path, term, "dsjax.plan.command", plan, "--config", config, "--topology", "cpu:1")
+    load = ("dsjax.generate.command", "", "open_checkpoint")
+    words = ("--model", run / "export", "--prompt", "1")
+    signalled(tmp_path, int_, "dsjax.generate.command", load, *words)

@@ -140,7 +140,7 @@ def test_all_hear_of_a_proof_that_did_not_run(make: Make, failing: set[int]):
 def test_a_proof_that_fails_on_one_alone_waits_for_none(
     make: Make, alone: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("dsjax.export.PATIENCE", 0.2)
+    monkeypatch.setattr("dsjax.export.run.PATIENCE", 0.2)
     heard = in_threads([partial(proves, make(2)[alone], NO_MEMORY)])
     assert str(heard[0]) == f"raised {NO_MEMORY!r}"
 

@@ -168,15 +168,15 @@ def test_a_signal_during_the_last_exchange_ends_all(lora: Path, process: int):
 import os, signal, sys, time
 from dsjax import errors, train
 from dsjax.distributed.processes import Hosts
-stop_wanted = Hosts.stop_wanted
+any_preemption = Hosts.any_preemption
 def signalled_meanwhile(self):
-    answer = stop_wanted(self)
+    answer = any_preemption(self)
     if self.index == SIGNALLED:
         os.kill(os.getpid(), signal.SIGTERM)
         while self._asked is None:
             time.sleep(0.001)
     return answer
-Hosts.stop_wanted = signalled_meanwhile
+Hosts.any_preemption = signalled_meanwhile
 errors.run_command(train.main)
 """
     folder = lora.parent / f"last{process}"

@@ -17,6 +17,7 @@ from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import Leaf, check_experts
 from dsjax.errors import ConfigError
 from dsjax.models import moe
+from dsjax.models.ops import blocks
 
 MESHES = {
     "expert 8": {"expert": 8},
@@ -75,7 +76,7 @@ def test_chunks_of_tokens_give_the_result_of_whole_rows(
 
     def in_blocks(x: jax.Array, size: int) -> jax.Array:
         sizes.add(size)
-        return in_blocks(x, size)
+        return blocks.in_blocks(x, size)
 
     monkeypatch.setattr(moe, "in_blocks", in_blocks)
     # A token has 3 experts and 32 float32 numbers; one device has 8 rows, an expert's device the 4

@@ -24,6 +24,8 @@ from dsjax.plan import command as plan
 from dsjax.plan import plan as planning
 from dsjax.plan import search
 from dsjax.plan.topologies import Topology, open_topology
+from dsjax.training.announcement import announce
+from dsjax.training.run_data import read_data
 from dsjax.training.setup import assemble, load_frozen, load_trainable
 from dsjax.training.state import init_state, step_config
 from dsjax.training.step import lower_train_step
@@ -210,7 +212,7 @@ def test_the_banner_of_a_run_agrees_with_its_plan(
     words = ["training.batch_size=16"]
     config = load_config(file, words)
     setup = assemble(config)
-    train.announce(config, setup, train.read_data(config, setup, datetime.now(UTC)), 12)
+    announce(config, setup, read_data(config, setup, datetime.now(UTC)), 12)
     told = re.search(r"memory +([\d.]+) MiB per device", capsys.readouterr().err)
     classes = planning.state_bytes(
         planning.prepare(config, open_topology("cpu:8"))[1], 16, config.data.max_length

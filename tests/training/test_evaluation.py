@@ -38,9 +38,9 @@ def assert_portions_change_nothing(shape: dict, mesh: dict, portions: list[int],
         assert found.tokens == whole.tokens and found.weight == whole.weight
         assert found.correct == whole.correct
         assert math.isclose(found.loss, whole.loss, rel_tol=1e-5)
-        assert (found.loads is None) == (whole.loads is None)
-        if whole.loads is not None:
-            np.testing.assert_array_equal(found.loads, whole.loads)
+        assert (found.tokens_per_expert is None) == (whole.tokens_per_expert is None)
+        if whole.tokens_per_expert is not None:
+            np.testing.assert_array_equal(found.tokens_per_expert, whole.tokens_per_expert)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_a_signal_during_the_last_exchange_ends_the_run(
     def end_by(self: Hosts, number: int) -> None:
         raise EndedError(number)
 
-    monkeypatch.setattr(Hosts, "stop_wanted", signalled_meanwhile)
+    monkeypatch.setattr(Hosts, "any_preemption", signalled_meanwhile)
     monkeypatch.setattr(Hosts, "end_by", end_by)
     with pytest.raises(EndedError, match="15"):
         train.main(words(tmp_path, "training.max_steps=2"))

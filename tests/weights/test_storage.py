@@ -14,6 +14,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from memory_bucket import Bucket
 
+from dsjax.config.paths import is_url
 from dsjax.errors import ConfigError
 from dsjax.weights import storage
 
@@ -86,7 +87,7 @@ def test_copies_go_with_their_folder(folder: Path, store: Bucket) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "is_url"),
+    ("path", "expected"),
     [
         ("gs://bucket/a", True),
         ("s3://bucket", True),
@@ -98,8 +99,8 @@ def test_copies_go_with_their_folder(folder: Path, store: Bucket) -> None:
         ("C://a", False),
     ],
 )
-def test_what_is_a_url(path: str, is_url: bool) -> None:
-    assert is_url(path) is is_url
+def test_what_is_a_url(path: str, expected: bool) -> None:
+    assert is_url(path) is expected
 
 
 def test_a_folder_that_is_not_there(store: Bucket) -> None:
