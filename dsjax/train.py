@@ -111,9 +111,7 @@ def train(config: RunConfig, hosts: Hosts | None = None) -> int:
     hosts = hosts or Hosts()
     hosts.assert_equal(launch_fingerprint(config))
     check_outputs(config)
-    with locked_run_dir(
-        Path(config.output_dir), hosts
-    ):  # first: nobody else changes what is looked at
+    with locked_run_dir(Path(config.output_dir), hosts):  # nobody else changes what is looked at
         return _train(config, hosts)
 
 

@@ -29,8 +29,8 @@ Several processes find each other by what a TPU VM, GKE, Slurm or Open MPI tells
 
 
 def show_text(argv: Sequence[str]) -> bool:
-    """Print what `--help` or `--schema` asks for; False if neither is there."""
-    if "--help" in argv:
+    """Print what `--help`, `-h` or `--schema` asks for; False if none of them is there."""
+    if "--help" in argv or "-h" in argv:
         _print(USAGE + describe())
         return True
     if "--schema" in argv:

@@ -147,14 +147,8 @@ class Hosts:
             ConfigError: on every process, with a line for each fact that differs.
         """
         mine = json.dumps({name: str(value) for name, value in facts.items()})
-        if (
-            len(
-                set(
-                    self.all_gather_text(hashlib.blake2b(mine.encode(), digest_size=16).hexdigest())
-                )
-            )
-            == 1
-        ):
+        digest = hashlib.blake2b(mine.encode(), digest_size=16).hexdigest()
+        if len(set(self.all_gather_text(digest))) == 1:
             return
         everyone = [json.loads(text) for text in self.all_gather_text(mine)]
         problems = []

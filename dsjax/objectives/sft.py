@@ -45,8 +45,11 @@ class Forward(NamedTuple):
 class AheadSums(NamedTuple):
     """Sums over a batch's predictions of the token after the next.
 
-    Attributes: loss: weighted cross-entropy. weight: what a mean divides by. tokens_per_expert: as
-    in `Sums`, of the module's layer; tokens whose next is another segment's are not among them.
+    Attributes:
+        loss: weighted cross-entropy.
+        weight: what a mean divides by.
+        tokens_per_expert: as in `Sums`, of the module's layer; tokens whose next is another
+            segment's are not among them.
     """
 
     loss: Float[Array, ""]

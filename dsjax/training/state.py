@@ -117,7 +117,7 @@ def init_state(trainable: Params, config: StepConfig, seed: int) -> TrainState:
     def init(trainable: Params) -> tuple[Any, jax.Array, jax.Array, LossScale]:
         key = jax.random.key_data(jax.random.key(seed))
         return (
-            config.optimizer.init(_gradient_params(trainable, config.partition)),
+            config.optimizer.init(gradient_params_f32(trainable, config.partition)),
             jnp.int32(0),
             key,
             first_loss_scale(config.float16),
@@ -136,7 +136,7 @@ def state_shardings(state: Any, config: StepConfig) -> Any:
     return shardings_like(state, by_path, config.mesh)
 
 
-def _gradient_params(trainable: Params, partition: Partition) -> Params:
+def gradient_params_f32(trainable: Params, partition: Partition) -> Params:
     """What gradients are taken of, in float32."""
     return {path: trainable[path].astype(jnp.float32) for path in partition.gradient_params}
 

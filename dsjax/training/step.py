@@ -29,10 +29,10 @@ from dsjax.training.state import (
     StepConfig,
     StepReport,
     TrainState,
-    _gradient_params,
     abstract_batch,
     abstract_frozen,
     abstract_state,
+    gradient_params_f32,
     state_shardings,
 )
 
@@ -92,7 +92,7 @@ def _accumulate(
     """
     key = _step_key(state)
     balance_seed, ahead_seed = _term_seeds(config, state, batch)
-    params_f32 = _gradient_params(state.trainable, config.partition)
+    params_f32 = gradient_params_f32(state.trainable, config.partition)
     constants = frozen | {path: state.trainable[path] for path in config.partition.router_biases}
 
     def micro(rows: Batch, token_BT: jax.Array | None) -> tuple[Params, Sums]:
@@ -173,20 +173,20 @@ def _update(
     config: StepConfig, state: TrainState, grads: Params, norm: jax.Array, sums: Sums
 ) -> tuple[tuple[Params, Any], jax.Array, jax.Array | None]:
     """New trainable arrays and optimizer state, the learning rate, the share of lost updates."""
-    params_f32 = _gradient_params(state.trainable, config.partition)
+    params_f32 = gradient_params_f32(state.trainable, config.partition)
     clipped = clip_by_global_norm(grads, norm, config.max_grad_norm)
     updates: Any
     updates, opt_state = config.optimizer.update(clipped, state.opt_state, params_f32)
-    old, key, gradient_params = state.trainable, _step_key(state), {}
+    old, key, updated = state.trainable, _step_key(state), {}
     for path in config.partition.gradient_params:
         own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         new = round_to(params_f32[path] + updates[path], old[path].dtype, own_key)
         # Frozen layers are copied: adding a zero to them would turn -0 into +0.
-        gradient_params[path] = _where_trained(path, new, old[path], config.partition)
+        updated[path] = _where_trained(path, new, old[path], config.partition)
     learning_rate = config.schedule(state.step - state.loss_scale.skipped)
-    wanted = {p: _where_trained(p, updates[p], 0, config.partition) for p in gradient_params}
-    lost = share_lost(old, gradient_params, wanted)
-    return (gradient_params | _moved_biases(config, old, sums), opt_state), learning_rate, lost
+    wanted = {p: _where_trained(p, updates[p], 0, config.partition) for p in updated}
+    lost = share_lost(old, updated, wanted)
+    return (updated | _moved_biases(config, old, sums), opt_state), learning_rate, lost
 
 
 def _moved_biases(config: StepConfig, trainable: Params, sums: Sums) -> Params:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an opened checkpoint can do, whatever form it lies in.
 
-Implemented by `hf_files.HFSource`, `flax_checkpoint.FlaxSource` and `fp8.DequantisedSource`. And a
-digest that tells one checkpoint from another, wherever and in whichever of these forms it lies.
+Implemented by `hf_directory.HFSource`, `dsjax_format.FlaxSource` and `fp8.DequantisedSource`. And
+a digest that tells one checkpoint from another, wherever and in whichever of these forms it lies.
 """
 
 import hashlib

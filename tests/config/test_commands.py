@@ -44,7 +44,7 @@ def test_the_exit_code_is_the_command_s(name: str):
     assert done.returncode == 2 and done.stderr.startswith("error: ")
 
 
-@pytest.mark.parametrize("words", ["train --help", "train --schema", "--help"])
+@pytest.mark.parametrize("words", ["train --help", "train -h", "train --schema", "--help"])
 def test_a_text_is_there_at_once(words: str):
     """None of the libraries is imported for it that take seconds."""
     code = (
@@ -57,7 +57,7 @@ def test_a_text_is_there_at_once(words: str):
     assert (done.returncode, done.stderr) == (0, "") and done.stdout
 
 
-@pytest.mark.parametrize("option", ["--help", "--schema"])
+@pytest.mark.parametrize("option", ["--help", "-h", "--schema"])
 def test_a_reader_may_leave_before_the_end(option: str):
     command = [sys.executable, "-m", "dsjax.train", option]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:

@@ -47,9 +47,9 @@ class SparseMask(NamedTuple):
     """A sparse attention's choice of keys.
 
     Attributes:
-        narrow: (what a block of queries asks with, the mask of keys that it may see) -> a mask with
+        select: (what a block of queries asks with, the mask of keys that it may see) -> a mask with
             fewer keys.
-        asking: arrays [B, T, ...] that `select` is given block by block.
+        query_inputs: arrays [B, T, ...] that `select` is given block by block.
     """
 
     select: Callable[[Any, Bool[Array, "B T S"]], Bool[Array, "B T S"]]
