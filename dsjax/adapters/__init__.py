@@ -8,49 +8,46 @@ values of the new arrays, and the same arrays as PEFT's tensors. Not done here: 
 
 import zlib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 
-from dsjax.adapters import lora, lora_peft, prefix
-from dsjax.adapters.lora import LoraConfig
-from dsjax.adapters.prefix import PrefixConfig
+from dsjax.adapters.lora_method import LORA
+from dsjax.adapters.method import AdapterConfig, AdapterMethod
+from dsjax.adapters.prefix import PREFIX_TUNING
 from dsjax.config import AdapterSection
 from dsjax.distributed.sharding import Leaf
 from dsjax.models import Model
 
-Spec = LoraConfig | PrefixConfig
-
-ADAPTERS = {"LORA": lora, "PREFIX_TUNING": prefix}
-"""adapter.peft_type -> the module that implements it."""
-
-FIELDS = {"LORA": lora_peft.config_fields, "PREFIX_TUNING": prefix.config_fields}
-"""adapter.peft_type -> what writes the fields of adapter_config.json that are its own."""
-
-KEYS = {
-    "LORA": tuple(key for key in LoraConfig.__dataclass_fields__ if key != "target_parameters"),
-    "PREFIX_TUNING": tuple(PrefixConfig.__dataclass_fields__),
-}
-"""adapter.peft_type -> the keys of the section that it uses."""
+ADAPTERS: Mapping[str, AdapterMethod] = MappingProxyType(
+    {"LORA": LORA, "PREFIX_TUNING": PREFIX_TUNING}
+)
+"""adapter.peft_type -> all that is known of this kind of adapter."""
 
 
-def unused_keys(section: AdapterSection, spec: Spec | None) -> list[str]:
+def method_of(spec: AdapterConfig) -> AdapterMethod:
+    """The method of an adapter."""
+    return ADAPTERS[spec.peft_type]
+
+
+def unused_keys(section: AdapterSection, spec: AdapterConfig | None) -> list[str]:
     """Keys that the user gave and that this kind of adapter does not have."""
-    used = KEYS[spec.peft_type] if spec else ()
+    used = method_of(spec).keys if spec else ()
     off = {"peft_type", "path", "use_dora", *used}
     return [f"adapter.{key}" for key in sorted(section.model_fields_set - off)]
 
 
-def attach(model: Model, spec: Spec | None) -> None:
+def attach(model: Model, spec: AdapterConfig | None) -> None:
     """Put the adapter into the model's slots (abstract)."""
     if spec is not None:
-        ADAPTERS[spec.peft_type].attach(model, spec)
+        method_of(spec).attach(model, spec)
 
 
 def initial_params(
     model: Model,
-    spec: Spec | None,
+    spec: AdapterConfig | None,
     leaves: Mapping[str, Leaf],
     shardings: Mapping[str, NamedSharding],
     seed: int,
@@ -59,7 +56,7 @@ def initial_params(
     own = {path: leaf for path, leaf in leaves.items() if leaf.kind != "base"}
     if spec is None or not own:
         return {}
-    initial = ADAPTERS[spec.peft_type].initial
+    initial = method_of(spec).initial
 
     def make() -> dict[str, jax.Array]:
         key = jax.random.key(seed)
@@ -71,7 +68,7 @@ def initial_params(
     return jax.jit(make, out_shardings={path: shardings[path] for path in own})()
 
 
-def check_peft_form(model: Model, spec: Spec) -> None:
+def check_peft_form(model: Model, spec: AdapterConfig) -> None:
     """Refuse an adapter that PEFT has no form for, before a run and not after it.
 
     Raises:
@@ -80,17 +77,17 @@ def check_peft_form(model: Model, spec: Spec) -> None:
     peft_config(model, spec, base="")
 
 
-def uses_target_parameters(model: Model, spec: Spec | None) -> bool:
+def uses_target_parameters(model: Model, spec: AdapterConfig | None) -> bool:
     """Whether PEFT's file of this adapter names weights, which older readers do not know."""
     return spec is not None and bool(peft_config(model, spec, "").get("target_parameters"))
 
 
-def peft_config(model: Model, spec: Spec, base: str) -> dict[str, Any]:
+def peft_config(model: Model, spec: AdapterConfig, base: str) -> dict[str, Any]:
     """The adapter_config.json for these arrays, every field written out."""
     return {
         "peft_type": spec.peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
-        **FIELDS[spec.peft_type](model, spec),
+        **method_of(spec).config_fields(model, spec),
     }

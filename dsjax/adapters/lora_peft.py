@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A LoRA in the form that PEFT really applies: the targets of its config, the tensors of its file.
+"""A LoRA in the form that PEFT really applies: the fields of its adapter_config.json, both ways.
 
-In: a spec, a model, arrays. Out: PEFT's fields and tensors, and back. For DeepSeek-V2 and V3, PEFT
+In: a config and a model, or PEFT's fields. Out: the other. For DeepSeek-V2 and V3, PEFT
 0.21 with transformers 5 takes gate_proj, up_proj and down_proj in `target_modules` for the routed
 experts' (peft issue 3711), and drops what an adapter has for other modules of these names. Named as
-weights, in `target_parameters`, they are adapted. Routed experts are two tensors of a layer there:
-factors of gate and up become one pair of rank 2r. Not done here: the files themselves.
+weights, in `target_parameters`, they are adapted. Not done here: tensors (`lora_tensors`), files.
 """
 
 import math
@@ -13,36 +12,82 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
 from dsjax.adapters import lora
 from dsjax.adapters.expert_lora import (
     DOWN,
     GATE_UP,
-    fuse,
-    is_routed,
     parameter_of,
-    split,
-    split_gate_up,
-    stack_gate_up,
 )
 from dsjax.adapters.lora import LoraConfig
-from dsjax.adapters.targets import in_layers, linear_modules, module_at, short_names
-from dsjax.distributed.sharding import Leaf
+from dsjax.adapters.peft_fields import value_problems
+from dsjax.adapters.targets import in_layers, linear_modules, short_names
+from dsjax.config import AdapterSection
 from dsjax.errors import raise_all
 from dsjax.models import Model, entries_of
-from dsjax.models.moe import ExpertLinear
+from dsjax.models.config_checks import names_problems, shown
 
 BY_PARAMETER = ("deepseek_v2", "deepseek_v3", "deepseek_v32")
 """model_types whose feed-forwards PEFT adapts by the names of their weights only."""
 
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
+_INITIALISED_AS_LORA = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""init_lora_weights whose saved tensors are a plain LoRA; the others change the base too."""
+
 Whole = tuple[int, int | float]
 """Rank and alpha, as PEFT counts them for one of its targets."""
 
-Place = tuple[str, int, int]
-"""Where one kind of a layer's experts is: path of the adapter, layer of its stack, rank."""
+
+def problems(config: Mapping[str, Any], field: str) -> list[str]:
+    """What is wrong with the fields of an adapter_config.json, for a LoRA.
+
+    Args:
+        config: the fields.
+        field: what messages begin with.
+    """
+    found = []
+    if config.get("bias") not in (None, "none"):
+        found.append(f"{field} bias: got {shown(config['bias'])}, expected none")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str):  # PEFT takes some of them in any case
+        start = start.lower()
+    if start not in _INITIALISED_AS_LORA:
+        found.append(
+            f"{field} init_lora_weights: got {shown(start)}, expected true; such an adapter goes "
+            "with a changed base model, save it as a plain LoRA with PEFT's path_initial_model_for_"
+            "weight_conversion"
+        )
+    if not config.get("target_modules") and not config.get("target_parameters"):
+        found.append(f"{field} target_modules: got nothing, expected a list or an expression")
+    misnamed = names_problems(config, "target_parameters", field)
+    if misnamed:
+        return found + misnamed
+    found += [
+        f"{field} target_parameters: got {name!r}, expected names that end in .weight, or in "
+        f"experts.{GATE_UP} and experts.{DOWN}; other parameters have no adapter here"
+        for name in config.get("target_parameters") or []
+        if not name.endswith(".weight") and name.rsplit(".", 1)[-1] not in (GATE_UP, DOWN)
+    ]
+    return found + value_problems(field, config, "r")
+
+
+def from_fields(config: Mapping[str, Any], section: AdapterSection) -> LoraConfig:
+    """The LoRA that an adapter_config.json describes; `problems` found none."""
+    layers, parameters = config.get("layers_to_transform"), config.get("target_parameters")
+    wanted = config.get("target_modules") or []
+    # PEFT has no dropout before a parameter, so its file cannot say one.
+    dropout = section.lora_dropout if parameters else config.get("lora_dropout")
+    return LoraConfig(
+        r=config["r"],
+        lora_alpha=config.get("lora_alpha") or 8,
+        lora_dropout=float(dropout or 0),
+        target_modules=wanted if isinstance(wanted, str) else list(wanted),
+        layers_to_transform=[layers] if isinstance(layers, int) else layers or None,
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        use_rslora=bool(config.get("use_rslora")),
+        target_parameters=parameters or None,
+    )
 
 
 def config_fields(model: Model, spec: LoraConfig) -> dict[str, Any]:
@@ -191,124 +236,3 @@ def _weights(model: Model) -> set[str]:
     names = {entry.hf for entry in entries_of(model)}
     modules = (module for names in linear_modules(model).values() for module in names)
     return names | {parameter_of(module)[0] for module in modules}
-
-
-def _fused(model: Model, spec: LoraConfig) -> dict[str, dict[str, Place]]:
-    """The modules `experts` that have an adapter: name -> gate_proj, up_proj, ... -> where."""
-    found: dict[str, dict[str, Place]] = {}
-    if model.config.model_type not in BY_PARAMETER:
-        return found
-    for path, modules in lora.targets(model, spec).items():
-        linear = module_at(model, path)
-        if not isinstance(linear, ExpertLinear):
-            continue
-        names = list(modules)[:: linear.experts]
-        for layer, name in enumerate(names):
-            container, _, kind = name.rsplit(".", 2)
-            if modules[name]:
-                rank = spec.rank_of(name)
-                found.setdefault(container, {})[kind] = (f"{path}.adapter", layer, rank)
-    return found
-
-
-def _fused_keys(container: str, kinds: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """PEFT's names of a layer's factors -> what each is for; the first wraps the second."""
-    inner = tuple(kind for kind in ("gate_proj", "up_proj") if kind in kinds)
-    outer = (DOWN,) if DOWN in kinds else ()
-    both = [kinds for kinds in (outer, inner) if kinds]
-    return {
-        f"base_model.model.{container}{'.base_layer' * depth}": kinds
-        for depth, kinds in enumerate(both)
-    }
-
-
-def _plain(model: Model, spec: LoraConfig) -> dict[str, tuple[str, tuple[Any, ...]]]:
-    """`lora.tensors` without those that are fused."""
-    pieces = lora.tensors(model, spec)
-    if model.config.model_type not in BY_PARAMETER:
-        return pieces
-    start = len("base_model.model.")
-    return {k: v for k, v in pieces.items() if not is_routed(k[start:].rsplit(".", 2)[0])}
-
-
-def shapes(
-    model: Model, spec: LoraConfig, leaves: Mapping[str, Leaf]
-) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the adapter in PEFT's file, and its shape."""
-    # Arrays of no memory: every element is the same one.
-    empty = {
-        path: np.broadcast_to(np.float32(0), leaf.shape)
-        for path, leaf in leaves.items()
-        if leaf.kind == "adapter"
-    }
-    found = {key: empty[path][index].shape for key, (path, index) in _plain(model, spec).items()}
-    for container, places in _fused(model, spec).items():
-        for key, kinds in _fused_keys(container, places).items():
-            path, _, rank = places[kinds[0]]
-            _, experts, _, wide = empty[f"{path}.lora_A"].shape
-            out, rank = empty[f"{path}.lora_B"].shape[2] * len(kinds), rank * len(kinds)
-            found[f"{key}.lora_A.weight"] = (experts * rank, wide)
-            found[f"{key}.lora_B.weight"] = (out, rank * experts)
-    return found
-
-
-def to_file(model: Model, spec: LoraConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Our arrays as the tensors of PEFT's file, float32."""
-    host = {path: np.asarray(array) for path, array in params.items()}
-    tensors = {key: host[path][index] for key, (path, index) in _plain(model, spec).items()}
-    for container, places in _fused(model, spec).items():
-        for key, kinds in _fused_keys(container, places).items():
-            pairs = [_pair(host, places[kind]) for kind in kinds]
-            a, b = fuse(*(pairs[0] if len(pairs) == 1 else stack_gate_up(*pairs)))
-            tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a, b
-    return {key: np.ascontiguousarray(array) for key, array in tensors.items()}
-
-
-def _pair(host: Mapping[str, np.ndarray], place: Place) -> tuple[np.ndarray, np.ndarray]:
-    """The factors of one kind of a layer's experts."""
-    path, layer, rank = place
-    return host[f"{path}.lora_A"][layer, :, :rank], host[f"{path}.lora_B"][layer, :, :, :rank]
-
-
-def from_file(
-    model: Model, spec: LoraConfig, leaves: Mapping[str, Leaf], found: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Undo `to_file`; `shared_rank_tensors` has named nothing."""
-    params = {
-        path: np.zeros(leaf.shape, np.float32)
-        for path, leaf in leaves.items()
-        if leaf.kind == "adapter"
-    }
-    for key, (path, index) in _plain(model, spec).items():
-        params[path][index] = found[key]
-    for container, places in _fused(model, spec).items():
-        for key, kinds in _fused_keys(container, places).items():
-            experts = params[f"{places[kinds[0]][0]}.lora_A"].shape[1]
-            pair = split(found[f"{key}.lora_A.weight"], found[f"{key}.lora_B.weight"], experts)
-            pairs = (pair,) if len(kinds) == 1 else split_gate_up(*pair)
-            assert pairs is not None, key
-            for kind, values in zip(kinds, pairs, strict=True):
-                for into, value in zip(_pair(params, places[kind]), values, strict=True):
-                    into[...] = value
-    return params
-
-
-def shared_rank_tensors(
-    model: Model, spec: LoraConfig, found: Mapping[str, np.ndarray]
-) -> list[str]:
-    """Names of tensors in which gate and up share a part of their ranks: no pair for each.
-
-    Args:
-        model: the abstract model.
-        spec: the adapter.
-        found: the file's tensors, in shapes that have been checked.
-    """
-    names = []
-    for container, places in _fused(model, spec).items():
-        for key, kinds in _fused_keys(container, places).items():
-            a, b = f"{key}.lora_A.weight", f"{key}.lora_B.weight"
-            path, _, _ = places[kinds[0]]
-            experts = module_at(model, path.removesuffix(".adapter")).experts
-            if len(kinds) == 2 and split_gate_up(*split(found[a], found[b], experts)) is None:
-                names.append(b)
-    return names

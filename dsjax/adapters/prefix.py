@@ -7,6 +7,7 @@ position P and every segment of a packed row sees the prefix. Not done here: a m
 does not exist.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dsjax.adapters.method import AdapterMethod
+from dsjax.adapters.peft_fields import value_problems
 from dsjax.distributed.sharding import Leaf
 from dsjax.errors import ConfigError
 from dsjax.models import Model
@@ -112,3 +115,49 @@ def config_fields(model: Model, spec: PrefixConfig) -> dict[str, Any]:
         "prefix_projection": False,
         "modules_to_save": None,
     }
+
+
+def shapes(
+    model: Model, config: PrefixConfig, leaves: Mapping[str, Leaf]
+) -> dict[str, tuple[int, ...]]:
+    """The one tensor of PEFT's file, and its shape."""
+    layers, length, heads, size = leaves[_paths(leaves)[0]].shape
+    return {TENSOR: (length, layers * 2 * heads * size)}
+
+
+def to_tensors(
+    model: Model, config: PrefixConfig, params: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """The prefix as PEFT's tensor."""
+    key, value = (np.asarray(params[path]) for path in sorted(params))
+    return {TENSOR: to_file(key, value)}
+
+
+def from_tensors(
+    model: Model,
+    config: PrefixConfig,
+    leaves: Mapping[str, Leaf],
+    found: Mapping[str, np.ndarray],
+) -> dict[str, np.ndarray]:
+    """PEFT's tensor as the prefix."""
+    return dict(zip(_paths(leaves), from_file(found[TENSOR], model), strict=True))
+
+
+def _paths(leaves: Mapping[str, Leaf]) -> list[str]:
+    """Paths of the prefix's keys and values, in this order."""
+    return sorted(path for path, leaf in leaves.items() if leaf.kind == "adapter")
+
+
+PREFIX_TUNING = AdapterMethod(
+    keys=tuple(PrefixConfig.__dataclass_fields__),
+    from_section=lambda section: PrefixConfig(section.num_virtual_tokens),
+    peft_problems=lambda fields, field: value_problems(field, fields, "num_virtual_tokens"),
+    from_peft=lambda fields, section: PrefixConfig(fields["num_virtual_tokens"]),
+    attach=attach,
+    initial=initial,
+    config_fields=config_fields,
+    shapes=shapes,
+    to_file=to_tensors,
+    from_file=from_tensors,
+    merged=None,
+)

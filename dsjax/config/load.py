@@ -33,6 +33,7 @@ from dsjax.config.sections import (
     OptimizerSection,
     Section,
     TrainingSection,
+    UNMERGED,
 )
 from dsjax.config.yaml_file import read_yaml, set_overrides, to_text
 from dsjax.errors import ConfigError, raise_all
@@ -186,12 +187,12 @@ def export_format(
     Raises:
         ConfigError: the user asked for the merged form of a prefix.
     """
-    if peft_type != "PREFIX_TUNING" or section.format != "merged":
+    if peft_type not in UNMERGED or section.format != "merged":
         return section.format
     if "format" in section.model_fields_set:
         raise ConfigError(
-            'export.format: got "merged" with PREFIX_TUNING, expected peft or null; '
-            "a prefix has no merged form"
+            f'export.format: got "merged" with {peft_type}, expected peft or null; '
+            f"{UNMERGED[peft_type]}"
         )
     return "peft"
 
@@ -218,7 +219,7 @@ def to_yaml(config: RunConfig) -> str:
     tree = config.model_dump()
     if config.adapter.path is not None:
         tree["adapter"] = config.adapter.model_dump(exclude_unset=True)
-    if config.adapter.path is not None or config.adapter.peft_type == "PREFIX_TUNING":
+    if config.adapter.path is not None or config.adapter.peft_type in UNMERGED:
         tree["export"] = config.export.model_dump(exclude_unset=True)
     if config.optimizer.lr_scheduler_type == "constant":
         given = config.optimizer.model_fields_set

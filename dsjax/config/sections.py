@@ -7,6 +7,8 @@ Hugging Face's `TrainingArguments` and PEFT's configs wherever they have one. A 
 """
 
 import os.path
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -59,6 +61,10 @@ class ModelSection(Section):
     """How frozen weights are stored; null: as numbers of `param_dtype`."""
     attention: Literal["auto"] = "auto"
     """Attention kernel; auto: the best one for the device."""
+
+
+UNMERGED: Mapping[str, str] = MappingProxyType({"PREFIX_TUNING": "a prefix has no merged form"})
+"""adapter.peft_type -> why its weights cannot be merged into the model's."""
 
 
 class AdapterSection(Section):

@@ -52,9 +52,6 @@ _REFUSED = (
 )
 """Fields that change what an adapter computes and that we do not implement, unless empty."""
 
-_INITIALISED_AS_LORA = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-"""init_lora_weights whose saved tensors are a plain LoRA; the others change the base too."""
-
 _WITHOUT_EFFECT = (
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "bias", "init_lora_weights", "target_parameters"),
@@ -66,53 +63,6 @@ _WITHOUT_EFFECT = (
 """Fields of PEFT's configs that are looked at elsewhere, or change nothing of a saved adapter."""
 
 
-def read_spec(path: str) -> LoraConfig | PrefixConfig:
-    """Read adapter_config.json.
-
-    Raises:
-        ConfigError: no such folder, not an adapter that we implement, or fields that we would have
-            to ignore.
-    """
-    config = _read_config(_open(path))
-    kind = config.get("peft_type")
-    field = f"adapter.path {path}/{CONFIG}"
-    if kind not in ("LORA", "PREFIX_TUNING"):
-        raise ConfigError(f"{field} peft_type: got {shown(kind)}, expected LORA or PREFIX_TUNING")
-    problems = []
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        problems.append(f"{field} task_type: got {shown(config['task_type'])}, expected CAUSAL_LM")
-    problems += [
-        f"{field} {name}: got {shown(config[name])}, expected it empty; it is not implemented"
-        for name in _REFUSED
-        if config.get(name)
-    ]
-    if kind == "PREFIX_TUNING":
-        raise_all(problems + _value_problems(field, config, "num_virtual_tokens"))
-        return PrefixConfig(config["num_virtual_tokens"])
-    if config.get("bias") not in (None, "none"):
-        problems.append(f"{field} bias: got {shown(config['bias'])}, expected none")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str):  # PEFT takes some of them in any case
-        start = start.lower()
-    if start not in _INITIALISED_AS_LORA:
-        problems.append(
-            f"{field} init_lora_weights: got {shown(start)}, expected true; such an adapter goes "
-            "with a changed base model, save it as a plain LoRA with PEFT's path_initial_model_for_"
-            "weight_conversion"
-        )
-    if not config.get("target_modules") and not config.get("target_parameters"):
-        problems.append(f"{field} target_modules: got nothing, expected a list or an expression")
-    raise_all(problems + names_problems(config, "target_parameters", field))
-    problems += [
-        f"{field} target_parameters: got {name!r}, expected names that end in .weight, or in "
-        f"experts.{GATE_UP} and experts.{DOWN}; other parameters have no adapter here"
-        for name in config.get("target_parameters") or []
-        if not name.endswith(".weight") and name.rsplit(".", 1)[-1] not in (GATE_UP, DOWN)
-    ]
-    raise_all(problems + _value_problems(field, config, "r"))
-    return _lora_spec(config)
-
-
 def unknown_fields(path: str) -> list[str]:
     """Fields of adapter_config.json that PEFT 0.21 has not, and so does not use either."""
     known = {*_REFUSED, *_WITHOUT_EFFECT, *AdapterSection.model_fields}
@@ -121,46 +71,11 @@ def unknown_fields(path: str) -> list[str]:
     ]
 
 
-def _lora_spec(config: Mapping[str, Any]) -> LoraConfig:
-    layers = config.get("layers_to_transform")
-    wanted = config.get("target_modules") or []
-    return LoraConfig(
-        r=config["r"],
-        lora_alpha=config.get("lora_alpha") or 8,
-        lora_dropout=float(config.get("lora_dropout") or 0),
-        target_modules=wanted if isinstance(wanted, str) else list(wanted),
-        layers_to_transform=[layers] if isinstance(layers, int) else layers or None,
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
-        use_rslora=bool(config.get("use_rslora")),
-        target_parameters=config.get("target_parameters") or None,
-    )
-
-
-class _Shared(BaseModel):
-    """The keys that adapter_config.json has in common with the YAML, under the same rules."""
-
-    adapter: AdapterSection
-
-
 def contents(path: str, spec: LoraConfig | PrefixConfig) -> str:
     """What tells an adapter from another, wherever it lies: what it is, and all its numbers."""
     # Checkpoints know it by the names that these classes had first.
     described = repr(spec).replace("Config(", "Spec(", 1)
     return digest([described, file_digest(_open(path).files[TENSORS])])
-
-
-def _value_problems(field: str, config: Mapping[str, Any], required: str) -> list[str]:
-    keys = AdapterSection.model_fields.keys() - {"peft_type", "path", "use_dora"}
-    if config.get("target_parameters"):
-        config = {key: value for key, value in config.items() if value != []}
-    given = {key: config.get(key) for key in keys if key == required or config.get(key) is not None}
-    try:
-        _Shared.model_validate({"adapter": given})
-    except ValidationError as error:
-        lines = rules.problems(error, {"adapter": given}, _Shared, {})
-        return [f"{field} {line.removeprefix('adapter.')}" for line in lines]
-    return []
 
 
 def _open(path: str) -> Folder:

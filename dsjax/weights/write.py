@@ -21,32 +21,13 @@ import numpy as np
 
 from dsjax.config.json_file import read_object
 from dsjax.distributed.arrays import row_pieces
+from dsjax.models.changes import Change, Rows
 from dsjax.weights import fp8
 from dsjax.weights.dsjax_format import safetensors_name
 from dsjax.weights.folders import check_room
 from dsjax.weights.hf_directory import SAFETENSORS_INDEX, SafetensorsWriter, index_json, open_source
 from dsjax.weights.model_files import CONFIG, DECIDING, needs_code
 from dsjax.weights.source import Source, copy_aux_files
-
-Rows = tuple[slice, ...]
-
-
-@dataclass(frozen=True)
-class Change:
-    """New values of some rows of a tensor, float32, from the source's values of those rows.
-
-    Attributes:
-        fetch: brings what was trained for these rows to the host; all processes call it alike.
-        apply: the new values, from the source's and what was fetched.
-    """
-
-    fetch: Callable[[Rows], Any]
-    apply: Callable[[np.ndarray, Any], np.ndarray]
-
-    def __call__(self, rows: Rows, source: np.ndarray) -> np.ndarray:
-        """The new values."""
-        return self.apply(source, self.fetch(rows))
-
 
 @dataclass(frozen=True)
 class Output:

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A kind of adapter, as one record: all that the rest of the package knows of it.
+
+In: nothing. Out: `AdapterMethod`, which a method's file fills in, and which `ADAPTERS` registers.
+What a record does not hold cannot be asked: nothing outside compares a kind's name. Not done here:
+any method.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from dsjax.config import AdapterSection
+from dsjax.distributed.sharding import Leaf
+from dsjax.models import Model
+from dsjax.models.changes import Change
+
+
+@runtime_checkable
+class AdapterConfig(Protocol):
+    """An adapter's description: a frozen dataclass, its fields named as PEFT names them."""
+
+    @property
+    def peft_type(self) -> str:
+        """Key of its method in `ADAPTERS`."""
+        ...
+
+
+Leaves = Mapping[str, Leaf]
+Arrays = Mapping[str, Any]
+Tensors = Mapping[str, np.ndarray]
+
+
+def _nothing_idle(model: Model, config: Any) -> tuple[Any, list[str]]:
+    return config, []
+
+
+def _no_problems(model: Model, config: Any, read: Callable[[], Tensors]) -> list[str]:
+    return []
+
+
+def _by_value(config: Any) -> Collection[str]:
+    return ()
+
+
+def _never(key: str, section: AdapterSection, config: Any, model: Model) -> bool:
+    raise AssertionError(f"{key} is compared by its value")
+
+
+@dataclass(frozen=True)
+class AdapterMethod:
+    """What a kind of adapter is, on the model, in the YAML and in PEFT's files.
+
+    Attributes:
+        keys: the keys of the `adapter` section that it uses.
+        from_section: its description by the YAML.
+        peft_problems: what is wrong with the fields of an adapter_config.json, in words that begin
+            with the second argument.
+        from_peft: its description by fields with which nothing is wrong; the YAML's section says
+            what PEFT's file cannot.
+        attach: puts it into the slots of an abstract model. Raises ConfigError where it has no
+            place there.
+        initial: first value of one of its leaves, by path; traced.
+        config_fields: its own fields of adapter_config.json, all written out. Raises ConfigError
+            where PEFT has no form for this adapter.
+        shapes: the tensors of PEFT's file.
+        to_file: the arrays as those tensors, float32.
+        from_file: those tensors as arrays by path.
+        merged: how it changes the checkpoint's tensors, by name; None where it has no merged form
+            (`config.sections.UNMERGED` says why).
+        without_idle: the description without what is not in a model, and the names left out.
+        file_problems: why tensors of the right shapes cannot be read, by names of tensors; they
+            are read only if they are asked for.
+        compared_with_model: keys of which two values can say the same of a model.
+        says_the_same: whether the YAML's value of such a key means the adapter on disk.
+    """
+
+    keys: tuple[str, ...]
+    from_section: Callable[[AdapterSection], AdapterConfig]
+    peft_problems: Callable[[Mapping[str, Any], str], list[str]]
+    from_peft: Callable[[Mapping[str, Any], AdapterSection], AdapterConfig]
+    attach: Callable[[Model, Any], None]
+    initial: Callable[[str, Leaf, Model, jax.Array], jax.Array]
+    config_fields: Callable[[Model, Any], dict[str, Any]]
+    shapes: Callable[[Model, Any, Leaves], dict[str, tuple[int, ...]]]
+    to_file: Callable[[Model, Any, Arrays], dict[str, np.ndarray]]
+    from_file: Callable[[Model, Any, Leaves, Tensors], dict[str, np.ndarray]]
+    merged: Callable[[Model, Any, Arrays], dict[str, Change]] | None
+    without_idle: Callable[[Model, Any], tuple[Any, list[str]]] = _nothing_idle
+    file_problems: Callable[[Model, Any, Callable[[], Tensors]], list[str]] = _no_problems
+    compared_with_model: Callable[[Any], Collection[str]] = _by_value
+    says_the_same: Callable[[str, AdapterSection, Any, Model], bool] = _never
