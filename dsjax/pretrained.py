@@ -11,12 +11,14 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from dsjax.adapters import check_form
 from dsjax.config import AdapterSection, MeshSection, ModelSection
 from dsjax.distributed.mesh import make_mesh, normalize_mesh
 from dsjax.errors import ConfigError
-from dsjax.export.merge import changed_tensors, compose
+from dsjax.export.merge import changed_tensors
 from dsjax.export.peft import write_peft
 from dsjax.models import Model
+from dsjax.models.changes import compose
 from dsjax.training.partition import flatten
 from dsjax.training.setup import assemble_model, load_frozen, load_trainable
 from dsjax.weights.folders import atomic_directory, check_apart, check_empty
@@ -73,13 +75,9 @@ def save_pretrained(model: Model, directory: str, format: str = "merged") -> Non
     sources = {"the model's folder": setup.section.path, "the adapter's": setup.adapter_path}
     check_empty(directory, "directory")
     check_apart(directory, "directory", sources)
-    kind = setup.spec.peft_type if setup.spec else None
     if format not in ("merged", "peft"):
         raise ConfigError(f"format: got {format!r}, expected merged or peft")
-    if format == "peft" and kind is None:
-        raise ConfigError("format: got peft for a model without an adapter, expected merged")
-    if format == "merged" and kind == "PREFIX_TUNING":
-        raise ConfigError("format: got merged, expected peft; a prefix has no merged form")
+    check_form(setup.model, setup.spec, format, "format")
     params = flatten(model)
     adapter = {path: params[path] for path in setup.partition.trainable}
     with atomic_directory(

@@ -278,8 +278,8 @@ def export_form(config: RunConfig, setup: Assembly) -> str | None:
     """
     check_dtype(config, setup)
     form = configuration.export_format(config.export, setup.spec.peft_type if setup.spec else None)
-    if form == "peft" and setup.spec is not None:
-        adapters.check_peft_form(setup.model, setup.spec)
+    if form is not None:
+        adapters.check_form(setup.model, setup.spec, form, "export.format")
     return form
 
 

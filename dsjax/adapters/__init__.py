@@ -18,7 +18,9 @@ from dsjax.adapters.lora_method import LORA
 from dsjax.adapters.method import AdapterConfig, AdapterMethod
 from dsjax.adapters.prefix import PREFIX_TUNING
 from dsjax.config import AdapterSection
+from dsjax.config.sections import UNMERGED
 from dsjax.distributed.sharding import Leaf
+from dsjax.errors import ConfigError
 from dsjax.models import Model
 
 ADAPTERS: Mapping[str, AdapterMethod] = MappingProxyType(
@@ -68,13 +70,28 @@ def initial_params(
     return jax.jit(make, out_shardings={path: shardings[path] for path in own})()
 
 
-def check_peft_form(model: Model, spec: AdapterConfig) -> None:
-    """Refuse an adapter that PEFT has no form for, before a run and not after it.
+def check_form(model: Model, spec: AdapterConfig | None, form: str, field: str) -> None:
+    """Refuse a form that this training has not, before a run and not after it.
+
+    Args:
+        model: the abstract model, adapter attached.
+        spec: the adapter; None in full training.
+        form: merged or peft.
+        field: the key or option that asks for it.
 
     Raises:
-        ConfigError: routed experts whose adapters differ within a layer.
+        ConfigError: PEFT's form of full training, or of an adapter that PEFT has none for, such as
+            routed experts whose adapters differ within a layer; merged weights of an adapter that
+            is no change of weights.
     """
-    peft_config(model, spec, base="")
+    if spec is None:
+        if form == "peft":
+            raise ConfigError(f"{field}: got peft without an adapter, expected merged")
+    elif form == "peft":
+        peft_config(model, spec, base="")
+    elif method_of(spec).merged is None:
+        reason = UNMERGED[spec.peft_type]
+        raise ConfigError(f"{field}: got merged with {spec.peft_type}, expected peft; {reason}")
 
 
 def uses_target_parameters(model: Model, spec: AdapterConfig | None) -> bool:

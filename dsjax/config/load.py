@@ -21,6 +21,7 @@ from pydantic import ValidationError, model_validator
 from dsjax.config import rules
 from dsjax.config.paths import is_url, written_to_url
 from dsjax.config.sections import (
+    UNMERGED,
     AdapterSection,
     CheckpointSection,
     DataSection,
@@ -33,7 +34,6 @@ from dsjax.config.sections import (
     OptimizerSection,
     Section,
     TrainingSection,
-    UNMERGED,
 )
 from dsjax.config.yaml_file import read_yaml, set_overrides, to_text
 from dsjax.errors import ConfigError, raise_all
@@ -187,7 +187,7 @@ def export_format(
     Raises:
         ConfigError: the user asked for the merged form of a prefix.
     """
-    if peft_type not in UNMERGED or section.format != "merged":
+    if peft_type is None or peft_type not in UNMERGED or section.format != "merged":
         return section.format
     if "format" in section.model_fields_set:
         raise ConfigError(

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsjax import adapters
+from dsjax.adapters import check_form
 from dsjax.config import MeshSection
 from dsjax.config.command_line import CommandParser
 from dsjax.config.paths import is_url, written_to_url
@@ -30,7 +30,7 @@ from dsjax.training.eval_results import evaluated_rows
 from dsjax.training.metrics_log import METRICS_FILE, read_metrics
 from dsjax.training.restore import check_frozen, restore_trained
 from dsjax.training.run_dir import run_config
-from dsjax.training.setup import Assembly, assemble, load_frozen
+from dsjax.training.setup import assemble, load_frozen
 from dsjax.weights.folders import check_room, leftovers_of
 
 
@@ -50,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
     config = run_config(run).model_copy(update=here)
     check_free(out, config, "--out")  # before anything is loaded
     setup = assemble(config)
-    form = _checked_form(words.format, setup)
+    form = words.format
+    check_form(setup.model, setup.spec, form, "--format")
     check_dtype(config, setup)
     step, trainable, meta = restore_trained(run, config, setup)
     name = identity(config, meta["contents"])
@@ -71,16 +72,3 @@ def main(argv: Sequence[str]) -> int:
     if done.failure is not None:
         raise done.failure
     return 0
-
-
-def _checked_form(form: str, setup: Assembly) -> str:
-    kind = setup.spec.peft_type if setup.spec else None
-    if form == "peft" and kind is None:
-        raise ConfigError("--format: got peft for a run without an adapter, expected merged")
-    if form == "peft" and setup.spec is not None:
-        adapters.check_peft_form(setup.model, setup.spec)
-    if form == "merged" and kind == "PREFIX_TUNING":
-        raise ConfigError(
-            "--format: got merged with PREFIX_TUNING, expected peft; a prefix has no merged form"
-        )
-    return form

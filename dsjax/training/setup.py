@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from dsjax import adapters
+from dsjax.adapters.method import AdapterConfig
 from dsjax.config import AdapterSection, ModelSection, ObjectiveSection, RunConfig
 from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import Params, check_experts, leaf_shardings
@@ -46,7 +47,7 @@ class Assembly:
     section: ModelSection
     source: Source
     model: Model
-    spec: adapters.Spec | None
+    spec: AdapterConfig | None
     partition: Partition
     mesh: Mesh
     carried: list[str]

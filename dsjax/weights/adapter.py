@@ -6,18 +6,15 @@ contradict the YAML, and its arrays from disk. Not done here: reading PEFT's fil
 attaching (`adapters`).
 """
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from dsjax.adapters import KEYS, Spec, idle, lora
-from dsjax.adapters.lora import LoraConfig
-from dsjax.adapters.prefix import PrefixConfig
+from dsjax.adapters import ADAPTERS, method_of
+from dsjax.adapters.method import AdapterConfig
 from dsjax.config import AdapterSection
 from dsjax.distributed.sharding import Leaf
 from dsjax.errors import raise_all
@@ -25,7 +22,7 @@ from dsjax.models import Model
 from dsjax.weights import peft
 
 
-def resolve(section: AdapterSection) -> Spec | None:
+def resolve(section: AdapterSection) -> AdapterConfig | None:
     """What to attach: the adapter at `adapter.path`, or what the YAML says, or nothing.
 
     Raises:
@@ -33,20 +30,15 @@ def resolve(section: AdapterSection) -> Spec | None:
             what we do not have.
     """
     if section.path is not None:
-        spec = peft.read_spec(section.path)
-        if isinstance(spec, LoraConfig) and spec.target_parameters:
-            # PEFT has no dropout there, so its file cannot say one.
-            spec = replace(spec, lora_dropout=section.lora_dropout)
+        spec = peft.read_spec(section.path, section)
         _check_agreement(section, spec)
         return spec
-    if section.peft_type == "LORA":
-        return LoraConfig(**{key: getattr(section, key) for key in KEYS["LORA"]})
-    if section.peft_type == "PREFIX_TUNING":
-        return PrefixConfig(section.num_virtual_tokens)
-    return None
+    return None if section.peft_type is None else ADAPTERS[section.peft_type].from_section(section)
 
 
-def fitted(section: AdapterSection, spec: Spec | None, model: Model) -> tuple[Spec | None, str]:
+def fitted(
+    section: AdapterSection, spec: AdapterConfig | None, model: Model
+) -> tuple[AdapterConfig | None, str]:
     """An adapter from disk without what is not in this model, as PEFT loads it.
 
     Returns:
@@ -55,9 +47,8 @@ def fitted(section: AdapterSection, spec: Spec | None, model: Model) -> tuple[Sp
     if section.path is None or spec is None:
         return spec, ""
     told = []
-    if isinstance(spec, LoraConfig):
-        spec, left_out = idle.without_idle(model, spec)
-        told += [f"not in this model: {_some(left_out)}"] if left_out else []
+    spec, left_out = method_of(spec).without_idle(model, spec)
+    told += [f"not in this model: {_some(left_out)}"] if left_out else []
     unknown = peft.unknown_fields(section.path)
     told += [f"no fields of PEFT, and not used: {_some(unknown)}"] if unknown else []
     return spec, f"adapter.path {section.path}: {'; '.join(told)}" if told else ""
@@ -67,7 +58,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "")
 
 
-def _check_agreement(section: AdapterSection, spec: Spec) -> None:
+def _check_agreement(section: AdapterSection, spec: AdapterConfig) -> None:
     problems = []
     given = section.model_fields_set - {"path"}
     if "peft_type" in given and section.peft_type != spec.peft_type:
@@ -75,8 +66,8 @@ def _check_agreement(section: AdapterSection, spec: Spec) -> None:
             f"adapter.peft_type: got {section.peft_type!r}, expected {spec.peft_type!r} as in "
             f"{section.path}/adapter_config.json; remove the key"
         )
-    by_model = _compared_with_model(spec)
-    for key in sorted(given & set(KEYS[spec.peft_type]) - by_model):
+    method = method_of(spec)
+    for key in sorted(given & set(method.keys) - set(method.compared_with_model(spec))):
         mine, theirs = getattr(section, key), getattr(spec, key)
         if _comparable(mine) != _comparable(theirs):
             problems.append(
@@ -86,37 +77,18 @@ def _check_agreement(section: AdapterSection, spec: Spec) -> None:
     raise_all(problems)
 
 
-def _compared_with_model(spec: Spec) -> set[str]:
-    """Keys of which two values can say the same; patterns in PEFT's file may be for parameters."""
-    by_parameter = isinstance(spec, LoraConfig) and spec.target_parameters
-    return {"target_modules"} | ({"rank_pattern", "alpha_pattern"} if by_parameter else set())
-
-
-def check_targets(section: AdapterSection, spec: Spec, model: Model) -> None:
+def check_targets(section: AdapterSection, spec: AdapterConfig, model: Model) -> None:
     """Refuse targets and patterns of the YAML that mean another adapter than the one on disk."""
-    if section.path is None or not isinstance(spec, LoraConfig):
+    if section.path is None:
         return
-    given = section.model_fields_set & _compared_with_model(spec)
+    method = method_of(spec)
+    given = section.model_fields_set & set(method.compared_with_model(spec))
     raise_all(
         f"adapter.{key}: got {getattr(section, key)!r}, expected {getattr(spec, key)!r} as in "
         f"{section.path}/adapter_config.json; remove the key, the adapter decides"
         for key in sorted(given)
-        if not _says_the_same(key, section, spec, model)
+        if not method.says_the_same(key, section, spec, model)
     )
-
-
-def _says_the_same(key: str, section: AdapterSection, spec: LoraConfig, model: Model) -> bool:
-    """Whether the YAML's value of a key gives every module what the adapter on disk has."""
-    plain = replace(spec, target_parameters=None, rank_pattern={}, alpha_pattern={})
-    wished = replace(plain, **{key: getattr(section, key)})
-    adapted = lora.targets(model, spec)
-    if key == "target_modules":
-        return lora.targets(model, wished) == adapted
-    names = [name for modules in adapted.values() for name, hit in modules.items() if hit]
-    raise_all(lora.pattern_problems(wished, names))
-    if key == "rank_pattern":
-        return all(wished.rank_of(name) == spec.rank_of(name) for name in names)
-    return all(math.isclose(wished.alpha_of(name), spec.alpha_of(name)) for name in names)
 
 
 def _comparable(value: Any) -> Any:
@@ -128,7 +100,7 @@ def _comparable(value: Any) -> Any:
 def check_params(
     path: str,
     model: Model,
-    spec: Spec,
+    spec: AdapterConfig,
     leaves: Mapping[str, Leaf],
     read_base: Callable[[str], np.ndarray],
 ) -> None:
@@ -150,7 +122,7 @@ def check_params(
 def load_params(
     path: str,
     model: Model,
-    spec: Spec,
+    spec: AdapterConfig,
     leaves: Mapping[str, Leaf],
     shardings: Mapping[str, NamedSharding],
 ) -> dict[str, jax.Array]:
@@ -163,6 +135,8 @@ def load_params(
     return params
 
 
-def peft_tensors(model: Model, spec: Spec, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def peft_tensors(
+    model: Model, spec: AdapterConfig, params: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
     """The adapter's arrays as the tensors of PEFT's file, by its names."""
-    return peft.to_tensors(model, spec, params)
+    return method_of(spec).to_file(model, spec, params)

@@ -12,20 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
 
-from dsjax.adapters import lora_peft, prefix
-from dsjax.adapters.expert_lora import DOWN, GATE_UP
-from dsjax.adapters.lora import LoraConfig
-from dsjax.adapters.prefix import PrefixConfig
-from dsjax.config import AdapterSection, rules
+from dsjax.adapters import ADAPTERS, method_of
+from dsjax.adapters.method import AdapterConfig
+from dsjax.config import AdapterSection
 from dsjax.config.json_file import read_object
 from dsjax.config.paths import is_url
 from dsjax.distributed.checksums import digest
 from dsjax.distributed.sharding import Leaf
 from dsjax.errors import ConfigError, raise_all
 from dsjax.models import Model
-from dsjax.models.config_checks import names_problems, shown
+from dsjax.models.config_checks import shown
 from dsjax.models.tensor_names import mismatches
 from dsjax.weights.safetensors import TensorInfo, read_header, read_tensor
 from dsjax.weights.storage import READS_AHEAD, Folder, file_digest, in_order, open_folder
@@ -63,6 +60,35 @@ _WITHOUT_EFFECT = (
 """Fields of PEFT's configs that are looked at elsewhere, or change nothing of a saved adapter."""
 
 
+def read_spec(path: str, section: AdapterSection | None = None) -> AdapterConfig:
+    """Read adapter_config.json.
+
+    Args:
+        path: the adapter's folder.
+        section: the YAML's, which says what PEFT's file cannot.
+
+    Raises:
+        ConfigError: no such folder, not an adapter that we implement, or fields that we would have
+            to ignore.
+    """
+    config = _read_config(_open(path))
+    kind = str(config.get("peft_type"))
+    field = f"adapter.path {path}/{CONFIG}"
+    if kind not in ADAPTERS:
+        got = shown(config.get("peft_type"))
+        raise ConfigError(f"{field} peft_type: got {got}, expected {' or '.join(ADAPTERS)}")
+    method, problems = ADAPTERS[kind], []
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        problems.append(f"{field} task_type: got {shown(config['task_type'])}, expected CAUSAL_LM")
+    problems += [
+        f"{field} {name}: got {shown(config[name])}, expected it empty; it is not implemented"
+        for name in _REFUSED
+        if config.get(name)
+    ]
+    raise_all(problems + method.peft_problems(config, field))
+    return method.from_peft(config, section or AdapterSection(path=path))
+
+
 def unknown_fields(path: str) -> list[str]:
     """Fields of adapter_config.json that PEFT 0.21 has not, and so does not use either."""
     known = {*_REFUSED, *_WITHOUT_EFFECT, *AdapterSection.model_fields}
@@ -71,7 +97,7 @@ def unknown_fields(path: str) -> list[str]:
     ]
 
 
-def contents(path: str, spec: LoraConfig | PrefixConfig) -> str:
+def contents(path: str, spec: AdapterConfig) -> str:
     """What tells an adapter from another, wherever it lies: what it is, and all its numbers."""
     # Checkpoints know it by the names that these classes had first.
     described = repr(spec).replace("Config(", "Spec(", 1)
@@ -94,7 +120,7 @@ def _read_config(folder: Folder) -> dict[str, Any]:
 def check_tensors(
     path: str,
     model: Model,
-    spec: LoraConfig | PrefixConfig,
+    spec: AdapterConfig,
     leaves: Mapping[str, Leaf],
     read_base: Callable[[str], np.ndarray],
 ) -> None:
@@ -105,7 +131,7 @@ def check_tensors(
     folder = _open(path)
     infos = _tensor_infos(folder)
     found = {name: info.shape for name, info in infos.items()}
-    wanted = _wanted_shapes(model, spec, leaves)
+    wanted = method_of(spec).shapes(model, spec, leaves)
     file = f"adapter.path {path}/{TENSORS}"
     copies = {key: _base_name(key, wanted) for key in found if key not in wanted}
     copies = {key: name for key, name in copies.items() if name}
@@ -124,12 +150,8 @@ def check_tensors(
                 "give the model that the adapter was trained on as model.path"
             )
     raise_all(problems)
-    if isinstance(spec, LoraConfig) and spec.target_parameters:
-        raise_all(
-            f"{file} {key}: got a part of the rank that gate_proj and up_proj share, expected half "
-            "of it for each; merge the adapter into the model with PEFT"
-            for key in lora_peft.shared_rank_tensors(model, spec, _read_all(folder))
-        )
+    unreadable = method_of(spec).file_problems(model, spec, lambda: _read_all(folder))
+    raise_all(f"{file} {problem}" for problem in unreadable)
 
 
 def _base_name(key: str, wanted: Mapping[str, Any]) -> str:
@@ -145,14 +167,10 @@ def _same_weight(copy: np.ndarray, weight: np.ndarray) -> bool:
 
 
 def read_params(
-    path: str, model: Model, spec: LoraConfig | PrefixConfig, leaves: Mapping[str, Leaf]
+    path: str, model: Model, spec: AdapterConfig, leaves: Mapping[str, Leaf]
 ) -> dict[str, np.ndarray]:
     """The trained arrays of an adapter, stacked as the model's leaves are, in float32."""
-    found = _read_all(_open(path))
-    if isinstance(spec, PrefixConfig):
-        pair = prefix.from_file(found[prefix.TENSOR], model)
-        return dict(zip(_prefix_paths(leaves), pair, strict=True))
-    return lora_peft.from_file(model, spec, leaves, found)
+    return method_of(spec).from_file(model, spec, leaves, _read_all(_open(path)))
 
 
 def _read_all(folder: Folder) -> dict[str, np.ndarray]:
@@ -164,20 +182,6 @@ def _read_all(folder: Folder) -> dict[str, np.ndarray]:
     return {name: array.astype(np.float32) for name, array in zip(wanted, arrays, strict=True)}
 
 
-def _prefix_paths(leaves: Mapping[str, Leaf]) -> list[str]:
-    """Paths of the prefix's keys and values, in this order."""
-    return sorted(name for name, leaf in leaves.items() if leaf.kind == "adapter")
-
-
-def _wanted_shapes(
-    model: Model, spec: LoraConfig | PrefixConfig, leaves: Mapping[str, Leaf]
-) -> dict[str, tuple[int, ...]]:
-    if isinstance(spec, PrefixConfig):
-        layers, length, heads, size = leaves[_prefix_paths(leaves)[0]].shape
-        return {prefix.TENSOR: (length, layers * 2 * heads * size)}
-    return lora_peft.shapes(model, spec, leaves)
-
-
 def _tensor_infos(folder: Folder) -> dict[str, TensorInfo]:
     if TENSORS not in folder.files:
         raise ConfigError(
@@ -185,14 +189,3 @@ def _tensor_infos(folder: Folder) -> dict[str, TensorInfo]:
             "save the adapter with PEFT's safe_serialization"
         )
     return {info.name: info for info in read_header(folder.files[TENSORS], "adapter.path")[1]}
-
-
-def to_tensors(
-    model: Model, spec: LoraConfig | PrefixConfig, params: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
-    """Our arrays as the tensors of PEFT's file, float32."""
-    if isinstance(spec, PrefixConfig):
-        at = "model.layers.self_attn.prefix"
-        key, value = (np.asarray(params[f"{at}.{name}"]) for name in ("key", "value"))
-        return {prefix.TENSOR: prefix.to_file(key, value)}
-    return lora_peft.to_file(model, spec, params)

@@ -29,6 +29,7 @@ from dsjax.weights.hf_directory import SAFETENSORS_INDEX, SafetensorsWriter, ind
 from dsjax.weights.model_files import CONFIG, DECIDING, needs_code
 from dsjax.weights.source import Source, copy_aux_files
 
+
 @dataclass(frozen=True)
 class Output:
     """One tensor to write: what it is, and its rows a bounded number of bytes at a time."""

@@ -155,7 +155,7 @@ def test_what_peft_cannot_hold_is_refused(spec: LoraConfig, reason: str) -> None
     model = _model(spec, SHAPE)
     said = r"export.format: got peft, expected merged or null; PEFT has one adapter for model\.lay"
     with pytest.raises(ConfigError, match=rf"{said}.*{reason}"):
-        adapters.check_peft_form(model, spec)
+        adapters.check_form(model, spec, "peft", "export.format")
 
 
 @pytest.mark.parametrize("parameter", ["experts.gate", "embed_tokens", "mlp.experts.w1"])

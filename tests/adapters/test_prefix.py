@@ -7,12 +7,11 @@ import tiny_steps
 
 from dsjax import adapters
 from dsjax.adapters import prefix
-from dsjax.adapters.prefix import PrefixConfig
+from dsjax.adapters.prefix import PREFIX_TUNING, PrefixConfig
 from dsjax.config import MeshSection
 from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import leaf_shardings
 from dsjax.training.partition import make_partition
-from dsjax.weights import peft
 
 
 def _initial(**mesh: int) -> dict[str, np.ndarray]:
@@ -51,7 +50,7 @@ def test_the_file_holds_key_and_value_of_every_layer_by_token() -> None:
         np.testing.assert_array_equal(value[layer], by_place[:, layer, 1])
     at = "model.layers.self_attn.prefix"
     params = {f"{at}.key": jax.numpy.asarray(key), f"{at}.value": jax.numpy.asarray(value)}
-    written = peft.to_tensors(model, PrefixConfig(5), params)
+    written = PREFIX_TUNING.to_file(model, PrefixConfig(5), params)
     assert list(written) == ["prompt_embeddings"]
     np.testing.assert_array_equal(written["prompt_embeddings"], values)
 

@@ -5,6 +5,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsjax.adapters.prefix import PREFIX_TUNING, PrefixConfig
 from dsjax.errors import ConfigError
 from dsjax.models import base_shapes, build, carried_of, entries_of
 from dsjax.models.tensor_names import MOST_EXAMPLES, examples, find_renamed, mismatches
@@ -71,11 +73,12 @@ def test_an_adapter_with_as_many_names(
         for side in "AB"
     }
     infos = {f"{name}_": SimpleNamespace(shape=shape) for name, shape in wanted.items()}
-    monkeypatch.setattr(peft, "_wanted_shapes", lambda *_: wanted)
+    method = replace(PREFIX_TUNING, shapes=lambda *_: wanted)
+    monkeypatch.setattr(peft, "method_of", lambda _: method)
     monkeypatch.setattr(peft, "_tensor_infos", lambda _: infos)
     began = time.process_time()
     with pytest.raises(ConfigError) as caught:
-        peft.check_tensors(str(tmp_path), r1.model, peft.PrefixConfig(1), {}, len)
+        peft.check_tensors(str(tmp_path), r1.model, PrefixConfig(1), {}, len)
     assert time.process_time() - began < 20
     assert len(str(caught.value).splitlines()) == 2 * (MOST_EXAMPLES + 1)
     assert f"and {len(wanted) - MOST_EXAMPLES:,} more missing tensors" in str(caught.value)
@@ -83,7 +86,7 @@ def test_an_adapter_with_as_many_names(
     other = module + "model.layers.0.self_attn.q_proj.lora_A.weight"
     infos = {name.replace(module, "", 1): SimpleNamespace(shape=s) for name, s in wanted.items()}
     with pytest.raises(ConfigError) as caught:
-        peft.check_tensors(str(tmp_path), r1.model, peft.PrefixConfig(1), {}, len)
+        peft.check_tensors(str(tmp_path), r1.model, PrefixConfig(1), {}, len)
     said = str(caught.value)
     assert f"got {len(wanted):,} tensors whose names lack 'base_model.model.' (" in said
     assert said.startswith(f"adapter.path {tmp_path}/adapter_model.safetensors: ")

@@ -75,7 +75,7 @@ def _header_and_values(shape: dict[str, Any], config: dict[str, Any]) -> tuple[A
     model = tiny_steps.model_of(**shape)
     adapters.attach(model, spec)
     header, end = {}, 0
-    shapes = peft._wanted_shapes(model, spec, make_partition(model).leaves)
+    shapes = adapters.method_of(spec).shapes(model, spec, make_partition(model).leaves)
     for tensor, size in shapes.items():
         begin, end = end, end + 4 * int(np.prod(size))
         header[tensor] = {"dtype": "F32", "shape": list(size), "data_offsets": [begin, end]}

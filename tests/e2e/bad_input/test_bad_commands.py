@@ -189,7 +189,7 @@ def test_exporting_over_something_else(cli_runner: CliRunner):
 def test_exporting_an_adapter_of_a_run_without_one(cli_runner: CliRunner):
     cli_runner.edit_yaml("  peft_type: LORA\n  r: 4\n", "  peft_type: null\n")
     _make_run(cli_runner)
-    assert_says(_refused_export(cli_runner), "--format: got peft for a run without an adapter")
+    assert_says(_refused_export(cli_runner), "--format: got peft without an adapter")
 
 
 def test_exporting_a_prefix_as_merged(cli_runner: CliRunner):
