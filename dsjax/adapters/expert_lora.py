@@ -9,7 +9,9 @@ experts are adapted (`lora`), reading and writing files.
 """
 
 import re
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -58,9 +60,13 @@ class ExpertLora(nnx.Module):
         )
 
     def __call__(
-        self, x_ZI: Float[Array, "Z I"], y_ZO: Float[Array, "Z O"], sizes_E: Int[Array, " E"]
+        self,
+        x_ZI: Float[Array, "Z I"],
+        linear: Callable[[jax.Array], jax.Array],
+        sizes_E: Int[Array, " E"],
     ) -> Float[Array, "Z O"]:
-        """Add each group's update to y. Products run in x's dtype and are summed in float32."""
+        """Add each group's update. Products run in x's dtype and are summed in float32."""
+        y_ZO = linear(x_ZI)
         low_Zr = grouped_matmul(x_ZI, self.lora_A[...], sizes_E, jnp.float32).astype(x_ZI.dtype)
         update_ZO = grouped_matmul(low_Zr, self.lora_B[...], sizes_E, jnp.float32)
         scaling_Z = jnp.repeat(self.scaling[...], sizes_E, total_repeat_length=x_ZI.shape[0])

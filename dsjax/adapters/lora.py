@@ -11,7 +11,7 @@ factor's gradient is a product with the other. Not done here: the update of rout
 import math
 import re
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,9 +34,10 @@ from dsjax.config.patterns import fullmatch, is_linear
 from dsjax.distributed.sharding import Leaf
 from dsjax.errors import nearest, raise_all
 from dsjax.models import Model
-from dsjax.models.layers import Dropout, Linear, product
+from dsjax.models.layers import Linear, product
 from dsjax.models.moe import ExpertLinear
 from dsjax.models.parameters import AdapterBuffer, AdapterParam, abstract, stacked_axes
+from dsjax.models.slots import Dropout
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,13 @@ class Lora(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "*B I"], y: Float[Array, "*B O"], dropout: Dropout | None
+        self,
+        x: Float[Array, "*B I"],
+        linear: Callable[[jax.Array], jax.Array],
+        dropout: Dropout | None,
     ) -> Float[Array, "*B O"]:
-        """Add the update to y. Products run in x's dtype and are summed in float32."""
+        """Add the update. Products run in x's dtype and are summed in float32."""
+        y = linear(x)
         if self.dropout and dropout is not None:
             keep = dropout.fold_in(self.seed).keep(1 - self.dropout, x.shape[-1])
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
@@ -176,11 +181,11 @@ class Lora(nnx.Module):
         update = product(low, self.lora_B[...], jnp.float32) * self.scaling[...]
         return (y.astype(jnp.float32) + update).astype(y.dtype)
 
-    def delta(self) -> Float[Array, "O I"]:
-        """What the update adds to the weight, in float32."""
+    def merged_weight(self, weight: Float[Array, "O I"]) -> Float[Array, "O I"]:
+        """The weight with the update, in float32."""
         exact = jax.lax.Precision.HIGHEST
         product = jnp.einsum("or,ri->oi", self.lora_B[...], self.lora_A[...], precision=exact)
-        return product * self.scaling[...]
+        return weight + product * self.scaling[...]
 
 
 def attach(model: Model, spec: LoraConfig) -> None:

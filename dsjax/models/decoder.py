@@ -18,10 +18,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax.distributed.sharding import Layout
-from dsjax.models.layers import MLP, Dropout, Embedding, Linear, RMSNorm
+from dsjax.models.layers import MLP, Embedding, Linear, RMSNorm
 from dsjax.models.moe import ROUTING, MoE, RouterStats
 from dsjax.models.ops.attention import KERNEL_NAME, PREFIX_SEGMENT, Tokens
 from dsjax.models.rope import positions_like, rope_tables
+from dsjax.models.slots import Dropout
 
 LATENTS = "attention_latents"
 

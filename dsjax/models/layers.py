@@ -8,47 +8,17 @@ declare shape, dtype and logical axes, and are filled elsewhere. Not done here: 
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dsjax.models.ops.blocks import precision
 from dsjax.models.parameters import parameter
-
-
-class Dropout(NamedTuple):
-    """What adapters drop of their inputs: for each token what its number says, wherever it lies.
-
-    So masks do not depend on the mesh, nor on the portions that a batch is computed in.
-
-    Attributes:
-        key: of the step, of a layer or of a module.
-        token: number of each token in the whole batch.
-    """
-
-    key: jax.Array
-    token: Int[Array, "B T"]
-
-    def fold_in(self, number: Int[Array, ""] | int) -> "Dropout":
-        """Make the dropout of a layer or a module that has this number."""
-        return self._replace(key=jax.random.fold_in(self.key, number))
-
-    def keep(self, p: float | Float[Array, ""], size: int) -> Bool[Array, "B T I"]:
-        """Choose the inputs that stay, each with probability p.
-
-        Args:
-            p: a probability.
-            size: I, inputs of a token.
-        """
-
-        def of_token(token: jax.Array) -> jax.Array:
-            return jax.random.bernoulli(jax.random.fold_in(self.key, token), p, (size,))
-
-        return jax.vmap(jax.vmap(of_token))(self.token)
+from dsjax.models.slots import Dropout, LinearSlot
 
 
 def product(
@@ -106,7 +76,7 @@ def spread(x: Float[Array, "*S"], shape: tuple[int, ...], dtype: jnp.dtype) -> j
 
 
 class Linear(nnx.Module):
-    """y = x W^T + b, plus what the adapter in the slot adds."""
+    """y = x W^T + b, as the adapter in the slot changes it."""
 
     def __init__(
         self,
@@ -132,24 +102,26 @@ class Linear(nnx.Module):
         self.axes = axes
         self.weight = parameter((out_features, in_features), axes, layers, **metadata)
         self.bias = parameter((out_features,), axes[:1], layers, **metadata) if bias else None
-        self.adapter: Any = nnx.data(None)
+        self.adapter: LinearSlot | None = nnx.data(None)
 
     def __call__(
         self, x: Float[Array, "*B I"], dropout: Dropout | None = None
     ) -> Float[Array, "*B O"]:
         """Map the last axis; weights are used in x's dtype."""
+        if self.adapter is None:
+            return self.base(x)
+        return self.adapter(x, self.base, dropout)
+
+    def base(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        """The map without what is in the slot."""
         y = product(x, self.weight[...])
-        if self.bias is not None:
-            y = y + spread(self.bias[...], y.shape, y.dtype)
-        if self.adapter is not None:
-            y = self.adapter(x, y, dropout)
-        return y
+        return y if self.bias is None else y + spread(self.bias[...], y.shape, y.dtype)
 
     def merged_weight(self, dtype: jnp.dtype) -> Float[Array, "O I"]:
-        """The weight with what the adapter in the slot adds to it."""
+        """The weight that does alone what map and adapter do together, but for the bias."""
         weight = self.weight[...]
         if self.adapter is not None:
-            weight = weight.astype(jnp.float32) + self.adapter.delta()
+            weight = self.adapter.merged_weight(weight.astype(jnp.float32))
         return weight.astype(dtype)
 
 

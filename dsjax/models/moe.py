@@ -20,10 +20,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.distributed.sharding import Layout
-from dsjax.models.layers import MLP, Dropout
+from dsjax.models.layers import MLP
 from dsjax.models.ops.blocks import in_blocks, out_of_blocks, precision
 from dsjax.models.ops.grouped_matmul import grouped_matmul
 from dsjax.models.parameters import parameter
+from dsjax.models.slots import Dropout, ExpertSlot
 
 ROUTING = "routing"
 """What a remat policy calls the choice of experts."""
@@ -181,12 +182,15 @@ class ExpertLinear(nnx.Module):
         self.in_features, self.out_features, self.layers = in_features, out_features, layers
         self.experts, self.axes = experts, axes
         self.weight = parameter((experts, out_features, in_features), ("experts", *axes), layers)
-        self.adapter: Any = nnx.data(None)
+        self.adapter: ExpertSlot | None = nnx.data(None)
 
     def __call__(self, x_ZI: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        """Map each group of rows by its expert, plus what the adapter in the slot adds."""
-        y_ZO = grouped_matmul(x_ZI, self.weight[...], sizes_E)
-        return y_ZO if self.adapter is None else self.adapter(x_ZI, y_ZO, sizes_E)
+        """Map each group of rows by its expert, as the adapter in the slot changes it."""
+
+        def base(x_ZI: jax.Array) -> jax.Array:
+            return grouped_matmul(x_ZI, self.weight[...], sizes_E)
+
+        return base(x_ZI) if self.adapter is None else self.adapter(x_ZI, base, sizes_E)
 
 
 class Experts(nnx.Module):

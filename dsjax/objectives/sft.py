@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int, Shaped
 from dsjax.data import Batch
 from dsjax.distributed.sharding import Layout
 from dsjax.models import Model
-from dsjax.models.layers import Dropout
 from dsjax.models.ops.blocks import in_blocks
+from dsjax.models.slots import Dropout
 
 TOKENS_PER_CHUNK = 2048
 """Tokens per device whose logits exist at the same time."""

@@ -19,7 +19,7 @@ import optax
 from dsjax.data import Batch
 from dsjax.distributed.mesh import batch_shards, microbatches, replicated, rows_sharding
 from dsjax.distributed.sharding import Params, leaf_shardings, make_layout
-from dsjax.models.layers import Dropout
+from dsjax.models.slots import Dropout
 from dsjax.objectives.sft import Forward, Sums, shifted
 from dsjax.training.loss_scale import next_loss_scale
 from dsjax.training.optimizer import clip_by_global_norm

@@ -26,7 +26,8 @@ from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import leaf_shardings
 from dsjax.errors import ConfigError
 from dsjax.models import build
-from dsjax.models.layers import Dropout, Linear
+from dsjax.models.layers import Linear
+from dsjax.models.slots import Dropout
 from dsjax.training.partition import make_partition
 
 SHAPE = tiny_steps.SHAPE | {"num_hidden_layers": 3, "hidden_size": 16, "intermediate_size": 24}

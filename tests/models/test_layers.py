@@ -17,10 +17,11 @@ from flax import nnx
 from hypothesis import given, settings
 
 from dsjax.adapters.lora import Lora
-from dsjax.models.layers import Dropout, Embedding, Linear, RMSNorm
+from dsjax.models.layers import Embedding, Linear, RMSNorm
 from dsjax.models.ops import attention
 from dsjax.models.ops.attention import Tokens, dot_product_attention
 from dsjax.models.ops.grouped_matmul import grouped_matmul
+from dsjax.models.slots import Dropout
 
 SFT = importlib.import_module("dsjax.objectives.sft")  # the package has a function of that name
 

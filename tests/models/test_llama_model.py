@@ -11,7 +11,7 @@ from dsjax.adapters.lora import LoraConfig
 from dsjax.adapters.prefix import PrefixConfig
 from dsjax.models import build
 from dsjax.models.decoder import REMAT
-from dsjax.models.layers import Dropout
+from dsjax.models.slots import Dropout
 from dsjax.objectives.sft import Forward, sft
 from dsjax.training.partition import unflatten
 

@@ -16,7 +16,7 @@ from dsjax.adapters.lora import LoraConfig
 from dsjax.data import Batch
 from dsjax.models import Model
 from dsjax.models.decoder import Hidden
-from dsjax.models.layers import Dropout
+from dsjax.models.slots import Dropout
 from dsjax.objectives.sft import Forward, Sums, sft
 from dsjax.training.step import make_train_step
 

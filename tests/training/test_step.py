@@ -12,7 +12,7 @@ import tiny_steps
 
 from dsjax.adapters.lora import LoraConfig
 from dsjax.distributed.sharding import Leaf
-from dsjax.models.layers import Dropout
+from dsjax.models.slots import Dropout
 from dsjax.training.evaluation import make_eval_step
 from dsjax.training.loss_scale import FIRST_LOSS_SCALE, GROW_AFTER, LossScale
 from dsjax.training.optimizer import make_schedule

@@ -6,8 +6,6 @@ attention. Sources: arXiv 2405.04434 (V2), 2412.19437 (V3), DeepSeek-V3.2-Exp's 
 here: what all decoders share (`decoder`), experts (`moe`).
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,12 +15,13 @@ from jaxtyping import Array, Float
 from dsjax.models.decoder import LATENTS, Block, CausalLM, LayerInputs, StackInputs, append_to_cache
 from dsjax.models.deepseek.config import LATENT_EPS, DeepseekConfig
 from dsjax.models.deepseek.mtp import MTP
-from dsjax.models.layers import MLP, Dropout, LayerNorm, Linear, RMSNorm, spread
+from dsjax.models.layers import MLP, LayerNorm, Linear, RMSNorm, spread
 from dsjax.models.llama.model import Attention
 from dsjax.models.moe import MoE
 from dsjax.models.ops.attention import SparseMask, dot_product_attention
 from dsjax.models.ops.blocks import precision
 from dsjax.models.rope import rotate, split_pairs
+from dsjax.models.slots import Dropout, PrefixSlot
 
 
 class LatentAttention(nnx.Module):
@@ -64,7 +63,7 @@ class LatentAttention(nnx.Module):
             self.heads * m.v_head_dim, c.hidden_size, ("embed", "heads"), bias=bias, layers=layers
         )
         self.indexer = Indexer(c, layers) if c.indexer else None
-        self.prefix: Any = nnx.data(None)
+        self.prefix: PrefixSlot | None = nnx.data(None)
 
     def __call__(
         self, x_BTD: jax.Array, shared: StackInputs, own: LayerInputs

@@ -15,6 +15,7 @@ from dsjax.models.layers import MLP, Linear, RMSNorm
 from dsjax.models.llama.config import LlamaConfig
 from dsjax.models.ops.attention import dot_product_attention
 from dsjax.models.rope import rotate
+from dsjax.models.slots import PrefixSlot
 
 
 class Attention(nnx.Module):
@@ -39,7 +40,7 @@ class Attention(nnx.Module):
         )
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, layers) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, layers) if c.qk_norm else None
-        self.prefix: Any = nnx.data(None)
+        self.prefix: PrefixSlot | None = nnx.data(None)
 
     def __call__(
         self, x_BTD: jax.Array, shared: StackInputs, own: LayerInputs

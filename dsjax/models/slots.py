@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may sit in a module's slot: each kind of slot says what it hands over, and what it asks.
+
+In: nothing. Out: protocols. A slot is empty (None) or holds an adapter's module, whose arrays are
+`AdapterParam` and `AdapterBuffer`; the paths of the base are the same either way. Not done here:
+any adapter.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Dropout(NamedTuple):
+    """What adapters drop of their inputs: for each token what its number says, wherever it lies.
+
+    So masks do not depend on the mesh, nor on the portions that a batch is computed in.
+
+    Attributes:
+        key: of the step, of a layer or of a module.
+        token: number of each token in the whole batch.
+    """
+
+    key: jax.Array
+    token: Int[Array, "B T"]
+
+    def fold_in(self, number: Int[Array, ""] | int) -> "Dropout":
+        """Make the dropout of a layer or a module that has this number."""
+        return self._replace(key=jax.random.fold_in(self.key, number))
+
+    def keep(self, p: float | Float[Array, ""], size: int) -> Bool[Array, "B T I"]:
+        """Choose the inputs that stay, each with probability p.
+
+        Args:
+            p: a probability.
+            size: I, inputs of a token.
+        """
+
+        def of_token(token: jax.Array) -> jax.Array:
+            return jax.random.bernoulli(jax.random.fold_in(self.key, token), p, (size,))
+
+        return jax.vmap(jax.vmap(of_token))(self.token)
+
+
+@runtime_checkable
+class LinearSlot(Protocol):
+    """In a linear map: it is handed the map itself, so that it may change what goes in as well."""
+
+    def __call__(
+        self, x: jax.Array, linear: Callable[[jax.Array], jax.Array], dropout: Dropout | None
+    ) -> jax.Array:
+        """The adapted map of x [..., I]: y [..., O], in x's dtype."""
+        ...
+
+    def merged_weight(self, weight: Float[Array, "O I"]) -> Float[Array, "O I"]:
+        """The weight, in float32, with which the map alone is the adapted one."""
+        ...
+
+
+@runtime_checkable
+class ExpertSlot(Protocol):
+    """In a linear map of routed experts, for rows that are sorted by expert."""
+
+    def __call__(
+        self,
+        x_ZI: Float[Array, "Z I"],
+        linear: Callable[[jax.Array], jax.Array],
+        sizes_E: Int[Array, " E"],
+    ) -> Float[Array, "Z O"]:
+        """The adapted map of every group of rows."""
+        ...
+
+
+@runtime_checkable
+class PrefixSlot(Protocol):
+    """In an attention with plain keys and values: tokens before every row.
+
+    Attributes:
+        length: how many.
+    """
+
+    length: int
+
+    def __call__(
+        self, k_BSKH: Float[Array, "B S K H"], v_BSKH: Float[Array, "B S K H"]
+    ) -> tuple[Float[Array, "B Z K H"], Float[Array, "B Z K H"]]:
+        """Keys and values with the prefix before them."""
+        ...
