@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
+from dsjax.adapters.ia3 import IA3_METHOD
 from dsjax.adapters.lora_method import LORA
 from dsjax.adapters.method import AdapterConfig, AdapterMethod
 from dsjax.adapters.prefix import PREFIX_TUNING
@@ -24,7 +25,7 @@ from dsjax.errors import ConfigError
 from dsjax.models import Model
 
 ADAPTERS: Mapping[str, AdapterMethod] = MappingProxyType(
-    {"LORA": LORA, "PREFIX_TUNING": PREFIX_TUNING}
+    {"LORA": LORA, "IA3": IA3_METHOD, "PREFIX_TUNING": PREFIX_TUNING}
 )
 """adapter.peft_type -> all that is known of this kind of adapter."""
 
@@ -32,6 +33,11 @@ ADAPTERS: Mapping[str, AdapterMethod] = MappingProxyType(
 def method_of(spec: AdapterConfig) -> AdapterMethod:
     """The method of an adapter."""
     return ADAPTERS[spec.peft_type]
+
+
+def notes(model: Model, spec: AdapterConfig | None) -> list[str]:
+    """What a user should know of an adapter before it trains."""
+    return method_of(spec).notes(model, spec) if spec else []
 
 
 def unused_keys(section: AdapterSection, spec: AdapterConfig | None) -> list[str]:

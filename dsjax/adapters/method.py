@@ -42,6 +42,10 @@ def _no_problems(model: Model, config: Any, read: Callable[[], Tensors]) -> list
     return []
 
 
+def _nothing_to_note(model: Model, config: Any) -> list[str]:
+    return []
+
+
 def _by_value(config: Any) -> Collection[str]:
     return ()
 
@@ -74,6 +78,8 @@ class AdapterMethod:
         without_idle: the description without what is not in a model, and the names left out.
         file_problems: why tensors of the right shapes cannot be read, by names of tensors; they
             are read only if they are asked for.
+        without_effect: fields of its adapter_config.json that change nothing of a saved adapter.
+        notes: what a user should know of it before it trains.
         compared_with_model: keys of which two values can say the same of a model.
         says_the_same: whether the YAML's value of such a key means the adapter on disk.
     """
@@ -91,5 +97,7 @@ class AdapterMethod:
     merged: Callable[[Model, Any, Arrays], dict[str, Change]] | None
     without_idle: Callable[[Model, Any], tuple[Any, list[str]]] = _nothing_idle
     file_problems: Callable[[Model, Any, Callable[[], Tensors]], list[str]] = _no_problems
+    without_effect: tuple[str, ...] = ()
+    notes: Callable[[Model, Any], list[str]] = _nothing_to_note
     compared_with_model: Callable[[Any], Collection[str]] = _by_value
     says_the_same: Callable[[str, AdapterSection, Any, Model], bool] = _never

@@ -14,7 +14,7 @@ gave.
 import os.path
 from collections.abc import Container, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import ValidationError, model_validator
 
@@ -23,6 +23,7 @@ from dsjax.config.paths import is_url, written_to_url
 from dsjax.config.sections import (
     UNMERGED,
     AdapterSection,
+    AdapterType,
     CheckpointSection,
     DataSection,
     ExportSection,
@@ -159,8 +160,8 @@ def _adapter_contradictions(adapter: AdapterSection, export: ExportSection) -> l
     unused = sorted(adapter.model_fields_set - {"peft_type", "path"})
     if none_named and unused and "peft_type" not in adapter.model_fields_set:
         problems.append(
-            f"adapter.peft_type: got nothing beside adapter.{unused[0]}, expected LORA or "
-            "PREFIX_TUNING, or null for full training"
+            f"adapter.peft_type: got nothing beside adapter.{unused[0]}, expected "
+            f"{', '.join(get_args(AdapterType))}, or null for full training"
         )
     if none_named and export.format == "peft":
         problems.append(

@@ -63,6 +63,8 @@ class ModelSection(Section):
     """Attention kernel; auto: the best one for the device."""
 
 
+AdapterType = Literal["LORA", "IA3", "PREFIX_TUNING"]
+
 UNMERGED: Mapping[str, str] = MappingProxyType({"PREFIX_TUNING": "a prefix has no merged form"})
 """adapter.peft_type -> why its weights cannot be merged into the model's."""
 
@@ -70,7 +72,7 @@ UNMERGED: Mapping[str, str] = MappingProxyType({"PREFIX_TUNING": "a prefix has n
 class AdapterSection(Section):
     """What is trained on top of the model. Keys are those of PEFT's configs."""
 
-    peft_type: Literal["LORA", "PREFIX_TUNING"] | None = None
+    peft_type: AdapterType | None = None
     """Kind of adapter; null: full training, or what the adapter at `path` is."""
     path: Folder | None = None
     """PEFT adapter to continue from: a directory, or a URL of one. It then decides everything
@@ -82,9 +84,10 @@ class AdapterSection(Section):
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """LoRA: dropout on the adapter's input."""
     target_modules: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """LoRA: modules that get an adapter: all-linear, a list of names (q_proj) or ends of paths,
-    or one regular expression for the whole path. all-linear leaves out the head, routers and
-    routed experts; gate_proj in a list means the experts' too, mlp.gate_proj the dense layers'."""
+    """LoRA, IA3: modules that get an adapter: all-linear, a list of names (q_proj) or ends of
+    paths, or one regular expression for the whole path. all-linear leaves out the head, routers and
+    routed experts; gate_proj in a list means the experts' too (not for IA3, which leaves them),
+    mlp.gate_proj the dense layers'."""
     layers_to_transform: Layers | None = None
     """LoRA: indices of the layers that get an adapter; null: all."""
     rank_pattern: dict[str, Rank] = {}
@@ -95,6 +98,8 @@ class AdapterSection(Section):
     """LoRA: scale by lora_alpha / sqrt(r)."""
     use_dora: Literal[False] = False
     """LoRA: learn magnitude and direction apart."""
+    feedforward_modules: str | list[str] = ["down_proj"]
+    """IA3: those of target_modules whose input is scaled; the others' output is."""
     num_virtual_tokens: Rank = 20
     """Prefix-tuning: length of the learnt prefix."""
 

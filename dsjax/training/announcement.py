@@ -51,7 +51,12 @@ def announce(config: RunConfig, setup: Assembly, data: Data, total: int) -> str:
         if training.max_steps
         else optimizer.few_steps(total, loader.rows_in_epoch, training.batch_size)
     )
-    for line in data.lines + replication_report(setup.partition.leaves, setup.mesh) + few:
+    for line in (
+        data.lines
+        + adapters.notes(setup.model, setup.spec)
+        + replication_report(setup.partition.leaves, setup.mesh)
+        + few
+    ):
         print(line, file=sys.stderr)
     if setup.carried:
         shown = ", ".join(setup.carried[:8]) + (", ..." if len(setup.carried) > 8 else "")

@@ -91,10 +91,10 @@ def read_spec(path: str, section: AdapterSection | None = None) -> AdapterConfig
 
 def unknown_fields(path: str) -> list[str]:
     """Fields of adapter_config.json that PEFT 0.21 has not, and so does not use either."""
-    known = {*_REFUSED, *_WITHOUT_EFFECT, *AdapterSection.model_fields}
-    return [
-        name for name, value in _read_config(_open(path)).items() if value and name not in known
-    ]
+    config = _read_config(_open(path))
+    method = ADAPTERS[config["peft_type"]]
+    known = {*_REFUSED, *_WITHOUT_EFFECT, *method.without_effect, *AdapterSection.model_fields}
+    return [name for name, value in config.items() if value and name not in known]
 
 
 def contents(path: str, spec: AdapterConfig) -> str:
@@ -157,7 +157,7 @@ def check_tensors(
 def _base_name(key: str, wanted: Mapping[str, Any]) -> str:
     """The model's tensor that a saved `base_layer` is a copy of; empty if it is none."""
     module = key.removesuffix(".base_layer.weight")
-    if module == key or f"{module}.lora_A.weight" not in wanted:
+    if module == key or not any(name.startswith(f"{module}.") for name in wanted):
         return ""
     return module.removeprefix("base_model.model.") + ".weight"
 
