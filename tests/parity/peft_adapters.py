@@ -11,6 +11,7 @@ from typing import Any
 import tiny
 import torch
 from peft import (
+    IA3Config,
     LoraConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -30,6 +31,19 @@ def build_lora(checkpoint: Path, directory: Path, seed: int = 5, **fields: Any) 
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0.0, 0.1, generator=generator)
+    model.save_pretrained(directory)
+    return directory
+
+
+def build_ia3(checkpoint: Path, directory: Path, seed: int = 5, **fields: Any) -> Path:
+    """Save an IA3 adapter whose vectors are not ones."""
+    config = IA3Config(task_type=TaskType.CAUSAL_LM, **fields)
+    model = get_peft_model(tiny.reference_model(checkpoint), config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ia3_l" in name:
+                parameter.normal_(1.0, 0.3, generator=generator)
     model.save_pretrained(directory)
     return directory
 
