@@ -136,7 +136,7 @@ def test_each_group_gets_its_own_update(dtype: str) -> None:
     x, y = rng.normal(size=(9, 6)), rng.normal(size=(9, 5))
 
     merged = nnx.merge(nnx.graphdef(module), state)
-    out = merged(jnp.asarray(x, dtype), jnp.asarray(y, dtype), jnp.asarray(sizes))
+    out = merged(jnp.asarray(x, dtype), lambda _: jnp.asarray(y, dtype), jnp.asarray(sizes))
 
     def held(array: np.ndarray) -> np.ndarray:
         return np.asarray(jnp.asarray(array, dtype), np.float32)
