@@ -19,7 +19,7 @@ from flax import nnx
 
 from dsjax import adapters
 from dsjax.adapters.lora import LoraConfig
-from dsjax.adapters.prefix import PrefixConfig
+from dsjax.adapters.method import AdapterConfig
 from dsjax.config import MeshSection, RunConfig
 from dsjax.data import Batch
 from dsjax.distributed.mesh import make_mesh
@@ -139,7 +139,7 @@ def random_array(path: str, leaf: Leaf, seed: int = 0) -> np.ndarray:
 
 def start(
     shape: Mapping[str, Any] | None = None,
-    adapter: LoraConfig | PrefixConfig | None = None,
+    adapter: AdapterConfig | None = None,
     mesh: Mapping[str, int] | None = None,
     model: Mapping[str, Any] | None = None,
     optimizer: Mapping[str, Any] | None = None,
@@ -190,14 +190,15 @@ def start(
 def _first_value(
     model: nnx.Module, path: str, leaf: Leaf, values: Callable[[str, Leaf], np.ndarray]
 ) -> np.ndarray:
-    """Random, but for a LoRA's scaling, and for its rows beyond a layer's own rank: zero."""
+    """Random, but for buffers, and for a LoRA's rows beyond a layer's own rank: zero."""
     if ".lora_" not in path and leaf.kind != "buffer":
         return values(path, leaf)
+    *owner, name = path.split(".")
     module = model
-    for name in path.split(".")[:-1]:
-        module = getattr(module, name)
+    for part in owner:
+        module = getattr(module, part)
     if leaf.kind == "buffer":
-        return np.float32(module.scaling.get_metadata()["values"]).reshape(leaf.shape)
+        return np.float32(getattr(module, name).get_metadata()["values"]).reshape(leaf.shape)
     rank = leaf.shape[-2 if path.endswith("lora_A") else -1]
     own = np.arange(rank) < np.asarray(module.ranks)[:, None]  # [L, r], of experts [L * E, r]
     own = own.reshape(*leaf.shape[:-2], rank)

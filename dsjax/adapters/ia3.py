@@ -26,8 +26,6 @@ from dsjax.adapters.peft_fields import value_problems
 from dsjax.adapters.targets import (
     TargetPattern,
     chosen,
-    ends_of,
-    is_regex,
     linear_modules,
     module_at,
     short_names,
@@ -73,6 +71,15 @@ class IA3Config:
         if isinstance(wanted, str):
             return re.fullmatch(wanted, module) is not None
         return module.endswith(tuple(wanted))
+
+
+def from_section(section: AdapterSection) -> IA3Config:
+    """The IA3 that the YAML describes; PEFT's own choice where it names no feedforward_modules."""
+    targeted, reads = section.target_modules, section.feedforward_modules
+    if reads is None:
+        ends = ["down_proj"] if isinstance(targeted, str) else targeted
+        reads = [name for name in ends if name.endswith("down_proj")]
+    return IA3Config(targeted, reads)
 
 
 class Vector(nnx.Module):
@@ -146,16 +153,18 @@ def targets(model: Model, config: IA3Config) -> dict[str, dict[str, bool]]:
 
 def _routed_problems(config: IA3Config, names: Sequence[str], routed: Sequence[str]) -> list[str]:
     """Targets that name routed experts and nothing besides."""
-    if isinstance(config.target_modules, str):
-        return []
-    others = {end for name in names for end in ends_of(name)}
-    experts = {end: name for name in routed for end in ends_of(name)}
-    return [
-        f"adapter.target_modules: got {wanted!r}, which names routed experts ({experts[wanted]}), "
-        "expected other linear maps; IA3 has no vectors for routed experts"
-        for wanted in config.target_modules
-        if wanted in experts and wanted not in others
-    ]
+    wanted, problems = config.target_modules, []
+    for one in [wanted] if isinstance(wanted, str) else [[name] for name in wanted]:
+        pattern = TargetPattern(one)
+        experts = chosen(pattern, routed)
+        if experts and not chosen(pattern, names):
+            got = one if isinstance(one, str) else one[0]
+            problems.append(
+                f"adapter.target_modules: got {got!r}, which names routed experts "
+                f"({min(experts)}), expected other linear maps; IA3 has no vectors for routed "
+                "experts"
+            )
+    return problems
 
 
 def _feedforward_problems(config: IA3Config, adapted: set[str]) -> list[str]:
@@ -196,12 +205,11 @@ def initial(path: str, leaf: Leaf, model: Model, key: jax.Array) -> jax.Array:
 
 def notes(model: Model, config: IA3Config) -> list[str]:
     """That routed experts of a targeted name are left as they are."""
-    wanted = config.target_modules
     routed = [n for names in linear_modules(model).values() for n in names if is_routed(n)]
-    left = {end for n in routed for end in ends_of(n)} & set(wanted if not is_regex(wanted) else ())
-    if not left or isinstance(wanted, str):
+    left = short_names(list(chosen(config.pattern, routed)))
+    if not left:
         return []
-    return [f"IA3 leaves the routed experts' {', '.join(sorted(left))} as they are, as PEFT does"]
+    return [f"IA3 leaves the routed experts' {', '.join(left)} as they are, as PEFT does"]
 
 
 Place = tuple[str, tuple[int, ...], bool]
@@ -317,7 +325,7 @@ def _times_rows(source: np.ndarray, vector_O: np.ndarray) -> np.ndarray:
 
 IA3_METHOD = AdapterMethod(
     keys=KEYS,
-    from_section=lambda section: IA3Config(section.target_modules, section.feedforward_modules),
+    from_section=from_section,
     peft_problems=problems,
     from_peft=from_fields,
     attach=attach,

@@ -98,8 +98,9 @@ class AdapterSection(Section):
     """LoRA: scale by lora_alpha / sqrt(r)."""
     use_dora: Literal[False] = False
     """LoRA: learn magnitude and direction apart."""
-    feedforward_modules: str | list[str] = ["down_proj"]
-    """IA3: those of target_modules whose input is scaled; the others' output is."""
+    feedforward_modules: str | list[str] | None = None
+    """IA3: those of target_modules whose input is scaled; the others' output is. null: the
+    down_proj among them."""
     num_virtual_tokens: Rank = 20
     """Prefix-tuning: length of the learnt prefix."""
 

@@ -34,22 +34,19 @@ BY_CONTENT = (
 )
 """Keys that say where something is read and how: what came of it is compared instead."""
 
+LASTING_SECTIONS = ("adapter", "objective")
+"""What is trained, and by which loss: all their keys but those above are compared."""
+
 LASTING = (
     *("model.dtype", "model.param_dtype", "model.quantization"),
-    *("adapter.peft_type", "adapter.r", "adapter.lora_alpha", "adapter.lora_dropout"),
-    *("adapter.target_modules", "adapter.layers_to_transform"),
-    *("adapter.rank_pattern", "adapter.alpha_pattern", "adapter.use_rslora", "adapter.use_dora"),
-    "adapter.num_virtual_tokens",
     *("data.max_length", "data.packing", "data.shuffle"),
-    *("objective.type", "objective.aux_loss_alpha", "objective.bias_update_speed"),
-    "objective.mtp_loss_weight",
     *("optimizer.optim", "optimizer.learning_rate", "optimizer.weight_decay"),
     *("optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_epsilon"),
     *("optimizer.max_grad_norm", "optimizer.lr_scheduler_type", "optimizer.num_cycles"),
     *("optimizer.warmup_ratio", "optimizer.warmup_steps", "optimizer.min_lr_ratio"),
     *("training.batch_size", "training.seed", "training.freeze"),
 )
-"""Keys whose value is compared."""
+"""The other keys whose value is compared."""
 
 
 def differing_keys(old: RunConfig, new: RunConfig) -> list[str]:

@@ -12,6 +12,7 @@ from dsjax.training.continuation import (
     FREE,
     FREE_SECTIONS,
     LASTING,
+    LASTING_SECTIONS,
     differing_keys,
     identity,
 )
@@ -25,6 +26,7 @@ OTHER: dict[str, Any] = {
     "model.param_dtype": "bfloat16",
     "adapter.peft_type": "LORA",
     "adapter.layers_to_transform": [1],
+    "adapter.feedforward_modules": ["o_proj"],
     "data.eval": ["another"],
     "data.format": "text",
     "data.overlong": "drop",
@@ -61,14 +63,20 @@ def other_value(key: str) -> RunConfig:
 
 def test_each_key_is_said_to_stay_or_to_be_free_once():
     assert rules.sections(RunConfig).keys() >= set(FREE_SECTIONS)
-    listed = [*FREE, *BY_CONTENT, *LASTING, *(k for k in KEYS if k.split(".")[0] in FREE_SECTIONS)]
+    by_section = [k for k in KEYS if k.split(".")[0] in FREE_SECTIONS]
+    listed = [*FREE, *BY_CONTENT, *by_section, *LASTING, *_of_lasting_sections()]
     assert sorted(listed) == sorted({*KEYS, "output_dir"})
+
+
+def _of_lasting_sections() -> list[str]:
+    sections = (key for key in KEYS if key.split(".")[0] in LASTING_SECTIONS)
+    return [key for key in sections if key not in (*FREE, *BY_CONTENT)]
 
 
 @pytest.mark.parametrize("key", sorted({*KEYS} - {*ONE_VALUE}))
 def test_each_key_is_treated_as_it_is_listed(key: str):
     old, new = RunConfig.model_validate(BASE), other_value(key)
-    stays = key in LASTING
+    stays = key in (*LASTING, *_of_lasting_sections())
     assert differing_keys(old, new) == ([key] if stays else [])
     contents = {"model.path": "ab", "data.train": "cd"}
     assert (identity(old, contents) != identity(new, contents)) == stays
