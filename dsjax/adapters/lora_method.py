@@ -111,6 +111,11 @@ LORA = AdapterMethod(
     merged=merged,
     without_idle=idle.without_idle,
     file_problems=file_problems,
+    without_effect=(
+        *("bias", "init_lora_weights", "target_parameters"),
+        *("megatron_config", "megatron_core", "runtime_config", "qalora_group_size"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
+    ),
     compared_with_model=compared_with_model,
     says_the_same=says_the_same,
 )

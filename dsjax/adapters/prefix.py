@@ -160,4 +160,8 @@ PREFIX_TUNING = AdapterMethod(
     to_file=to_tensors,
     from_file=from_tensors,
     merged=None,
+    without_effect=(
+        *("num_layers", "token_dim", "num_attention_heads", "num_transformer_submodules"),
+        *("encoder_hidden_size", "prefix_projection", "init_weights"),
+    ),
 )

@@ -51,13 +51,9 @@ _REFUSED = (
 
 _WITHOUT_EFFECT = (
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
-    *("revision", "inference_mode", "bias", "init_lora_weights", "target_parameters"),
-    *("megatron_config", "megatron_core", "runtime_config", "qalora_group_size"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
-    *("num_layers", "token_dim", "num_attention_heads", "num_transformer_submodules"),
-    *("encoder_hidden_size", "prefix_projection", "init_weights"),
+    *("revision", "inference_mode"),
 )
-"""Fields of PEFT's configs that are looked at elsewhere, or change nothing of a saved adapter."""
+"""Fields of all PEFT configs that are looked at elsewhere, or change nothing of a saved adapter."""
 
 
 def read_spec(path: str, section: AdapterSection | None = None) -> AdapterConfig:

@@ -106,11 +106,16 @@ def test_a_start_that_changes_the_base_is_refused(tmp_path: Path, start: Any):
 
 
 def test_every_field_that_peft_writes_is_known(tmp_path: Path):
-    from peft import LoraConfig, PrefixTuningConfig
+    from peft import IA3Config, LoraConfig, PrefixTuningConfig
 
-    for config in (LoraConfig(target_modules=["o_proj"]), PrefixTuningConfig(num_virtual_tokens=4)):
+    for config in (
+        LoraConfig(target_modules=["o_proj"]),
+        PrefixTuningConfig(num_virtual_tokens=4),
+        IA3Config(target_modules=["o_proj"], feedforward_modules=[]),
+    ):
         config.save_pretrained(tmp_path)
         written = json.loads((tmp_path / "adapter_config.json").read_text())
         resolve(AdapterSection(path=str(tmp_path)))
-        (tmp_path / "adapter_config.json").write_text(json.dumps(dict.fromkeys(written, 1)))
+        filled = dict.fromkeys(written, 1) | {"peft_type": written["peft_type"]}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(filled))
         assert peft.unknown_fields(str(tmp_path)) == []

@@ -170,7 +170,7 @@ def test_the_factors_of_lora_are_summed_in_float32() -> None:
     state["scaling"][...] = jnp.float32(2.0)
 
     def call(state: Any) -> jax.Array:
-        return nnx.merge(graphdef, state)(x, y, None)
+        return nnx.merge(graphdef, state)(x, lambda x: y, None)
 
     found = jax.vjp(call, state)[1](out)[0]
 
