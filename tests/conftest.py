@@ -34,7 +34,11 @@ os.environ |= {
     # With a bound, JAX writes the cache under a lock: processes share it without torn entries.
     "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 * 2**30),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    # XLA aborts the process where a device keeps the others waiting for a minute; on a busy machine
+    # XLA lets a device's independent collectives run at once, and each holds a thread of one pool
+    # until all devices have come to it. Of as many threads as simulated devices, those of some may
+    # hold all, and the others never come. NPROC is how XLA is told the size of that pool.
+    "NPROC": "32",
+    # It aborts the process where a device keeps the others waiting for a minute; on a busy machine
     # eight simulated ones wait for two cores.
     "XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=600",
 }
