@@ -31,7 +31,7 @@ class ExpertLora(nnx.Module):
     """The updates of one linear map per expert: y + scaling_e * B_e A_e x.
 
     A device may hold a part of the experts and of their width. Then what it adds is a part of a
-    sum over the mesh axis `tensor` where A is cut by its inputs, as y is.
+    sum over the devices that divide the width where A is cut by its inputs, as y is.
     """
 
     def __init__(self, linear: ExpertLinear, ranks: list[int], scalings: list[float]):

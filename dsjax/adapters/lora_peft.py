@@ -23,11 +23,8 @@ from dsjax.adapters.peft_fields import value_problems
 from dsjax.adapters.targets import in_layers, linear_modules, short_names
 from dsjax.config import AdapterSection
 from dsjax.errors import raise_all
-from dsjax.models import Model, entries_of
+from dsjax.models import Model, entries_of, model_family
 from dsjax.models.config_checks import names_problems, shown
-
-BY_PARAMETER = ("deepseek_v2", "deepseek_v3", "deepseek_v32")
-"""model_types whose feed-forwards PEFT adapts by the names of their weights only."""
 
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
@@ -142,7 +139,7 @@ def peft_targets(model: Model, spec: LoraConfig) -> dict[str, Whole]:
 
 def _key(module: str, model: Model) -> tuple[str, int]:
     """PEFT's name of a target, and how many modules share its rank."""
-    if model.config.model_type in BY_PARAMETER and module.rsplit(".", 1)[-1] in _FEED_FORWARD:
+    if model_family(model).target_parameters and module.rsplit(".", 1)[-1] in _FEED_FORWARD:
         return parameter_of(module)
     return module, 1
 
@@ -150,7 +147,7 @@ def _key(module: str, model: Model) -> tuple[str, int]:
 def _is_parameter(key: str, model: Model) -> bool:
     """Whether a target's name is a parameter's."""
     routed = key.endswith((f".experts.{GATE_UP}", f".experts.{DOWN}"))
-    return key.endswith(".weight") or (routed and model.config.model_type in BY_PARAMETER)
+    return key.endswith(".weight") or (routed and model_family(model).target_parameters)
 
 
 def _whole(spec: LoraConfig, module: str, share: int) -> Whole:
@@ -186,7 +183,7 @@ def _listed(model: Model, spec: LoraConfig, found: list[str]) -> list[str]:
 
     PEFT refuses an expression that also matches a module that is not linear, such as a whole MLP.
     """
-    by_parameter = model.config.model_type in BY_PARAMETER
+    by_parameter = model_family(model).target_parameters
     if not isinstance(spec.target_modules, str) and not by_parameter and not spec.target_parameters:
         return spec.target_modules
     modules = linear_modules(model).values()

@@ -21,10 +21,9 @@ from dsjax.adapters.expert_lora import (
     stack_gate_up,
 )
 from dsjax.adapters.lora import LoraConfig
-from dsjax.adapters.lora_peft import BY_PARAMETER
 from dsjax.adapters.targets import module_at
 from dsjax.distributed.sharding import Leaf
-from dsjax.models import Model
+from dsjax.models import Model, model_family
 from dsjax.models.moe import ExpertLinear
 
 Place = tuple[str, int, int]
@@ -34,7 +33,7 @@ Place = tuple[str, int, int]
 def _fused(model: Model, spec: LoraConfig) -> dict[str, dict[str, Place]]:
     """The modules `experts` that have an adapter: name -> gate_proj, up_proj, ... -> where."""
     found: dict[str, dict[str, Place]] = {}
-    if model.config.model_type not in BY_PARAMETER:
+    if not model_family(model).target_parameters:
         return found
     for path, modules in lora.targets(model, spec).items():
         linear = module_at(model, path)
@@ -63,7 +62,7 @@ def _fused_keys(container: str, kinds: Iterable[str]) -> dict[str, tuple[str, ..
 def _plain(model: Model, spec: LoraConfig) -> dict[str, tuple[str, tuple[Any, ...]]]:
     """`lora.tensors` without those that are fused."""
     pieces = lora.tensors(model, spec)
-    if model.config.model_type not in BY_PARAMETER:
+    if not model_family(model).target_parameters:
         return pieces
     start = len("base_model.model.")
     return {k: v for k, v in pieces.items() if not is_routed(k[start:].rsplit(".", 2)[0])}

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefix-tuning (arXiv 2101.00190) with PEFT's semantics: trained keys and values before the row.
 
-In: a `PrefixConfig` and a model with plain key/value heads. Out: a prefix in the attention's slot,
-and the same numbers as PEFT's one tensor. The keys are stored after rope; real tokens start at
-position P and every segment of a packed row sees the prefix. Not done here: a merged form, which
-does not exist.
+In: a `PrefixConfig` and a model of a family with a prefix. Out: a prefix in the slot of every
+stack's attention, and the same numbers as PEFT's one tensor. The keys are stored after rope; real
+tokens start at position P and every segment of a packed row sees the prefix. Not done here: a
+merged form, which does not exist.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,9 @@ from dsjax.adapters.method import AdapterMethod
 from dsjax.adapters.peft_fields import value_problems
 from dsjax.distributed.sharding import Leaf
 from dsjax.errors import ConfigError
-from dsjax.models import Model
+from dsjax.models import MODELS, Model, model_family
 from dsjax.models.parameters import AdapterParam, abstract, stacked_axes
-
-PREFIX_MODELS = ("llama", "qwen2", "qwen3")
-"""model_types whose attention keeps plain keys and values, which is what PEFT's prefix holds."""
+from dsjax.models.slots import PrefixShape
 
 TENSOR = "prompt_embeddings"
 """The one tensor of PEFT's file: [P, layers * 2 * kv heads * head size]."""
@@ -43,9 +42,9 @@ class PrefixConfig:
 class Prefix(nnx.Module):
     """Keys and values of P virtual tokens for every layer of a stack."""
 
-    def __init__(self, length: int, layers: int, kv_heads: int, head_dim: int):
+    def __init__(self, length: int, layers: int, of_token: PrefixShape):
         self.length = length
-        shape, axes = (length, kv_heads, head_dim), (None, None, None)
+        shape, axes = (length, *of_token), (None, None, None)
         self.key = AdapterParam(abstract(shape, layers), axes=stacked_axes(axes, layers))
         self.value = AdapterParam(abstract(shape, layers), axes=stacked_axes(axes, layers))
 
@@ -62,20 +61,26 @@ def _before(prefix_PKH: jax.Array, x_BSKH: jax.Array) -> jax.Array:
 
 
 def attach(model: Model, spec: PrefixConfig) -> None:
-    """Put a prefix into the attention's slot.
+    """Put a prefix into the slot of every stack's attention.
 
     Raises:
         ConfigError: PEFT has no working prefix for this kind of model.
     """
-    c = model.config
-    if c.model_type not in PREFIX_MODELS:
+    if model_family(model).prefix is None:
+        able = ", ".join(name for name, family in MODELS.items() if family.prefix)
         raise ConfigError(
-            f"adapter.peft_type: got PREFIX_TUNING for model_type {c.model_type}, expected LORA or "
-            f"null; PEFT's prefix works with {', '.join(PREFIX_MODELS)} only"
+            f"adapter.peft_type: got PREFIX_TUNING for model_type {model.config.model_type}, "
+            f"expected LORA or null; PEFT's prefix works with {able} only"
         )
-    model.model.blocks()[0].self_attn.prefix = Prefix(
-        spec.num_virtual_tokens, c.num_hidden_layers, c.num_key_value_heads, c.head_dim
-    )
+    for block in model.model.blocks():
+        block.self_attn.prefix = Prefix(spec.num_virtual_tokens, block.layers, _shape(model))
+
+
+def _shape(model: Model) -> PrefixShape:
+    """What the model's family holds of one token."""
+    prefix = model_family(model).prefix
+    assert prefix is not None
+    return prefix(model.config)
 
 
 def initial(path: str, leaf: Leaf, model: Model, key: jax.Array) -> jax.Array:
@@ -88,8 +93,7 @@ def from_file(
     values: Float[np.ndarray, "P W"], model: Model
 ) -> tuple[Float[np.ndarray, "L P K H"], Float[np.ndarray, "L P K H"]]:
     """PEFT's tensor as keys and values; its width runs over layer, key/value, head, size."""
-    c = model.config
-    shape = (values.shape[0], c.num_hidden_layers, 2, c.num_key_value_heads, c.head_dim)
+    shape = (values.shape[0], model.config.num_hidden_layers, 2, *_shape(model))
     key_LPKH, value_LPKH = values.reshape(shape).transpose(2, 1, 0, 3, 4)
     return key_LPKH, value_LPKH
 
@@ -104,14 +108,14 @@ def to_file(
 
 def config_fields(model: Model, spec: PrefixConfig) -> dict[str, Any]:
     """The fields of adapter_config.json that are prefix-tuning's own, all written out."""
-    c = model.config
+    kv_heads, head_dim = _shape(model)
     return {
         "num_virtual_tokens": spec.num_virtual_tokens,
-        "num_layers": c.num_hidden_layers,
-        "num_attention_heads": c.num_key_value_heads,
-        "token_dim": c.num_key_value_heads * c.head_dim,
+        "num_layers": model.config.num_hidden_layers,
+        "num_attention_heads": kv_heads,
+        "token_dim": kv_heads * head_dim,
         "num_transformer_submodules": 1,
-        "encoder_hidden_size": c.num_key_value_heads * c.head_dim,
+        "encoder_hidden_size": kv_heads * head_dim,
         "prefix_projection": False,
         "modules_to_save": None,
     }
@@ -121,16 +125,16 @@ def shapes(
     model: Model, config: PrefixConfig, leaves: Mapping[str, Leaf]
 ) -> dict[str, tuple[int, ...]]:
     """The one tensor of PEFT's file, and its shape."""
-    layers, length, heads, size = leaves[_paths(leaves)[0]].shape
-    return {TENSOR: (length, layers * 2 * heads * size)}
+    width = model.config.num_hidden_layers * 2 * math.prod(_shape(model))
+    return {TENSOR: (config.num_virtual_tokens, width)}
 
 
 def to_tensors(
     model: Model, config: PrefixConfig, params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """The prefix as PEFT's tensor."""
-    key, value = (np.asarray(params[path]) for path in sorted(params))
-    return {TENSOR: to_file(key, value)}
+    stacks = [[np.asarray(params[path]) for path in paths] for paths in _paths(model)]
+    return {TENSOR: to_file(*map(np.concatenate, zip(*stacks, strict=True)))}
 
 
 def from_tensors(
@@ -140,12 +144,17 @@ def from_tensors(
     found: Mapping[str, np.ndarray],
 ) -> dict[str, np.ndarray]:
     """PEFT's tensor as the prefix."""
-    return dict(zip(_paths(leaves), from_file(found[TENSOR], model), strict=True))
+    whole, params, first = from_file(found[TENSOR], model), {}, 0
+    for paths, block in zip(_paths(model), model.model.blocks(), strict=True):
+        layers = slice(first, first + block.layers)
+        params |= {path: array[layers] for path, array in zip(paths, whole, strict=True)}
+        first += block.layers
+    return params
 
 
-def _paths(leaves: Mapping[str, Leaf]) -> list[str]:
-    """Paths of the prefix's keys and values, in this order."""
-    return sorted(path for path, leaf in leaves.items() if leaf.kind == "adapter")
+def _paths(model: Model) -> list[tuple[str, str]]:
+    """Paths of each stack's keys and values, in the stacks' order."""
+    return [(f"{path}.prefix.key", f"{path}.prefix.value") for path in model.model.attentions()]
 
 
 PREFIX_TUNING = AdapterMethod(

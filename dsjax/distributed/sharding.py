@@ -36,6 +36,24 @@ class Layout(NamedTuple):
     rows: NamedSharding
     gather: Callable[[jax.Array, Axes, jnp.dtype], jax.Array]
 
+    def axis(self, name: str) -> str:
+        """The mesh axis that divides a logical one, for collectives in a `shard_map`."""
+        return RULES[name]
+
+    def shards(self, name: str) -> int:
+        """Into how many parts a logical axis is divided."""
+        return self.rows.mesh.shape[RULES[name]]
+
+    def spec(self, *axes: str | None, leading_rows: bool = False) -> PartitionSpec:
+        """How `shard_map` divides an array, by its logical axes, all of which have to divide.
+
+        Args:
+            axes: of its dimensions, but for the rows.
+            leading_rows: whether the rows of a batch stand before these.
+        """
+        rows = self.rows.spec[:1] if leading_rows else ()
+        return PartitionSpec(*rows, *(RULES.get(axis) if axis else None for axis in axes))
+
 
 Params = dict[str, jax.Array]
 

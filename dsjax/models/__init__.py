@@ -29,6 +29,8 @@ from dsjax.models.deepseek.model import prediction_module
 from dsjax.models.llama import weights as llama_weights
 from dsjax.models.llama.config import parse_config as parse_llama
 from dsjax.models.llama.model import causal_lm as llama
+from dsjax.models.llama.model import prefix_shape
+from dsjax.models.slots import PrefixShape
 from dsjax.models.weight_rules import Entry, Rule, expand
 
 Model = CausalLM
@@ -45,6 +47,9 @@ class Family:
         rules: (config, whether it predicts ahead) -> its weight rules.
         carried: the same -> patterns of tensors that are kept without being computed with.
         ahead: config -> the abstract module for multi-token prediction; None without.
+        prefix: config -> what PEFT's prefix holds of a token in each layer; None where PEFT has no
+            working prefix.
+        target_parameters: whether PEFT adapts its feed-forwards by the names of their weights only.
         remote_code: whether transformers has no class for it, so that the code of its repository
             goes along with an export.
     """
@@ -54,17 +59,20 @@ class Family:
     rules: Callable[[Any, bool], Sequence[Rule]]
     carried: Callable[[Any, bool], Sequence[str]]
     ahead: Callable[[Any], nnx.Module] | None = None
+    prefix: Callable[[Any], PrefixShape] | None = None
+    target_parameters: bool = False
     remote_code: bool = False
 
 
-_LLAMA = Family(parse_llama, llama, llama_weights.rules, llama_weights.carried)
+_LLAMA = Family(parse_llama, llama, llama_weights.rules, llama_weights.carried, prefix=prefix_shape)
 _DEEPSEEK = Family(parse_deepseek, deepseek, deepseek_weights.rules, deepseek_weights.carried)
-_DEEPSEEK_V3 = replace(_DEEPSEEK, ahead=prediction_module)
+_DEEPSEEK_V2 = replace(_DEEPSEEK, target_parameters=True)
+_DEEPSEEK_V3 = replace(_DEEPSEEK_V2, ahead=prediction_module)
 
 MODELS = {
     **dict.fromkeys(("llama", "qwen2", "qwen3"), _LLAMA),
     "deepseek": replace(_DEEPSEEK, remote_code=True),
-    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v2": _DEEPSEEK_V2,
     **dict.fromkeys(("deepseek_v3", "deepseek_v32"), _DEEPSEEK_V3),
 }
 """config.json's model_type -> family."""
@@ -90,11 +98,16 @@ def build(config: Mapping[str, Any], dtype: jnp.dtype | str) -> Model:
     return family.model(family.parse_config(config), jnp.dtype(dtype))
 
 
+def model_family(model: Model) -> Family:
+    """The family that a model is of."""
+    return MODELS[model.config.model_type]
+
+
 def predict_ahead(model: Model) -> None:
     """Put the module for multi-token prediction into its slot in the model."""
-    family = MODELS[model.config.model_type]
-    assert family.ahead is not None
-    model.mtp = family.ahead(model.config)
+    ahead = model_family(model).ahead
+    assert ahead is not None
+    model.mtp = ahead(model.config)
 
 
 def base_shapes(model: Model) -> dict[str, tuple[int, ...]]:
@@ -105,10 +118,10 @@ def base_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 def entries_of(model: Model) -> list[Entry]:
     """Every tensor that the model's base parameters are on disk, in disk order by layer."""
-    rules = MODELS[model.config.model_type].rules(model.config, model.mtp is not None)
+    rules = model_family(model).rules(model.config, model.mtp is not None)
     return expand(rules, base_shapes(model))
 
 
 def carried_of(model: Model) -> Sequence[str]:
     """Patterns of tensors that are kept without being computed with."""
-    return MODELS[model.config.model_type].carried(model.config, model.mtp is not None)
+    return model_family(model).carried(model.config, model.mtp is not None)

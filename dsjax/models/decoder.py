@@ -135,6 +135,10 @@ class Decoder(nnx.Module):
         """The stacks in their order."""
         return [getattr(self, name) for name in self.stacks]
 
+    def attentions(self) -> dict[str, Any]:
+        """The attention of every stack, by its path in a `CausalLM`, in the stacks' order."""
+        return {f"model.{name}.self_attn": getattr(self, name).self_attn for name in self.stacks}
+
 
 class CausalLM(nnx.Module):
     """A decoder with its output head. `dtype` is what activations are computed in."""
@@ -271,8 +275,10 @@ class CausalLM(nnx.Module):
         return jnp.asarray([unlimited if w is None else w for w in windows], jnp.int32)
 
     def _prefix_length(self) -> int:
-        prefix = self.model.blocks()[0].self_attn.prefix
-        return 0 if prefix is None else prefix.length
+        """Tokens of the prefix in the attentions' slots; positions are the same in every stack."""
+        prefixes = [attention.prefix for attention in self.model.attentions().values()]
+        (length,) = {0 if prefix is None else prefix.length for prefix in prefixes}
+        return length
 
     def _with_prefix(self, key: Tokens) -> Tokens:
         """Put the prefix's places before the keys': positions 0.., seen by every segment."""

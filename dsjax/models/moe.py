@@ -2,10 +2,10 @@
 """Mixture of experts: who goes where, and the experts' feed-forwards.
 
 In: activations [B, T, D]. Out: the same, and how many tokens each expert took. No token is ever
-dropped: every device has room for all tokens of its expert group. Over a mesh's `expert` axis the
-tokens are gathered, each device computes its own experts for all of them, and the sums are
-scattered back; the result equals one device's for any routing. Not done here: adding the balance
-losses to a loss (`step`).
+dropped: every device has room for all tokens of its expert group. Over devices that divide the
+experts the tokens are gathered, each device computes its own experts for all of them, and the sums
+are scattered back; the result equals one device's for any routing. Not done here: adding the
+balance losses to a loss (`step`).
 """
 
 from collections.abc import Callable
@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.distributed.sharding import Layout
@@ -216,26 +215,31 @@ class Experts(nnx.Module):
 
             return _by_chunks(whole, x_BTD, routing, 1)
         graphdef, state = nnx.split(self)
-        rows, mesh = layout.rows.spec, layout.rows.mesh
-        specs = jax.tree.map(_weight_spec, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        rows, by_expert, by_width = layout.rows.spec, layout.axis("experts"), layout.axis("mlp")
+
+        def spec(variable: nnx.Variable) -> Any:
+            axes = variable.get_metadata()["axes"][1:]  # inside a scan the layers' axis is gone
+            return layout.spec(*axes)
+
+        specs = jax.tree.map(spec, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
         def shard(state, x_BTD, routing):
             experts = nnx.merge(graphdef, state)
-            first = lax.axis_index("expert") * experts.gate_proj.weight.shape[0]
+            first = lax.axis_index(by_expert) * experts.gate_proj.weight.shape[0]
 
             def part(x_BTD, routing):
                 x_BTD, routing = jax.tree.map(
-                    lambda x: lax.all_gather(x, "expert", axis=0, tiled=True), (x_BTD, routing)
+                    lambda x: lax.all_gather(x, by_expert, axis=0, tiled=True), (x_BTD, routing)
                 )
-                out_BTD = lax.psum(_local_experts(experts, x_BTD, routing, first), "tensor")
-                out_BTD = lax.psum_scatter(out_BTD, "expert", scatter_dimension=0, tiled=True)
+                out_BTD = lax.psum(_local_experts(experts, x_BTD, routing, first), by_width)
+                out_BTD = lax.psum_scatter(out_BTD, by_expert, scatter_dimension=0, tiled=True)
                 return out_BTD.astype(x_BTD.dtype)
 
-            return _by_chunks(part, x_BTD, routing, mesh.shape["expert"])
+            return _by_chunks(part, x_BTD, routing, layout.shards("experts"))
 
         return jax.shard_map(
             shard,
-            mesh=mesh,
+            mesh=layout.rows.mesh,
             in_specs=(specs, rows, rows),
             out_specs=rows,
             check_vma=False,
@@ -279,13 +283,6 @@ def tokens_at_once(rows: int, chosen: int, width: int, itemsize: int) -> int:
         itemsize: bytes of an activation.
     """
     return max(CHUNK_BYTES // (rows * chosen * width * itemsize), 1)
-
-
-def _weight_spec(variable: nnx.Variable) -> PartitionSpec:
-    """What of an expert's array each device computes with: its experts, its part of the width."""
-    axes = variable.get_metadata()["axes"][1:]  # inside a scan the layers' axis is gone
-    names = {"experts": "expert", "mlp": "tensor"}
-    return PartitionSpec(*(names.get(axis) for axis in axes))
 
 
 def _local_experts(

@@ -73,9 +73,16 @@ class ExpertSlot(Protocol):
         ...
 
 
+class PrefixShape(NamedTuple):
+    """What a layer's attention holds of one token of a prefix: a key and a value of this shape."""
+
+    kv_heads: int
+    head_dim: int
+
+
 @runtime_checkable
 class PrefixSlot(Protocol):
-    """In an attention with plain keys and values: tokens before every row.
+    """In every stack's attention, where it has plain keys and values: tokens before every row.
 
     Attributes:
         length: how many.

@@ -98,19 +98,15 @@ def coverage_problems(
         carried: patterns of tensors that are kept without being modelled.
 
     Returns:
-        Every mismatch as a line of an error, and the names of the tensors carried along. Names
-        outside `model.` and `lm_head.` belong to other modules and are carried; an unknown name
-        inside them would be a part of the network that we do not compute, and is a mismatch.
+        Every mismatch as a line of an error, and the names of the tensors carried along. A name
+        that neither a rule nor a pattern knows may be a part of the network that we do not
+        compute, and is a mismatch.
     """
     known = [re.compile(pattern) for pattern in carried]
-
-    def is_carried(name: str) -> bool:
-        inside = name.startswith(("model.", "lm_head."))
-        return not inside or any(pattern.fullmatch(name) for pattern in known)
-
     wanted = {entry.hf: entry_shape(entry, shapes) for entry in entries}
     copies = {entry.hf for entry in entries if entry.copy}
-    kept = [name for name in found if name not in wanted and is_carried(name)]
+    others = [name for name in found if name not in wanted]
+    kept = [name for name in others if any(pattern.fullmatch(name) for pattern in known)]
     problems = mismatches(
         wanted,
         found,

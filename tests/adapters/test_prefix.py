@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A prefix starts and is written as PEFT's: one tensor over layer, key or value, head and size."""
 
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny_steps
 
 from dsjax import adapters
@@ -11,6 +15,9 @@ from dsjax.adapters.prefix import PREFIX_TUNING, PrefixConfig
 from dsjax.config import MeshSection
 from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import leaf_shardings
+from dsjax.errors import ConfigError
+from dsjax.models import MODELS
+from dsjax.models.llama.model import prefix_shape
 from dsjax.training.partition import make_partition
 
 
@@ -60,3 +67,73 @@ def test_the_config_says_the_shape() -> None:
     fields = prefix.config_fields(model, PrefixConfig(7))
     expected = {"num_virtual_tokens": 7, "num_layers": 3, "num_attention_heads": 1, "token_dim": 8}
     assert fields.items() >= expected.items()
+
+
+TWO_STACKS = {
+    "model_type": "deepseek",
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+}
+"""A dense layer and two with experts, whose attention keeps plain keys and values."""
+
+STACKS = ("model.dense_layers.self_attn.prefix", "model.layers.self_attn.prefix")
+
+
+@pytest.fixture
+def two_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family of several stacks that has a prefix: none of those that PEFT knows is."""
+    monkeypatch.setitem(MODELS, "deepseek", replace(MODELS["deepseek"], prefix=prefix_shape))
+
+
+@pytest.mark.usefixtures("two_stacks")
+def test_every_stack_has_a_prefix_and_the_file_holds_them_in_the_layers_order() -> None:
+    model, config = tiny_steps.model_of(**TWO_STACKS), PrefixConfig(5)
+    adapters.attach(model, config)
+    leaves = make_partition(model).leaves
+    (shape,) = PREFIX_TUNING.shapes(model, config, leaves).values()
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+
+    params = PREFIX_TUNING.from_file(model, config, leaves, {"prompt_embeddings": values})
+
+    adapter = {path: leaf.shape for path, leaf in leaves.items() if leaf.kind == "adapter"}
+    assert {path: array.shape for path, array in params.items()} == adapter
+    for kind in ("key", "value"):
+        whole = np.concatenate([params[f"{path}.{kind}"] for path in STACKS])
+        by_place = values.reshape(5, 3, 2, 2, 8)[:, :, int(kind == "value")]
+        np.testing.assert_array_equal(whole, by_place.swapaxes(0, 1))
+    written = PREFIX_TUNING.to_file(model, config, params)
+    np.testing.assert_array_equal(written["prompt_embeddings"], values)
+
+
+@pytest.mark.usefixtures("two_stacks")
+def test_the_prefix_of_every_stack_is_seen_with_and_without_a_cache() -> None:
+    run = tiny_steps.start(TWO_STACKS, PrefixConfig(2))
+    model = tiny_steps.full_model(run)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 9)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9))
+    expected = model(ids)
+
+    cache, parts = model.init_cache(2, 12), []
+    for first, last in [(0, 8), (8, 9)]:
+        hidden, cache, _ = model.hidden(ids[:, first:last], positions[:, first:last], cache=cache)
+        parts.append(model.head(hidden))
+
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, atol=1e-5)
+    for attention in model.model.attentions().values():
+        value = attention.prefix.value
+        attention.prefix.value = value.replace(value[...] + 1)
+        changed = model(ids)
+        assert np.abs(np.asarray(changed - expected)).max() > 1e-3
+        expected = changed
+
+
+def test_an_attention_over_latents_is_refused() -> None:
+    message = (
+        "adapter.peft_type: got PREFIX_TUNING for model_type deepseek_v3, expected LORA or null; "
+        "PEFT's prefix works with llama, qwen2, qwen3 only"
+    )
+    with pytest.raises(ConfigError, match=message):
+        adapters.attach(tiny_steps.model_of(**tiny_steps.V3), PrefixConfig(2))

@@ -202,11 +202,20 @@ def test_layers_beyond_the_configs_are_not_dropped(tmp_path: Path) -> None:
     assert "model.layers.1.mlp.up_proj.weight: got a tensor that config.json" in str(error.value)
 
 
-def test_tensors_of_other_modules_are_carried(tmp_path: Path) -> None:
+def test_only_tensors_that_the_family_lists_are_carried(tmp_path: Path) -> None:
     tiny.build_checkpoint(tmp_path, "llama_inv_freq", num_hidden_layers=2)
-    _change(tmp_path, lambda tensors: tensors.update({"vision.proj.weight": torch.zeros(2)}))
     frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(2)}
-    assert set(_coverage(tmp_path)) == {"vision.proj.weight"} | frequencies
+    assert set(_coverage(tmp_path)) == frequencies
+
+    others = {"vision.proj.weight": torch.zeros(2), "model.layers.0.gate": torch.zeros(1)}
+    _change(tmp_path, lambda tensors: tensors.update(others))
+    with pytest.raises(ConfigError) as error:
+        _coverage(tmp_path)
+    undeclared = "got a tensor that config.json does not declare, expected none"
+    lines = str(error.value).splitlines()
+    assert sorted(line.split(";")[0] for line in lines) == [
+        f"{name}: {undeclared}" for name in sorted(others)
+    ]
 
 
 def test_a_head_beside_a_tied_embedding_has_to_be_the_embedding(

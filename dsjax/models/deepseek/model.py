@@ -21,7 +21,7 @@ from dsjax.models.moe import MoE
 from dsjax.models.ops.attention import SparseMask, dot_product_attention
 from dsjax.models.ops.blocks import precision
 from dsjax.models.rope import rotate, split_pairs
-from dsjax.models.slots import Dropout, PrefixSlot
+from dsjax.models.slots import Dropout
 
 
 class LatentAttention(nnx.Module):
@@ -63,7 +63,7 @@ class LatentAttention(nnx.Module):
             self.heads * m.v_head_dim, c.hidden_size, ("embed", "heads"), bias=bias, layers=layers
         )
         self.indexer = Indexer(c, layers) if c.indexer else None
-        self.prefix: PrefixSlot | None = nnx.data(None)
+        self.prefix = None  # no slot: a prefix of plain keys and values has no place in a latent
 
     def __call__(
         self, x_BTD: jax.Array, shared: StackInputs, own: LayerInputs

@@ -15,7 +15,7 @@ from dsjax.models.layers import MLP, Linear, RMSNorm
 from dsjax.models.llama.config import LlamaConfig
 from dsjax.models.ops.attention import dot_product_attention
 from dsjax.models.rope import rotate
-from dsjax.models.slots import PrefixSlot
+from dsjax.models.slots import PrefixShape, PrefixSlot
 
 
 class Attention(nnx.Module):
@@ -74,6 +74,11 @@ class Attention(nnx.Module):
     def cache_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes that are kept of one token: its key and its value."""
         return ((self.kv_heads, self.head_dim),) * 2
+
+
+def prefix_shape(config: Any) -> PrefixShape:
+    """What `Attention` takes of a prefix, from any config with Llama's fields."""
+    return PrefixShape(config.num_key_value_heads, config.head_dim)
 
 
 def causal_lm(config: LlamaConfig, dtype: jnp.dtype) -> CausalLM:

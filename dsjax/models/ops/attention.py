@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.distributed.sharding import Layout
@@ -103,7 +102,7 @@ def dot_product_attention(
     if layout is not None and window is None and selection is None and q_BTNH.itemsize == 2:
         kernel = KERNELS.get(next(iter(layout.rows.device_set)).platform)
         if kernel is not None:
-            return _by_kernel(kernel, q_BTNH, k_BSKH, v_BSKV, query.segment, scale, layout.rows)
+            return _by_kernel(kernel, q_BTNH, k_BSKH, v_BSKV, query.segment, scale, layout)
 
     # Wide outside of the blocks, so that these add up the gradients of keys and values in float32.
     wide_k, wide_v = (x.astype(jnp.float32) for x in (k_BSKH, v_BSKV))
@@ -130,19 +129,18 @@ def _by_kernel(
     v_BTKV: jax.Array,
     segment_BT: jax.Array,
     scale: float,
-    sharding: NamedSharding,
+    layout: Layout,
 ) -> jax.Array:
     """Every device runs the kernel on its rows and its heads."""
-    heads, kv_heads, shards = q_BTNH.shape[2], k_BTKH.shape[2], sharding.mesh.shape["tensor"]
-    axis = "tensor" if heads % shards == 0 else None
+    heads, kv_heads, shards = q_BTNH.shape[2], k_BTKH.shape[2], layout.shards("heads")
+    axis = "heads" if heads % shards == 0 else None
     if axis is not None and kv_heads % shards:
         k_BTKH, v_BTKV = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k_BTKH, v_BTKV))
-    rows = sharding.spec[0]
-    by_head = PartitionSpec(rows, None, axis, None)
+    by_head = layout.spec(None, axis, None, leading_rows=True)
     return jax.shard_map(
         lambda *arrays: kernel(*arrays, scale, KERNEL_NAME),
-        mesh=sharding.mesh,
-        in_specs=(by_head, by_head, by_head, PartitionSpec(rows)),
+        mesh=layout.rows.mesh,
+        in_specs=(by_head, by_head, by_head, layout.rows.spec),
         out_specs=by_head,
         check_vma=False,
     )(q_BTNH, k_BTKH, v_BTKV, segment_BT)
