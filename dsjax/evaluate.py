@@ -10,9 +10,16 @@ else with the model as configured; stderr says which. Not done here: the sums
 """
 
 if __name__ == "__main__":
+    import sys
+
     from dsjax.signals import end_at_once
 
     end_at_once()  # what is imported below takes seconds
+
+    from dsjax.config.evaluate_options import show_help
+
+    if show_help(sys.argv[1:]):
+        sys.exit()
 
 import argparse
 import json
@@ -24,7 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 from absl import flags
@@ -37,7 +44,7 @@ from dsjax.config import (
     TrainingSection,
     load_config,
 )
-from dsjax.config.command_line import CommandParser
+from dsjax.config.evaluate_options import make_parser
 from dsjax.data import Examples, Loader, find_tokenizer, load_evaluation
 from dsjax.distributed.bootstrap import refuse_several
 from dsjax.distributed.mesh import check_batch
@@ -70,7 +77,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate what the command line names."""
-    words = _parser().parse_intermixed_args(argv)
+    words = make_parser().parse_intermixed_args(argv)
     raise_all(_problems(words))
     refuse_several("dsjax.evaluate", os.environ)
     if words.config is not None:
@@ -250,22 +257,6 @@ def _problems(words: argparse.Namespace) -> list[str]:
         if value is not None and value < least:
             problems.append(f"{option}: got {value}, expected an integer >= {least}")
     return problems
-
-
-def _parser() -> CommandParser:
-    parser = CommandParser("python -m dsjax.evaluate", __doc__)
-    formats = get_args(DataSection.model_fields["format"].annotation)
-    add = parser.add_argument
-    add("--config", help="configuration of a run (YAML)")
-    add("overrides", nargs="*", help="section.key=value, with --config")
-    add("--model", help="checkpoint: a directory or a hub id")
-    add("--adapter", help="PEFT adapter: a directory")
-    add("--data", action="append", help="file or hub dataset; may be repeated")
-    add("--format", choices=formats, help="what a row looks like (auto)")
-    add("--max-length", type=int, help="longer rows are cut, and counted (2048)")
-    add("--batch-size", type=int, help="rows at a time, over all devices (8)")
-    add("--dtype", choices=("bfloat16", "float32", "float16"), help="of the computation (bfloat16)")
-    return parser
 
 
 if __name__ == "__main__":

@@ -121,8 +121,6 @@ WRITERS: list[Callable[[Path], str]] = [
 ]
 
 
-# tensorboardX leaves its file open where its flush has failed; it is collected within this test.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
 def test_the_file_is_named_and_the_next_attempt_succeeds(
     write: Callable[[Path], str],

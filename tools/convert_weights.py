@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     from dsjax.signals import end_at_once
 
-    end_at_once()  # what is imported below takes seconds
+    end_at_once()  # what `main` imports takes seconds
 
 from dsjax.errors import run_command
 from dsjax.export.convert import main as main

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Command lines whose mistakes read like every other mistake of a user's.
 
-In: the options of a command. Out: its parsed words, or a ConfigError that names the option. Not
-done here: `--config` with overrides (`yaml_file`), what the values mean.
+In: the options of a command. Out: its parsed words, or a ConfigError that names the option; texts
+printed. Not done here: `--config` with overrides (`yaml_file`), what the values mean.
 """
 
 import argparse
+import os
 import re
+import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dsjax.errors import ConfigError, nearest
 
@@ -24,6 +26,10 @@ class CommandParser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+
+    def print_help(self, file: Any = None) -> None:
+        """Print the description and the options."""
+        print_text(self.format_help().rstrip())
 
     def error(self, message: str) -> NoReturn:
         """Tell of a mistake in the words of `errors`.
@@ -42,6 +48,14 @@ class CommandParser(argparse.ArgumentParser):
         unknown = re.match(r"(--?\S+): got an option that", line)
         hint = nearest(unknown[1], known) if unknown else "--help lists all options"
         raise ConfigError(f"{line}; {hint}")
+
+
+def print_text(text: str) -> None:
+    """Print, also for a reader that leaves before the end, as `head` does."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
 
 
 _MISTAKES: Sequence[tuple[str, str]] = (

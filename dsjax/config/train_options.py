@@ -6,10 +6,9 @@ done here: reading a configuration (`load`), what the options mean (`distributed
 """
 
 import json
-import os
-import sys
 from collections.abc import Sequence
 
+from dsjax.config.command_line import print_text
 from dsjax.config.load import describe, json_schema
 
 USAGE = """usage: python -m dsjax.train --config FILE [section.key=value ...]
@@ -31,17 +30,9 @@ Several processes find each other by what a TPU VM, GKE, Slurm or Open MPI tells
 def show_text(argv: Sequence[str]) -> bool:
     """Print what `--help`, `-h` or `--schema` asks for; False if none of them is there."""
     if "--help" in argv or "-h" in argv:
-        _print(USAGE + describe())
+        print_text(USAGE + describe())
         return True
     if "--schema" in argv:
-        _print(json.dumps(json_schema(), indent=2))
+        print_text(json.dumps(json_schema(), indent=2))
         return True
     return False
-
-
-def _print(text: str) -> None:
-    """Print, also for a reader that leaves before the end, as `head` does."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end

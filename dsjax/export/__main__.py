@@ -5,8 +5,19 @@ from dsjax.signals import end_at_once
 
 end_at_once()  # what is imported below takes seconds
 
+from collections.abc import Sequence  # noqa: E402
+
 from dsjax.errors import run_command  # noqa: E402
-from dsjax.export.command import main  # noqa: E402
+from dsjax.export.options import make_parser  # noqa: E402
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the help, or name a mistake, before the imports that take seconds; then the command."""
+    make_parser().parse_args(argv)
+    from dsjax.export.command import main as command
+
+    return command(argv)
+
 
 if __name__ == "__main__":
     run_command(main)

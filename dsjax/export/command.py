@@ -18,12 +18,12 @@ from pathlib import Path
 
 from dsjax.adapters import check_form
 from dsjax.config import MeshSection
-from dsjax.config.command_line import CommandParser
 from dsjax.config.paths import is_url, written_to_url
 from dsjax.distributed.bootstrap import refuse_several
 from dsjax.errors import ConfigError
 from dsjax.export.folder import check_free, check_own, export_manifest
 from dsjax.export.model_card import card_facts
+from dsjax.export.options import make_parser
 from dsjax.export.run import check_dtype, export_bytes, export_trained
 from dsjax.training.continuation import identity
 from dsjax.training.eval_results import evaluated_rows
@@ -36,11 +36,7 @@ from dsjax.weights.folders import check_room, leftovers_of
 
 def main(argv: Sequence[str]) -> int:
     """Export the newest checkpoint of a run, finished or not."""
-    parser = CommandParser("python -m dsjax.export", main.__doc__)
-    parser.add_argument("--run", required=True, help="output_dir of a run")
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--format", required=True, choices=("merged", "peft"))
-    words = parser.parse_args(argv)
+    words = make_parser().parse_args(argv)
     refuse_several("dsjax.export", os.environ)
     if is_url(words.out):
         raise ConfigError(written_to_url(words.out, "--out"))

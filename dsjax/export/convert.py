@@ -11,28 +11,30 @@ In: SRC. Out: DST, a new folder, complete or not at all. Training takes either f
 if __name__ == "__main__":
     from dsjax.signals import end_at_once
 
-    end_at_once()  # what is imported below takes seconds
+    end_at_once()  # what `main` imports takes seconds
 
 import sys
 from collections.abc import Sequence
 
 from dsjax.config.command_line import CommandParser
 from dsjax.errors import run_command
-from dsjax.training.console import Loading
-from dsjax.weights.convert import to_flax, to_hf
 
-COMMANDS = {"to-flax": (to_flax, "reading weights"), "to-hf": (to_hf, "writing weights")}
+VERBS = {"to-flax": "reading weights", "to-hf": "writing weights"}
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one conversion."""
     parser = CommandParser("dsjax convert", __doc__)
-    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("command", choices=VERBS)
     parser.add_argument("src", help="what to convert")
     parser.add_argument("dst", help="folder to write; it must not exist, or be empty")
     words = parser.parse_args(argv)
-    convert, verb = COMMANDS[words.command]
-    convert(words.src, words.dst, Loading(verb))
+    # Imported here: it takes seconds, for which neither the help nor a mistake has to wait.
+    from dsjax.training.console import Loading
+    from dsjax.weights import convert
+
+    run = {"to-flax": convert.to_flax, "to-hf": convert.to_hf}[words.command]
+    run(words.src, words.dst, Loading(VERBS[words.command]))
     print(f"wrote {words.dst}", file=sys.stderr)
     return 0
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
 from dsjax.config import MeshSection
-from dsjax.config.command_line import CommandParser
 from dsjax.data import encode_chat, encode_text, load_tokenizer
 from dsjax.decoding.decode import generate, prompt_problems, request_problems
 from dsjax.decoding.detokenizer import TextStream
@@ -26,6 +25,7 @@ from dsjax.decoding.sampling import Sampling
 from dsjax.distributed.bootstrap import refuse_several
 from dsjax.distributed.mesh import make_mesh
 from dsjax.errors import raise_all, renamed
+from dsjax.generate.options import make_parser
 from dsjax.models import Model
 from dsjax.models.config_checks import count_problems
 from dsjax.pretrained import load_pretrained
@@ -48,7 +48,7 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str]) -> int:
     """Generate what the command line asks for."""
-    words = _parser().parse_args(argv)
+    words = make_parser().parse_args(argv)
     refuse_several("dsjax.generate", os.environ)
     try:
         with renamed(OPTIONS):
@@ -218,20 +218,3 @@ def _text_problems(words: argparse.Namespace) -> list[str]:
     if "" in words.stop:
         problems.append("--stop: got an empty text, expected at least one character")
     return problems
-
-
-def _parser() -> CommandParser:
-    parser = CommandParser("python -m dsjax.generate", __doc__)
-    add = parser.add_argument
-    add("--model", required=True, help="checkpoint: a directory or a hub id")
-    add("--adapter", help="PEFT adapter: a directory")
-    add("--prompt", action="append", default=[], help="text to go on with; may be repeated")
-    add("--chat", action="store_true", help="use the chat template; without --prompt: converse")
-    add("--max-new-tokens", type=int, default=512, help="limit of each answer (512)")
-    add("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
-    add("--top-k", type=int, help="draw from the k likeliest tokens")
-    add("--top-p", type=float, help="draw from the likeliest tokens that hold this probability")
-    add("--seed", type=int, default=0, help="seed of the draws (0)")
-    add("--stop", action="append", default=[], help="text that ends an answer; may be repeated")
-    add("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
-    return parser

@@ -1,20 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plan: whether a run fits on devices that are not here, by their own compiler.
+"""Plan: the command that asks the compilers of devices that are not here.
 
-    python -m dsjax.plan --config FILE --topology v5p:2x4x4 [section.key=value ...]
-
---config FILE      the run's configuration; of the model its config.json is enough, of data nothing
---topology NAME    v5p:2x4x4 (also v4, v5e, v6e), h100:8, h200:8x4 (also a100, l40s), cpu:8
---json             print the plan as JSON on stdout, and nothing else there
---verbose          also list every array: shape, sharding, bytes on a device
---search           find the largest batch and the cheapest remat policy that fit
---suggest          find the smallest slice that fits, and a mesh; --topology v5p looks among v5p
-                   (none: v5e, v6e, v5p), several hosts of GPUs are not tried
---help             print this, and stop
-
-Calls the stages that training calls, on abstract arrays, and compiles the step. Not fitting is an
-answer (exit 0, `fits` false). Not done here: the compilers' devices (`topologies`), the estimate
-of time (`roofline`), trying variants (`search`).
+In: the words of its command line (`options`). Out: a plan, or several, as text or JSON on stdout.
+Calls the stages that training calls, on abstract arrays, and compiles the step. Not done here: the
+compilers' devices (`topologies`), the estimate of time (`roofline`), trying variants (`search`).
 """
 
 import dataclasses
@@ -27,6 +16,7 @@ from typing import Any
 from dsjax.config import load_config, split_arguments
 from dsjax.errors import ConfigError
 from dsjax.plan import report, search
+from dsjax.plan.options import show_help, split_words
 from dsjax.plan.plan import make_plan
 from dsjax.plan.topologies import open_topology
 
@@ -39,18 +29,14 @@ COMPILE_ONLY = {
 }
 """What lets the plug-ins be loaded without their devices, and by several processes at once."""
 
-_SWITCHES = ("--json", "--verbose", "--search", "--suggest")
-_OPTIONS = ("--config", "--topology", *_SWITCHES, "--help", "-h")
-
 
 def main(argv: Sequence[str]) -> int:
     """Print what was asked for."""
-    os.environ |= COMPILE_ONLY | dict(os.environ)
-    switches, topology, rest = _own_words(argv)
-    path, overrides, wanted = split_arguments(rest)
-    if "--help" in wanted:
-        print(__doc__)
+    if show_help(argv):
         return 0
+    os.environ |= COMPILE_ONLY | dict(os.environ)
+    switches, topology, rest = split_words(argv)
+    path, overrides, _ = split_arguments(rest)
     config = load_config(path, overrides)
     if topology is None and "--suggest" not in switches:
         raise ConfigError("--topology: got nothing, expected one such as v5p:2x4x4 or h100:8")
@@ -68,32 +54,6 @@ def main(argv: Sequence[str]) -> int:
     else:
         print("\n".join(lines))
     return 0
-
-
-def _own_words(argv: Sequence[str]) -> tuple[set[str], str | None, list[str]]:
-    """Take this command's options out of its words."""
-    switches, topologies, rest = set(), [], []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name == "--topology":
-            topologies.append(value if equals else next(words, ""))
-        elif word in _SWITCHES:
-            switches.add(word)
-        elif word.startswith("-") and name not in _OPTIONS:
-            raise ConfigError(
-                f"{name}: got an unknown option, expected one of {', '.join(_OPTIONS[:-1])}; every "
-                "other setting is a bare section.key=value"
-            )
-        else:
-            rest.append(word)
-    if len(topologies) > 1:
-        raise ConfigError(f"--topology: got {' and '.join(topologies)}, expected one")
-    if {"--search", "--suggest"} <= switches:
-        raise ConfigError("--search: got it beside --suggest, expected one of the two")
-    if "--verbose" in switches and {"--search", "--suggest"} & switches:
-        raise ConfigError("--verbose: got it beside a search, expected it of one plan alone")
-    return switches, topologies[0] if topologies else None, rest
 
 
 def _plain(found: Any) -> Any:

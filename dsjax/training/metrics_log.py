@@ -64,7 +64,7 @@ class MetricsLog:
             cut_lines(path, resume_step)
             self._file = path.open("a", encoding="utf-8")
         if "tensorboard" in section.report_to:
-            # Imported here: it takes seconds, which a run that does not report would pay as well.
+            # Imported here: a run that does not report would pay for it as well.
             from dsjax.training.event_file import EventFile
 
             self._board = EventFile(output_dir / BOARD, resume_step)

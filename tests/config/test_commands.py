@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The console script runs the modules, and says what it knows without importing them."""
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,16 @@ def test_the_exit_code_is_the_command_s(name: str):
     assert done.returncode == 2 and done.stderr.startswith("error: ")
 
 
-@pytest.mark.parametrize("words", ["train --help", "train -h", "train --schema", "--help"])
+TEXTS = [
+    "--help",
+    *(f"{name} --help" for name in COMMANDS),
+    "train -h",
+    "plan -h",
+    "train --schema",
+]
+
+
+@pytest.mark.parametrize("words", TEXTS)
 def test_a_text_is_there_at_once(words: str):
     """None of the libraries is imported for it that take seconds."""
     code = (
@@ -57,9 +67,24 @@ def test_a_text_is_there_at_once(words: str):
     assert (done.returncode, done.stderr) == (0, "") and done.stdout
 
 
-@pytest.mark.parametrize("option", ["--help", "-h", "--schema"])
-def test_a_reader_may_leave_before_the_end(option: str):
-    command = [sys.executable, "-m", "dsjax.train", option]
+@pytest.mark.parametrize("module", [module for module, _ in COMMANDS.values()])
+def test_help_takes_less_than_seven_tenths_of_a_second(module: str):
+    """Of a processor, so that a busy machine does not count; the least of three."""
+    command = [sys.executable, "-m", module, "--help"]
+    assert min(_seconds(command) for _ in range(3)) < 0.7
+
+
+def _seconds(command: list[str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+@pytest.mark.parametrize("words", TEXTS[1:])
+def test_a_reader_may_leave_before_the_end(words: str):
+    name, option = words.split()
+    command = [sys.executable, "-m", COMMANDS[name][0], option]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         assert run.stdout is not None and run.stderr is not None
         run.stdout.close()

@@ -3,7 +3,11 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from dsjax.training.loss_plot import MOST_POINTS, _binned, _smooth, plot_loss
 from dsjax.training.meter import Meter
 from dsjax.training.metrics_log import MetricsLog, read_metrics
 
+ROOT = Path(__file__).parents[2]
 SILENT = LoggingSection(report_to=[])
 BOARD = LoggingSection(report_to=["tensorboard"])
 
@@ -196,6 +201,28 @@ def test_tensorboard_forgets_the_steps_that_a_resume_repeats(tmp_path):
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     seen = [(event.step, event.value) for event in board.Scalars("train/loss")]
     assert seen == [(1, 1.0), (2, 9.0)]
+
+
+def test_tensorboard_has_a_point_before_the_next_line_of_code(tmp_path):
+    with MetricsLog(tmp_path, BOARD, 0) as log:
+        log.log(1, train_values(loss=2.0))
+        board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        assert [event.value for event in board.Scalars("train/loss")] == [2.0]
+
+
+def test_tensorboard_is_written_without_tensorflow(tmp_path):
+    """Where it is installed, tensorboard's own file writer would import it, which takes seconds."""
+    (tmp_path / "tensorflow.py").write_text("raise AssertionError('tensorflow is imported')")
+    code = f"""
+from pathlib import Path
+from dsjax.training.event_file import EventFile
+file = EventFile(Path({str(tmp_path / "board")!r}), 0)
+file.scalars(1, {{"loss": 1.0}})
+file.text(1, "config", "model: {{}}")
+file.close()
+"""
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path}, check=True)
 
 
 def test_no_tensorboard_unless_asked(tmp_path):

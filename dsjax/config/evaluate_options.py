@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `dsjax.evaluate` can be told, without the seconds that its imports take.
+
+In: the words of its command line. Out: their parser, and its help. Not done here: the command
+(`evaluate`).
+"""
+
+from collections.abc import Sequence
+from typing import get_args
+
+from dsjax.config.command_line import CommandParser
+from dsjax.config.sections import DataSection
+
+USAGE = """Evaluate: the loss of a model over files, exact to the token, as JSON on stdout.
+
+    python -m dsjax.evaluate --config FILE [section.key=value ...]
+    python -m dsjax.evaluate --model DIR [--adapter DIR] --data FILE [--data FILE ...]
+
+With --config: data.eval, with the newest checkpoint of the run in output_dir if it has one, else
+with the model as configured; stderr says which.
+"""
+
+
+def make_parser() -> CommandParser:
+    """Declare the options; `--help` prints them."""
+    parser = CommandParser("python -m dsjax.evaluate", USAGE)
+    formats = get_args(DataSection.model_fields["format"].annotation)
+    add = parser.add_argument
+    add("--config", help="configuration of a run (YAML)")
+    add("overrides", nargs="*", help="section.key=value, with --config")
+    add("--model", help="checkpoint: a directory or a hub id")
+    add("--adapter", help="PEFT adapter: a directory")
+    add("--data", action="append", help="file or hub dataset; may be repeated")
+    add("--format", choices=formats, help="what a row looks like (auto)")
+    add("--max-length", type=int, help="longer rows are cut, and counted (2048)")
+    add("--batch-size", type=int, help="rows at a time, over all devices (8)")
+    add("--dtype", choices=("bfloat16", "float32", "float16"), help="of the computation (bfloat16)")
+    return parser
+
+
+def show_help(argv: Sequence[str]) -> bool:
+    """Print what `--help` or `-h` asks for; False if neither is there."""
+    if "--help" in argv or "-h" in argv:
+        make_parser().print_help()
+        return True
+    return False

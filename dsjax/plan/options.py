@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `dsjax.plan` can be told, without the seconds that its imports take.
+
+In: the words of its command line. Out: its usage, or the words by what they are. Not done here: the
+command (`command`), `--config` with overrides (`config.yaml_file`).
+"""
+
+from collections.abc import Sequence
+
+from dsjax.config.command_line import print_text
+from dsjax.errors import ConfigError
+
+USAGE = """Plan: whether a run fits on devices that are not here, by their own compiler.
+
+    python -m dsjax.plan --config FILE --topology v5p:2x4x4 [section.key=value ...]
+
+--config FILE      the run's configuration; of the model its config.json is enough, of data nothing
+--topology NAME    v5p:2x4x4 (also v4, v5e, v6e), h100:8, h200:8x4 (also a100, l40s), cpu:8
+--json             print the plan as JSON on stdout, and nothing else there
+--verbose          also list every array: shape, sharding, bytes on a device
+--search           find the largest batch and the cheapest remat policy that fit
+--suggest          find the smallest slice that fits, and a mesh; --topology v5p looks among v5p
+                   (none: v5e, v6e, v5p), several hosts of GPUs are not tried
+--help             print this, and stop
+
+Calls the stages that training calls, on abstract arrays, and compiles the step. Not fitting is an
+answer (exit 0, `fits` false).
+"""
+
+_SWITCHES = ("--json", "--verbose", "--search", "--suggest")
+_OPTIONS = ("--config", "--topology", *_SWITCHES, "--help", "-h")
+
+
+def show_help(argv: Sequence[str]) -> bool:
+    """Print what `--help` or `-h` asks for; False if neither is there."""
+    if "--help" in argv or "-h" in argv:
+        print_text(USAGE)
+        return True
+    return False
+
+
+def split_words(argv: Sequence[str]) -> tuple[set[str], str | None, list[str]]:
+    """Take this command's options out of its words."""
+    switches, topologies, rest = set(), [], []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name == "--topology":
+            topologies.append(value if equals else next(words, ""))
+        elif word in _SWITCHES:
+            switches.add(word)
+        elif word.startswith("-") and name not in _OPTIONS:
+            raise ConfigError(
+                f"{name}: got an unknown option, expected one of {', '.join(_OPTIONS[:-1])}; every "
+                "other setting is a bare section.key=value"
+            )
+        else:
+            rest.append(word)
+    if len(topologies) > 1:
+        raise ConfigError(f"--topology: got {' and '.join(topologies)}, expected one")
+    if {"--search", "--suggest"} <= switches:
+        raise ConfigError("--search: got it beside --suggest, expected one of the two")
+    if "--verbose" in switches and {"--search", "--suggest"} & switches:
+        raise ConfigError("--verbose: got it beside a search, expected it of one plan alone")
+    return switches, topologies[0] if topologies else None, rest
