@@ -100,7 +100,7 @@ def measure(
     for _ in range(2 + STEPS):
         began = time.perf_counter()
         state, told = compiled(state, frozen, batch)
-        losses.append(float(told.sums.loss) / float(told.sums.weight))
+        losses.append(float(told.sums["loss"]) / float(told.sums["weight"]))
         times.append(time.perf_counter() - began)
     seconds = sorted(times[2:])[STEPS // 2]
     flops = token_flops(setup.model, setup.partition, length, remat)

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -110,9 +110,10 @@ def run_loop(folder: Path, words: argparse.Namespace, kind: str) -> dict[str, An
     from dsjax.training.checkpoint import CHECKPOINTS, Checkpointer
     from dsjax.training.console import Progress
     from dsjax.training.evaluation import to_devices
-    from dsjax.training.loop import Loop
+    from dsjax.training.loop import Loop, Reporting
     from dsjax.training.meter import Meter
     from dsjax.training.metrics_log import MetricsLog
+    from dsjax.training.run import Programs, Run
     from dsjax.training.setup import assemble, load_frozen, load_trainable
     from dsjax.training.state import init_state, step_config
 
@@ -130,15 +131,19 @@ def run_loop(folder: Path, words: argparse.Namespace, kind: str) -> dict[str, An
     if kind == "bare":
         rows = to_devices(data.train.batch(0), setup.mesh)
         return {"step_seconds": _repeated(take, state, frozen, rows, total)}
-    run = Path(config.output_dir)
-    run.mkdir()
     timed, loader = TimedStep(take), TimedLoader(data.train)
     train_loader: Any = loader
-    saver = Checkpointer(run / CHECKPOINTS, config.checkpoint)
-    hosts = Hosts()
-    loop = Loop(config, setup, train_loader, None, {}, total, frozen, timed, None, saver, hosts)
-    with MetricsLog(run, config.logging, 0) as log, Progress(total) as progress:
-        state, _ = loop.run(state, 0, Meter(), log, progress)
+    timed_data = replace(data, train=train_loader, eval=None)
+    run = Run(config, setup, timed_data, total, "", {}, Hosts())
+    run.directory.mkdir()
+    saver = Checkpointer(run.directory / CHECKPOINTS, config.checkpoint)
+    with (
+        MetricsLog(run.directory, config.logging, 0) as log,
+        Progress(run.objective, total) as progress,
+    ):
+        reporting = Reporting(Meter(run.objective), log, progress)
+        loop = Loop(run, Programs(timed, None), frozen, saver, {}, reporting)
+        state, _ = loop.steps(state, 0)
     jax.block_until_ready(state)
     seconds, waits = timed.seconds(), loader.waits[WARM_UP:]
     return {
@@ -172,11 +177,11 @@ def _idle(seconds: float) -> Callable[..., Any]:
     """A step that trains nothing and tells the same each time."""
     import jax.numpy as jnp
 
-    from dsjax.objectives.sft import Sums
     from dsjax.training.state import StepReport
 
     one, count = jnp.float32(1.0), jnp.int32(1)
-    told = StepReport(Sums(one, one, one, count), one, one, one, count, None)
+    sums = {"loss": one, "weight": one, "correct": one, "tokens": count}
+    told = StepReport(sums, one, one, one, count, None)
 
     def step(state: Any, frozen: Any, rows: Any) -> Any:
         if seconds:

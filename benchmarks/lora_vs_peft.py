@@ -78,7 +78,7 @@ def measure_dsjax(words: argparse.Namespace) -> dict[str, Any]:
         for _ in range(1 + words.steps):
             began = time.perf_counter()
             state, told = train_step(state, frozen, batch)
-            losses.append(float(told.sums.loss) / float(told.sums.weight))
+            losses.append(float(told.sums["loss"]) / float(told.sums["weight"]))
             times.append(time.perf_counter() - began)
     device = jax.devices()[0]
     stats = device.memory_stats() if device.platform == "gpu" else None

@@ -50,6 +50,7 @@ from dsjax.distributed.bootstrap import refuse_several
 from dsjax.distributed.mesh import check_batch
 from dsjax.distributed.sharding import Params
 from dsjax.errors import ConfigError, raise_all, renamed, run_command
+from dsjax.objectives import objective_of
 from dsjax.training.checkpoint import CHECKPOINTS, Checkpointer, from_newest
 from dsjax.training.console import Loading
 from dsjax.training.continuation import differing_keys
@@ -94,9 +95,9 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
         raise ConfigError(
             "data.eval: got null, expected files or hub datasets to evaluate on; add data.eval=FILE"
         )
-    # The module for multi-token prediction has no part in what is measured.
-    main = config.objective.model_copy(update={"mtp_loss_weight": 0.0})
-    setup = assemble(config.model_copy(update={"objective": main}))
+    # What is of use in training only, such as the module for multi-token prediction, stays out.
+    options = objective_of(config.objective).for_evaluation(config.objective)
+    setup = assemble(config.model_copy(update={"objective": options}))
     step, meta = from_newest(lambda: newest_checkpoint(config))
     examples = read_examples(config, setup, datetime.fromisoformat(meta["started"]))
     if step is None:
@@ -171,15 +172,12 @@ def measure(
     """Run over all examples; returns what is printed."""
     section = config.data.model_copy(update={"shuffle": False})
     loader = Loader(examples, section, config.training.batch_size, config.training.seed)
-    eval_step = make_eval_step(step_config(config, setup.partition, setup.mesh, total_steps=1))
-    told = _told(eval_step, loader.steps_in_epoch(0))
-    values = evaluate_loss(told, trainable, frozen, loader, setup.mesh)
+    step = step_config(config, setup.partition, setup.mesh, total_steps=1)
+    told = _told(make_eval_step(step), loader.steps_in_epoch(0))
+    values = evaluate_loss(step.objective, told, trainable, frozen, loader, setup.mesh)
     report = examples.report
     return {
-        "loss": values["eval_loss"],
-        "perplexity": values["eval_perplexity"],
-        "accuracy": values["eval_accuracy"],
-        "tokens": values["eval_tokens"],
+        **{name.removeprefix("eval_"): value for name, value in values.items()},
         "trained_tokens": report.trained_tokens,
         "rows": report.rows,
         "sequences": report.sequences,

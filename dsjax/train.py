@@ -56,11 +56,12 @@ from dsjax.training.console import Loading, Progress
 from dsjax.training.continuation import identity
 from dsjax.training.eval_results import evaluated_rows, evaluation_manifest
 from dsjax.training.flops import token_flops
-from dsjax.training.loop import Loop, finish_evaluation
+from dsjax.training.loop import Loop, Reporting, finish_evaluation
 from dsjax.training.loss_plot import plot_loss
 from dsjax.training.meter import Meter
 from dsjax.training.metrics_log import METRICS_FILE, PICTURE, MetricsLog, read_metrics
 from dsjax.training.restore import check_frozen, frozen_sums
+from dsjax.training.run import Programs, Run
 from dsjax.training.run_data import read_as_before
 from dsjax.training.run_dir import (
     CONFIG_FILE,
@@ -123,16 +124,16 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
     form = export_form(config, setup)
 
     # ---- 3. Data: rows to tokens, order and packing of the whole run
-    run = Path(config.output_dir)
-    earlier = find_resume_point(run, config)
+    earlier = find_resume_point(Path(config.output_dir), config)
     start, started = earlier.step, hosts.broadcast_from_primary(lambda: earlier.started)
     config, data = read_as_before(config, earlier, setup, datetime.fromisoformat(started), hosts)
     total = data.train.total_steps(config.training.num_train_epochs, config.training.max_steps)
     contents = {**setup.contents(), "data.train": data.fingerprint}
     hosts.assert_equal({**contents, **data.digests()})
+    run = Run(config, setup, data, total, started, contents, hosts)
 
     # ---- 4. An earlier run in the same place: the same, or refused
-    optimizer.check_rates(config.optimizer, total, config.objective.bias_update_speed > 0)
+    optimizer.check_rates(config.optimizer, total, bool(setup.partition.router_biases))
     check_continues(earlier, config, form, total, contents)
     hosts.assert_equal({"output_dir": f"a run of {start} steps"})
 
@@ -141,29 +142,31 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
     rows = data.eval_fingerprint
     complete = partial(is_complete, config, rows, form, earlier, total, contents)
     if hosts.broadcast_from_primary(complete):
-        if hosts.primary and not (run / PICTURE).is_file():
-            plot_loss(run)
+        if hosts.primary and not (run.directory / PICTURE).is_file():
+            plot_loss(run.directory)
         hosts.log_once(f"nothing to do: {total} steps and all results are there")
         return 0
 
     # ---- 6. The step: one function, compiled before there is anything to hold
     step = step_config(config, setup.partition, setup.mesh, total)
     check_disk(config, setup, step, form, start < total, hosts)
-    train_step = compile_step(step, data.train, hosts) if start < total else None
-    eval_step = compile_evaluation(step, data.eval, hosts) if data.eval else None
+    programs = Programs(
+        compile_step(step, data.train, hosts) if start < total else None,
+        compile_evaluation(step, data.eval, hosts) if data.eval else None,
+    )
 
     # ---- 7. Parameters: from the files onto the devices
     frozen = load_frozen(setup, seed, Loading(primary=primary))
     hosts.barrier()  # the first exchange between devices gives up on a late process after 30 s
     if start:
-        check_frozen(frozen, earlier.meta["frozen"], run)
+        check_frozen(frozen, earlier.meta["frozen"], run.directory)
     began = {"started": started, "contents": contents, "frozen": frozen_sums(frozen)}
     trainable = {} if start else load_trainable(setup, seed, Loading(primary=primary))
 
     # ---- 8. State: the newest complete checkpoint's, or the first
-    make_for_all(run / CHECKPOINTS, hosts)
-    checkpointer = Checkpointer(run / CHECKPOINTS, config.checkpoint)
-    meter = Meter(*speed_limits(setup, config, data.train))
+    make_for_all(run.directory / CHECKPOINTS, hosts)
+    checkpointer = Checkpointer(run.directory / CHECKPOINTS, config.checkpoint)
+    meter = Meter(run.objective, *speed_limits(setup, config, data.train))
     if start:
         state = checkpointer.restore(start, abstract_state(step))
         meter.restore(checkpointer.meta(start)["meter"])
@@ -172,71 +175,59 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
         state = init_state(trainable, step, seed)
     del trainable
     if primary:
-        write_atomic(run / CONFIG_FILE, configuration.to_yaml(configuration.located(config)))
+        resolved = configuration.to_yaml(configuration.located(config))
+        write_atomic(run.directory / CONFIG_FILE, resolved)
 
     # ---- 9. The loop
-    loop = Loop(
-        config,
-        setup,
-        data.train,
-        data.eval,
-        began,
-        total,
-        frozen,
-        train_step,
-        eval_step,
-        checkpointer,
-        hosts,
-    )
     with (
-        MetricsLog(run, config.logging, start, primary) as log,
-        Progress(total, start, primary) as progress,
+        MetricsLog(run.directory, config.logging, start, primary) as log,
+        Progress(run.objective, total, start, primary) as progress,
     ):
         log.log_start(configuration.to_yaml(config), table)
-        state, stopped = loop.run(state, start, meter, log, progress)
+        reporting = Reporting(meter, log, progress)
+        loop = Loop(run, programs, frozen, checkpointer, began, reporting)
+        state, stopped = loop.steps(state, start)
         if stopped is not None:
             return 128 + stopped
         state = release(state)  # it is saved; evaluation and proof need the room
-        sums = meter.run_sums()
-        manifest = evaluation_manifest(total, sums, data.eval_fingerprint)
-        failures = [finish_evaluation(run, loop, state, log, progress, manifest)]
+        manifest = evaluation_manifest(total, meter.run_sums(), data.eval_fingerprint)
+        failures = [finish_evaluation(loop, state, manifest)]
         log.log_summary(total, meter.summary())
-    del loop, train_step, eval_step  # programs take room on the devices too
+    del loop, programs  # they take room on the devices too
 
     # ---- 10. Results: the export, which nothing before it may prevent, and the picture
     try:
         if form is not None:
             check_disk(config, setup, step, form, False, hosts)  # others write there too
-            done = export_run(config, setup, form, total, sums, contents, state, frozen, hosts)
-            failures.append(done)
+            failures.append(export_run(run, form, meter.run_sums(), state.trainable, frozen))
     finally:
         if primary:
-            plot_loss(run)
+            plot_loss(run.directory)
     hosts.barrier()  # what follows ends all
     raise_failures(failures)
     return 0
 
 
 def export_run(
-    config: RunConfig,
-    setup: Assembly,
-    form: str,
-    total: int,
-    sums: Mapping[str, float],
-    contents: Mapping[str, str],
-    state: TrainState,
-    frozen: Params,
-    hosts: Hosts,
+    run: Run, form: str, sums: Mapping[str, float], trainable: Params, frozen: Params
 ) -> Exception | None:
-    """Export a finished run; returns why the proof did not run, for the caller to raise."""
-    run, out = Path(config.output_dir), export_path(config)
-    facts = card_facts(config, setup, form, total, read_metrics(run / METRICS_FILE))
-    name = identity(config, contents)
-    manifest = export_manifest(config, name, form, total, sums, evaluated_rows(run))
+    """Export a finished run; returns why the proof did not run, for the caller to raise.
+
+    Args:
+        run: what it is.
+        form: what to export.
+        sums: over all its steps, which tell one training from another.
+        trainable: the trained arrays, which a merged export gives up.
+        frozen: all other arrays.
+    """
+    config, setup, hosts, out = run.config, run.setup, run.hosts, export_path(run.config)
+    facts = card_facts(config, setup, form, run.total, read_metrics(run.directory / METRICS_FILE))
+    name, rows = identity(config, run.contents), evaluated_rows(run.directory)
+    manifest = export_manifest(config, name, form, run.total, sums, rows)
     progress = Loading("writing", hosts.primary)
     least = config.export.min_kept
     done = export_trained(
-        setup, state.trainable, frozen, out, manifest, facts, progress, hosts, min_kept=least
+        setup, trainable, frozen, out, manifest, facts, progress, hosts, min_kept=least
     )
     hosts.log_once(f"exported {form} to {out}{done}")
     return done.failure

@@ -266,7 +266,7 @@ def two_steps(run: Run, vocab_size: int = 64) -> Outcome:
     report = run.step(batch(vocab_size=vocab_size))
     gradients = run.gradients()
     run.step(batch(vocab_size=vocab_size, seed=1))
-    return Outcome(float(report.sums.loss), gradients, run.trainable())
+    return Outcome(float(report.sums["loss"]), gradients, run.trainable())
 
 
 def assert_same(found: Outcome, expected: Outcome, bound: float = 1e-5) -> None:

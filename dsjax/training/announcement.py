@@ -9,11 +9,11 @@ import sys
 
 import jax
 
-from dsjax import adapters
+from dsjax import adapters, objectives
 from dsjax.config import RunConfig
 from dsjax.data import Loader
 from dsjax.data import unused_keys as unused_data_keys
-from dsjax.distributed.sharding import has_experts, replication_report
+from dsjax.distributed.sharding import replication_report
 from dsjax.training import optimizer
 from dsjax.training.console import banner, trainable_table
 from dsjax.training.partition import report
@@ -71,8 +71,7 @@ def announce(config: RunConfig, setup: Assembly, data: Data, total: int) -> str:
         )
     unused = adapters.unused_keys(config.adapter, setup.spec)
     unused += optimizer.unused_keys(config.optimizer) + unused_data_keys(config.data)
-    if config.objective.aux_loss_alpha and not has_experts(setup.partition.leaves):
-        unused.append("objective.aux_loss_alpha")
+    unused += objectives.unused_keys(config.objective, setup.partition.leaves)
     if setup.spec is not None and config.model.param_dtype is not None:
         unused.append("model.param_dtype")
     if unused:

@@ -17,24 +17,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from dsjax.objectives.objective import Objective
+
 # What trains of one module kind: path, shape, dtype, trainable parameters, all parameters.
 TrainableRow = tuple[str, str, str, int, int]
 
-_SHOWN = {
-    "epoch": "epoch {:.2f}",
-    "loss": "loss {:.4f}",
-    "mtp_loss": "mtp loss {:.4f}",
-    "accuracy": "accuracy {:.3f}",
+_OF_STEP = {
     "learning_rate": "lr {:.2e}",
     "grad_norm": "grad norm {:.3f}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "mfu": "MFU {:.1%}",
-    "expert_imbalance": "imbalance {:.2f}",
+}
+_OF_RUN = {
     "loss_scale": "loss scale {:g}",
     "skipped_steps": "skipped {:,}",
     "untrained_steps": "untrained {:,}",
-    "eval_loss": "eval loss {:.4f}",
-    "eval_perplexity": "perplexity {:.4g}",
 }
 _UNTRAINED = (
     "{:,} of the steps so far had a batch without one trained token: nothing is added to the loss, "
@@ -46,7 +43,14 @@ _IN_THE_BAR = ("loss", "tokens_per_second", "mfu")
 class Progress:
     """A bar on a terminal, plain lines elsewhere; a context manager."""
 
-    def __init__(self, total_steps: int, start_step: int = 0, primary: bool = True) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        total_steps: int,
+        start_step: int = 0,
+        primary: bool = True,
+    ) -> None:
+        self._forms = _forms(objective)
         self._total, self._start, self._primary = total_steps, start_step, primary
         self._began = time.monotonic()
         self._untrained_told = False
@@ -78,18 +82,22 @@ class Progress:
             self._line(step, _UNTRAINED.format(untrained))
         if self._bar is not None:
             shown = {key: values.get(key) for key in _IN_THE_BAR}
-            self._bar.update(self._task, completed=step, shown=_shown(shown))
+            self._bar.update(self._task, completed=step, shown=self._shown(shown))
         else:
-            self._line(step, f"{_shown(values)} | ETA {self._eta(step)}")
+            self._line(step, f"{self._shown(values)} | ETA {self._eta(step)}")
 
     def log_eval(self, step: int, values: Mapping[str, object]) -> None:
         """Show an evaluation as a line of its own, above the bar on a terminal."""
-        self._line(step, _shown(values))
+        self._line(step, self._shown(values))
 
     def _line(self, step: int, text: str) -> None:
         # While a bar is up, rich stands in for sys.stderr and puts the line above it.
         if self._primary:
             print(f"step {step}/{self._total} | {text}", file=sys.stderr, flush=True)
+
+    def _shown(self, values: Mapping[str, object]) -> str:
+        given = [(form, values.get(key)) for key, form in self._forms.items()]
+        return " | ".join(form.format(value) for form, value in given if value is not None)
 
     def _eta(self, step: int) -> str:
         done = max(step - self._start, 1)
@@ -118,9 +126,18 @@ class Loading:
         print(text, end=end, file=sys.stderr, flush=True)
 
 
-def _shown(values: Mapping[str, object]) -> str:
-    given = [(form, values[key]) for key, form in _SHOWN.items() if values.get(key) is not None]
-    return " | ".join(form.format(value) for form, value in given)
+def _forms(objective: Objective) -> dict[str, str]:
+    """How values are shown, in the order in which they are: the objective's between the others."""
+    evaluated = {f"eval_{name}": metric for name, metric in objective.eval_metrics.items()}
+    forms = {
+        "epoch": "epoch {:.2f}",
+        **{name: metric.shown for name, metric in objective.metrics.items()},
+        **_OF_STEP,
+        **{name: gauge.shown for name, gauge in objective.gauges.items()},
+        **_OF_RUN,
+        **{name: metric.shown for name, metric in evaluated.items()},
+    }
+    return {name: form for name, form in forms.items() if form}
 
 
 def _bar(console: Console) -> RichProgress:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss of a model over a whole data set, exact to the token.
 
-In: the parts of a step, arrays, and a loader. Out: the token-weighted mean loss, its perplexity,
-and how much it was computed over. A batch is computed in the portions of the training, so that an
-evaluation holds no more rows at a time than a step. Not done here: loading the model or the data.
+In: the parts of a step, arrays, and a loader. Out: the objective's metrics of an evaluation, such
+as the token-weighted mean loss and its perplexity. A batch is computed in the portions of the
+training, so that an evaluation holds no more rows at a time than a step. Not done here: loading the
+model or the data.
 """
 
 import math
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 from dsjax.data import Batch, Loader
 from dsjax.distributed.mesh import batch_shards, microbatches, replicated, rows_sharding
 from dsjax.distributed.sharding import Params, leaf_shardings, make_layout
-from dsjax.objectives.sft import Forward, Sums
+from dsjax.objectives.objective import Forward, Objective, Sums
 from dsjax.training.state import StepConfig, abstract_batch, abstract_frozen, abstract_state
 
 
@@ -66,10 +67,12 @@ def make_eval_step(config: StepConfig) -> Any:
         for paths in (config.partition.trainable, config.partition.frozen)
     ]
     forward = Forward("none", None, make_layout(mesh), batch_shards(mesh))
+    options = config.objective.for_evaluation(config.options)
 
     def eval_step(trainable: Params, frozen: Params, batch: Batch) -> Sums:
         def sums(rows: Batch) -> Sums:
-            return config.objective(config.partition.merge(trainable, frozen), rows, forward)
+            model = config.partition.merge(trainable, frozen)
+            return config.objective.sums(model, rows, forward, options)
 
         count = math.gcd(config.accumulation, len(batch.input_ids) // batch_shards(mesh))
         if count == 1:
@@ -98,6 +101,7 @@ def lower_eval_step(config: StepConfig, rows: int, length: int) -> jax.stages.Lo
 
 
 def evaluate_loss(
+    objective: Objective,
     eval_step: Callable[[Params, Params, Batch], Sums],
     trainable: Params,
     frozen: Params,
@@ -108,6 +112,7 @@ def evaluate_loss(
     """Evaluate one pass over the loader's data.
 
     Args:
+        objective: whose sums they are.
         eval_step: from `make_eval_step`.
         trainable: the trained arrays.
         frozen: all other arrays.
@@ -116,23 +121,18 @@ def evaluate_loss(
         stop: asked after each batch whether to give up.
 
     Returns:
-        `eval_loss` (mean over tokens, weighted as in training), `eval_perplexity`,
-        `eval_accuracy`, `eval_tokens` (tokens without padding).
+        The objective's metrics of an evaluation, each under its name with `eval_` before it; a mean
+        over nothing is NaN.
 
     Raises:
         StoppedError: `stop()` said so.
     """
-    totals = np.zeros(4, np.float64)
+    metrics = objective.eval_metrics
+    totals = {name: 0 for metric in metrics.values() for name in metric.names()}
     for batch in loader.iterate(0, loader.steps_in_epoch(0)):
         sums = jax.device_get(eval_step(trainable, frozen, to_devices(batch, mesh, loader)))
         if stop():
             raise StoppedError
-        totals += np.asarray([sums.loss, sums.weight, sums.correct, sums.tokens], np.float64)
-    loss, weight, correct, tokens = (float(value) for value in totals)
-    mean = loss / weight if weight else math.nan
-    return {
-        "eval_loss": mean,
-        "eval_perplexity": math.exp(mean) if mean < 700 else math.inf,
-        "eval_accuracy": correct / weight if weight else math.nan,
-        "eval_tokens": int(tokens),
-    }
+        totals = {name: total + sums[name].item() for name, total in totals.items()}
+    values = {f"eval_{name}": metric.of(totals) for name, metric in metrics.items()}
+    return {name: math.nan if value is None else value for name, value in values.items()}

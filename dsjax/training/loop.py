@@ -13,15 +13,13 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 
 from dsjax import signals
 from dsjax.config import RunConfig
-from dsjax.data import Loader
 from dsjax.distributed.processes import Hosts
 from dsjax.distributed.sharding import Params
 from dsjax.errors import ConfigError, first_line
@@ -32,7 +30,7 @@ from dsjax.training.evaluation import StoppedError, evaluate_loss, to_devices
 from dsjax.training.meter import Meter
 from dsjax.training.metrics_log import BOARD, MetricsLog
 from dsjax.training.profiling import Profile
-from dsjax.training.setup import Assembly
+from dsjax.training.run import Programs, Run
 from dsjax.training.state import StepReport, TrainState
 
 MOST_IN_FLIGHT = 2
@@ -59,9 +57,7 @@ class StepsInFlight:
         """Wait for the oldest steps until at most so many are left."""
         while len(self._reports) > most:
             step, report = self._reports.popleft()
-            sums = jax.device_get(report.sums)
-            after = None if sums.ahead is None else (sums.ahead.loss, sums.ahead.weight)
-            self._meter.add(sums.loss, sums.weight, sums.correct, sums.tokens, after)
+            self._meter.add(jax.device_get(report.sums))
             self._progress.advance(step)
 
 
@@ -100,109 +96,110 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Reporting:
+    """Where the numbers of the steps go: summed up, written down, shown."""
+
+    meter: Meter
+    log: MetricsLog
+    progress: Progress
+
+
+@dataclass(frozen=True)
 class Loop:
     """The steps of a run, with what happens between them.
 
-    `began` is what every checkpoint tells of the run's first start: when, and with what contents.
+    Attributes:
+        run: what the run is.
+        programs: its compiled step and evaluation.
+        frozen: the arrays that no step changes.
+        checkpointer: saves states.
+        began: what every checkpoint tells of the run's first start: when, and with what contents.
+        reporting: where the numbers go.
     """
 
-    config: RunConfig
-    setup: Assembly
-    train: Loader
-    eval: Loader | None
-    began: Mapping[str, Any]
-    total: int
+    run: Run
+    programs: Programs
     frozen: Params
-    train_step: Any
-    eval_step: Any
     checkpointer: Checkpointer
-    hosts: Hosts
+    began: Mapping[str, Any]
+    reporting: Reporting
 
-    def run(
-        self, state: TrainState, start: int, meter: Meter, log: MetricsLog, progress: Progress
-    ) -> tuple[TrainState, int | None]:
-        """Run the steps from `start`; returns the state and the signal that ended them early."""
-        traced, folder = self.config.logging.profile_steps, Path(self.config.output_dir)
-        profile = Profile(traced, start, self.total, folder / BOARD, self.hosts.primary)
-        stop = Stop(self.hosts, start)
+    def steps(self, state: TrainState, start: int) -> tuple[TrainState, int | None]:
+        """Run the steps after `start`; returns the state and the signal that ended them early."""
+        hosts, traced = self.run.hosts, self.run.config.logging.profile_steps
+        folder = self.run.directory / BOARD
+        profile = Profile(traced, start, self.run.total, folder, hosts.primary)
+        stop = Stop(hosts, start)
         with signals.sent_to(stop.receive):
             # Inside: a save that still runs is waited for before a signal can end the process, and
             # also when a step raises.
             with closing(self.checkpointer), profile:
-                state = self._steps(state, start, meter, log, progress, profile, stop)
-            stopped = self.hosts.any_preemption()
+                state = self._until_stopped(state, start, profile, stop)
+            stopped = hosts.any_preemption()
         if stopped is None and stop.number is not None:
             # It came while the processes agreed to go on, too late for their answer.
-            self.hosts.end_by(stop.number)
+            hosts.end_by(stop.number)
         if stopped is not None:
             done = int(state.step)
             place = self.checkpointer.directory / str(done)
             saved = f"step {done} is saved in {place}" if done else "no step was taken"
-            self.hosts.log_once(f"stopped by signal {stopped}; {saved}")
+            hosts.log_once(f"stopped by signal {stopped}; {saved}")
         return state, stopped
 
-    def _steps(
-        self,
-        state: TrainState,
-        start: int,
-        meter: Meter,
-        log: MetricsLog,
-        progress: Progress,
-        profile: Profile,
-        stop: Stop,
+    def _until_stopped(
+        self, state: TrainState, start: int, profile: Profile, stop: Stop
     ) -> TrainState:
         """Run the steps until the last, or until all processes stop for a signal."""
-        every, in_flight = self.config.logging.logging_steps, StepsInFlight(meter, progress)
+        meter, every = self.reporting.meter, self.run.config.logging.logging_steps
+        in_flight, train = StepsInFlight(meter, self.reporting.progress), self.run.data.train
         meter.start()
         # A signal may have cut off the evaluation that belongs to the step before.
-        if self._evaluate_if_due(state, start, meter, log, progress, stop) or stop.reached():
+        if self._evaluate_if_due(state, start, stop) or stop.reached():
             return state
-        for step, batch in enumerate(self.train.iterate(start, self.total), start + 1):
+        for step, batch in enumerate(train.iterate(start, self.run.total), start + 1):
             stop.step = step
-            rows = to_devices(batch, self.setup.mesh, self.train)
-            state, report = self.train_step(state, self.frozen, rows)
+            rows = to_devices(batch, self.run.setup.mesh, train)
+            state, report = self.programs.train_step(state, self.frozen, rows)
             in_flight.add(step, report)
             in_flight.wait(MOST_IN_FLIGHT - 1)
-            if step % every == 0 or step == self.total:
+            if step % every == 0 or step == self.run.total:
                 in_flight.wait()
                 self._check_finite(step, report)
-                values = self._values(step, meter, report)
-                log.log(step, values)
-                progress.log(step, values)
+                self._log(step, report)
             if self._evaluates_after(step):
                 in_flight.wait()  # the meter's clock is about to be stopped
-            cut = self._evaluate_if_due(state, step, meter, log, progress, stop)
+            cut = self._evaluate_if_due(state, step, stop)
             stopped = cut or stop.reached()
-            if step == self.total or stopped or self.checkpointer.due(step):
+            if step == self.run.total or stopped or self.checkpointer.due(step):
                 in_flight.wait()
                 self._check_finite(step, report)
-                self._save(step, state, meter)
+                self._save(step, state)
             profile.reached(step, report)
             if stopped:
                 break
         return state
 
-    def _values(self, step: int, meter: Meter, report: StepReport) -> dict[str, Any]:
-        """The line of a step."""
-        values = meter.values() | {
-            "epoch": self.train.epoch(step),
+    def _log(self, step: int, report: StepReport) -> None:
+        """Write and show the line of a step."""
+        of_step = {
             "learning_rate": float(report.learning_rate),
             "grad_norm": float(report.grad_norm),
         }
-        if report.sums.tokens_per_expert is not None:
-            values |= expert_values(
-                np.asarray(report.sums.tokens_per_expert), int(report.sums.tokens), self._chosen
-            )
-        if self.config.model.dtype == "float16":
+        epoch = {"epoch": self.run.data.train.epoch(step)}
+        values = epoch | self.reporting.meter.values(of_step) | self._gauges(report)
+        if self.run.config.model.dtype == "float16":
             values |= {"loss_scale": float(report.loss_scale), "skipped_steps": int(report.skipped)}
         if report.updates_lost is not None:
             values["updates_lost"] = float(report.updates_lost)
-        return values
+        self.reporting.log.log(step, values)
+        self.reporting.progress.log(step, values)
 
-    @property
-    def _chosen(self) -> int:
-        """Experts that one token is sent to."""
-        return self.setup.model.config.router.num_experts_per_tok
+    def _gauges(self, report: StepReport) -> dict[str, float | int]:
+        """What the objective tells of a single step."""
+        gauges = self.run.objective.gauges
+        told = {name: gauge for name, gauge in gauges.items() if gauge.sum in report.sums}
+        sums = jax.device_get(report.sums) if told else {}
+        return {name: gauge.value(sums, self.run.setup.model) for name, gauge in told.items()}
 
     def _check_finite(self, step: int, report: StepReport) -> None:
         """Look at a step before it is logged or saved.
@@ -211,91 +208,59 @@ class Loop:
             ConfigError: the run has diverged. A float16 step may overflow as long as the scale of
                 the loss can still be lowered.
         """
-        norm, sums = float(report.grad_norm), report.sums
-        scalable = self.config.model.dtype == "float16" and float(report.loss_scale) > 1
+        norm = float(report.grad_norm)
+        scalable = self.run.config.model.dtype == "float16" and float(report.loss_scale) > 1
         if not math.isfinite(norm) and not scalable:
-            loss = float(sums.loss) / (float(sums.weight) or 1.0)
+            metric = self.run.objective.metrics["loss"]
+            loss = metric.of({name: report.sums[name].item() for name in metric.names()})
             raise ConfigError(
                 f"loss: got {loss} with gradient norm {norm} at step {step}, expected finite "
                 "numbers; lower optimizer.learning_rate, or look at the data of that step. "
                 "Checkpoints of earlier steps are kept"
             )
 
-    def _save(self, step: int, state: TrainState, meter: Meter) -> None:
+    def _save(self, step: int, state: TrainState) -> None:
         meta = {
             **self.began,
-            "position": self.train.position(step),
-            "meter": meter.state(),
+            "position": self.run.data.train.position(step),
+            "meter": self.reporting.meter.state(),
         }
         self.checkpointer.save(step, state, meta, force=True)
 
     def _evaluates_after(self, step: int) -> bool:
-        every = self.config.training.eval_steps
-        return every is not None and 0 < step < self.total and step % every == 0
+        every = self.run.config.training.eval_steps
+        return every is not None and 0 < step < self.run.total and step % every == 0
 
-    def _evaluate_if_due(
-        self,
-        state: TrainState,
-        step: int,
-        meter: Meter,
-        log: MetricsLog,
-        progress: Progress,
-        stop: Stop,
-    ) -> bool:
+    def _evaluate_if_due(self, state: TrainState, step: int, stop: Stop) -> bool:
         """Evaluate where `eval_steps` says; a signal cuts it off, and the next run makes up for it.
 
         Returns whether it did.
 
         An evaluation can last far longer than whoever sends SIGTERM waits before SIGKILL.
         """
-        if self._evaluates_after(step) and not log.evaluated(step):
-            with meter.paused():
+        if self._evaluates_after(step) and not self.reporting.log.evaluated(step):
+            with self.reporting.meter.paused():
                 try:
-                    self.evaluate(state, step, log, progress, stop.reached)
+                    self.evaluate(state, step, stop.reached)
                 except StoppedError:
                     return True
         return False
 
     def evaluate(
-        self,
-        state: TrainState,
-        step: int,
-        log: MetricsLog,
-        progress: Progress,
-        stop: Callable[[], bool] = lambda: False,
+        self, state: TrainState, step: int, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, Any]:
         """Evaluate and log.
 
         Raises:
             StoppedError: `stop()` became true first.
         """
-        assert self.eval is not None
-        values = evaluate_loss(
-            self.eval_step, state.trainable, self.frozen, self.eval, self.setup.mesh, stop
-        )
-        log.log_eval(step, values)
-        progress.log_eval(step, values)
+        run, rows = self.run, self.run.data.eval
+        assert rows is not None
+        evaluate = partial(evaluate_loss, run.objective, self.programs.eval_step)
+        values = evaluate(state.trainable, self.frozen, rows, run.setup.mesh, stop)
+        self.reporting.log.log_eval(step, values)
+        self.reporting.progress.log_eval(step, values)
         return values
-
-
-def expert_values(loads_LE: np.ndarray, tokens: int, chosen: int) -> dict[str, float]:
-    """How even the experts' work was in one step.
-
-    Args:
-        loads_LE: tokens that each expert of each layer took.
-        tokens: of the batch.
-        chosen: experts that one token is sent to.
-
-    Returns:
-        `expert_imbalance`: the busiest expert's load over the mean load, averaged over the layers
-        (1 is even; the module for multi-token prediction is not among them); `dropped_tokens`:
-        choices that no expert computed, of all layers.
-    """
-    means_L = loads_LE.mean(axis=1)
-    return {
-        "expert_imbalance": float(np.mean(loads_LE.max(axis=1) / np.maximum(means_L, 1e-30))),
-        "dropped_tokens": int(tokens * chosen * len(loads_LE) - loads_LE.sum()),
-    }
 
 
 def no_evaluation(config: RunConfig) -> str:
@@ -306,12 +271,7 @@ def no_evaluation(config: RunConfig) -> str:
 
 
 def finish_evaluation(
-    run: Path,
-    loop: Loop,
-    state: TrainState,
-    log: MetricsLog,
-    progress: Progress,
-    manifest: Mapping[str, Any],
+    loop: Loop, state: TrainState, manifest: Mapping[str, Any]
 ) -> Exception | None:
     """Evaluate the final weights, unless a finished run did, on these rows.
 
@@ -319,19 +279,20 @@ def finish_evaluation(
         What went wrong, for the caller to raise after the export, which need not fail as well. Of
         several processes it may be one alone, for which the others wait: then it is raised here.
     """
-    hosts = loop.hosts
-    if loop.eval is None or hosts.broadcast_from_primary(lambda: is_evaluated(run, manifest)):
+    run, hosts = loop.run, loop.run.hosts
+    evaluated = partial(is_evaluated, run.directory, manifest)
+    if run.data.eval is None or hosts.broadcast_from_primary(evaluated):
         return None
-    if evaluated_rows(run) not in ("", manifest["data"]):
-        log.forget_evaluation(loop.total)
+    if evaluated_rows(run.directory) not in ("", manifest["data"]):
+        loop.reporting.log.forget_evaluation(run.total)
     try:
-        values = loop.evaluate(state, loop.total, log, progress)
+        values = loop.evaluate(state, run.total)
         if hosts.primary:
-            write_results(run, manifest, values)
+            write_results(run.directory, manifest, values)
     except Exception as error:
         if hosts.count > 1:
             hosts.log_once(
-                f"the evaluation failed; with {no_evaluation(loop.config)} the run ends without"
+                f"the evaluation failed; with {no_evaluation(run.config)} the run ends without"
             )
             raise
         hosts.log_once(

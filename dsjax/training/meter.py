@@ -1,50 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums over the steps since the last log, and the values of a training line that they give.
 
-In: what the steps return. Out: the mean loss, accuracy, rates and MFU by their keys in
+In: what the steps return. Out: the objective's metrics, rates and MFU by their keys in
 `metrics.jsonl`. Not done here: writing them (`metrics_log`).
 """
 
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, SupportsFloat, SupportsInt
+from typing import Any
 
-
-@dataclass
-class _Sums:
-    loss: float = 0.0
-    weight: float = 0.0
-    correct: float = 0.0
-    tokens: int = 0
-
-    def add(self, loss: float, weight: float, correct: float, tokens: int) -> None:
-        self.loss += loss
-        self.weight += weight
-        self.correct += correct
-        self.tokens += tokens
+from dsjax.errors import ConfigError
+from dsjax.objectives.objective import TOKENS, Metric, Objective
 
 
 class Meter:
     """Sums what the steps return and gives the values of a training line.
 
-    Sums are kept as Python floats in step order, so a resumed run that restores `state()` logs the
-    very numbers of an unbroken one.
+    Sums are kept as Python's numbers in step order, so a resumed run that restores `state()` logs
+    the very numbers of an unbroken one.
 
     Args:
+        objective: whose sums and metrics they are.
         flops_per_token: what a token needs (`flops.token_flops`); None gives no `mfu`.
         peak_flops: of all devices together; None gives no `mfu`.
     """
 
     def __init__(
-        self, flops_per_token: float | None = None, peak_flops: float | None = None
+        self,
+        objective: Objective,
+        flops_per_token: float | None = None,
+        peak_flops: float | None = None,
     ) -> None:
         self._mfu_per_rate = None
         if flops_per_token is not None and peak_flops is not None:
             self._mfu_per_rate = flops_per_token / peak_flops
-        self._since_log, self._run = _Sums(), _Sums()
-        self._ahead: tuple[float, float] | None = None  # loss and weight since the last log
+        metrics = objective.metrics
+        self._loss = metrics["loss"]
+        self._means = {name: m for name, m in metrics.items() if not m.optional}
+        self._optional = {name: m for name, m in metrics.items() if m.optional}
+        self._zeros = dict.fromkeys(_names(self._means), 0.0) | {TOKENS: 0}
+        self._since_log, self._run = dict(self._zeros), dict(self._zeros)
         self._untrained = 0  # steps of the run whose batch had no trained token
         self._timed_tokens = self._tokens_here = self._steps_here = 0
         self._started = self._clock = time.monotonic()
@@ -53,54 +49,40 @@ class Meter:
         """Start the clocks: what came before the first step is not its time."""
         self._started = self._clock = time.monotonic()
 
-    def add(
-        self,
-        loss_sum: SupportsFloat,
-        weight_sum: SupportsFloat,
-        correct: SupportsFloat,
-        tokens: SupportsInt,
-        ahead: tuple[SupportsFloat, SupportsFloat] | None = None,
-    ) -> None:
-        """Take one optimizer step's sums over the whole batch.
-
-        Args:
-            loss_sum: sum of weight x loss over the trained tokens.
-            weight_sum: sum of the weights.
-            correct: sum of the weights where the most likely token was the target.
-            tokens: real tokens in the batch, padding excluded, trained or not.
-            ahead: sums of loss and weight of the token after the next, where it is predicted.
-        """
-        step = float(loss_sum), float(weight_sum), float(correct), int(tokens)
-        self._since_log.add(*step)
-        self._run.add(*step)
+    def add(self, sums: Mapping[str, Any]) -> None:
+        """Take one optimizer step's sums over the whole batch: numpy scalars, among others."""
+        step = {name: sums[name].item() for name in self._zeros}
+        step |= {n: sums[n].item() for n in _names(self._optional) if n in sums}
+        self._since_log |= {n: self._since_log.get(n, 0.0) + value for n, value in step.items()}
+        self._run = {name: total + step[name] for name, total in self._run.items()}
+        tokens = step[TOKENS]
         # A step that float16 skipped tells of no token at all.
-        self._untrained += step[3] > 0 and step[1] == 0
-        self._timed_tokens += step[3]
-        self._tokens_here += step[3]
+        self._untrained += tokens > 0 and self._loss.of(step) is None
+        self._timed_tokens += tokens
+        self._tokens_here += tokens
         self._steps_here += 1
-        if ahead is not None:
-            loss, weight = self._ahead or (0.0, 0.0)
-            self._ahead = loss + float(ahead[0]), weight + float(ahead[1])
 
-    def values(self) -> dict[str, float | int | None]:
+    def values(self, of_step: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return means since the last call and `tokens` of the whole run; start the next interval.
 
-        A mean over no trained token is None. `mtp_loss` is there where steps told of it, and
-        `untrained_steps`, of the whole run, where a batch had no trained token.
+        A mean over nothing, such as no trained token, is None. Optional metrics are there where
+        steps told of them, and `untrained_steps`, of the whole run, where a batch had no trained
+        token.
+
+        Args:
+            of_step: values of the last step alone; they are written after the means.
         """
         now = time.monotonic()
         rate = self._timed_tokens / max(now - self._clock, 1e-9)
-        sums, self._since_log = self._since_log, _Sums()
+        sums, self._since_log = self._since_log, dict(self._zeros)
         self._clock, self._timed_tokens = now, 0
-        ahead = {} if self._ahead is None else {"mtp_loss": _mean(*self._ahead)}
-        self._ahead = None
         return {
-            "loss": _mean(sums.loss, sums.weight),
-            "accuracy": _mean(sums.correct, sums.weight),
-            "tokens": self._run.tokens,
+            **{name: metric.of(sums) for name, metric in self._means.items()},
+            **(of_step or {}),
+            "tokens": self._run[TOKENS],
             "tokens_per_second": rate,
             "mfu": None if self._mfu_per_rate is None else self._mfu_per_rate * rate,
-            **ahead,
+            **{name: m.of(sums) for name, m in self._optional.items() if m.sum in sums},
             **self._told_untrained(),
         }
 
@@ -108,7 +90,7 @@ class Meter:
         """Return the closing line: the loss of the whole run, the speed of this process's part."""
         seconds = max(time.monotonic() - self._started, 1e-9)
         return {
-            "train_loss": _mean(self._run.loss, self._run.weight),
+            "train_loss": self._loss.of(self._run),
             "train_runtime": seconds,
             "train_steps_per_second": self._steps_here / seconds,
             "train_tokens_per_second": self._tokens_here / seconds,
@@ -129,23 +111,30 @@ class Meter:
 
     def state(self) -> dict[str, Any]:
         """Return the sums for the checkpoint; exact through JSON, not through float32 arrays."""
-        state = {"since_log": asdict(self._since_log), "run": asdict(self._run)}
-        if self._ahead is not None:
-            state["ahead"] = {"loss": self._ahead[0], "weight": self._ahead[1]}
+        state = {"since_log": dict(self._since_log), "run": self.run_sums()}
         return state | self._told_untrained()
 
-    def run_sums(self) -> dict[str, float]:
+    def run_sums(self) -> dict[str, float | int]:
         """Return the sums over the whole run."""
-        return self.state()["run"]
+        return dict(self._run)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state` returned."""
-        self._since_log = _Sums(**state["since_log"])
-        self._run = _Sums(**state["run"])
-        ahead = state.get("ahead")
-        self._ahead = None if ahead is None else (ahead["loss"], ahead["weight"])
+        """Continue from what `state` returned.
+
+        Raises:
+            ConfigError: another version returned it, whose objective had other sums.
+        """
+        found, wanted = sorted(state["run"]), sorted(self._zeros)
+        if found != wanted:
+            raise ConfigError(
+                f"checkpoints: got one with sums of {', '.join(found)}, expected those of "
+                f"{', '.join(wanted)}; finish the run with the version that began it, or choose "
+                "another output_dir"
+            )
+        self._since_log, self._run = dict(state["since_log"]), dict(state["run"])
         self._untrained = state.get("untrained_steps", 0)
 
 
-def _mean(total: float, weight: float) -> float | None:
-    return total / weight if weight else None
+def _names(metrics: Mapping[str, Metric]) -> list[str]:
+    """The sums that metrics need."""
+    return [name for metric in metrics.values() for name in metric.names()]

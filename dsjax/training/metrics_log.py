@@ -23,17 +23,6 @@ from dsjax.config.json_file import parse
 from dsjax.errors import ConfigError, files_of
 
 METRICS_FILE, PICTURE, BOARD = "metrics.jsonl", "training_loss.png", "tensorboard"
-TRAIN_KEYS = (
-    "epoch",
-    "loss",
-    "accuracy",
-    "learning_rate",
-    "grad_norm",
-    "tokens",
-    "tokens_per_second",
-    "mfu",
-)
-EVAL_KEYS = ("eval_loss", "eval_perplexity", "eval_tokens")
 
 
 class MetricsLog:
@@ -84,9 +73,9 @@ class MetricsLog:
             self._board.close()
 
     def log(self, step: int, values: Mapping[str, object]) -> None:
-        """Write the training line of a step: all of TRAIN_KEYS first, then what else is given."""
-        ordered = {key: values[key] for key in TRAIN_KEYS} | dict(values)
-        self._write(step, ordered, lambda key: f"train/{key}")
+        """Write the training line of a step."""
+        assert "loss" in values, f"not a training line: {list(values)}"
+        self._write(step, values, lambda key: f"train/{key}")
 
     def evaluated(self, step: int) -> bool:
         """Whether the evaluation of a step is logged, by this or an earlier process of the run."""
@@ -97,12 +86,12 @@ class MetricsLog:
         self._evaluated.discard(step)
 
     def log_eval(self, step: int, values: Mapping[str, object]) -> None:
-        """Write an evaluation line, once a step: all of EVAL_KEYS, then other `eval_*` keys."""
-        ordered = {key: values[key] for key in EVAL_KEYS} | dict(values)
-        assert all(key.startswith("eval_") for key in ordered), f"not eval_*: {list(ordered)}"
+        """Write an evaluation line, once a step."""
+        assert "eval_loss" in values, f"not an evaluation: {list(values)}"
+        assert all(key.startswith("eval_") for key in values), f"not eval_*: {list(values)}"
         if step not in self._evaluated:
             self._evaluated.add(step)
-            self._write(step, ordered, lambda key: f"eval/{key.removeprefix('eval_')}")
+            self._write(step, values, lambda key: f"eval/{key.removeprefix('eval_')}")
 
     def log_summary(self, step: int, values: Mapping[str, object]) -> None:
         """Write the closing line, unless an earlier process of this run wrote it at this step."""

@@ -63,16 +63,10 @@ def _restore_newest(run: Path, config: RunConfig, setup: Assembly) -> Restored:
     return Restored(step, state["trainable"], meta)
 
 
-class _Sums(BaseModel, strict=True, extra="forbid"):
-    loss: float
-    weight: float
-    correct: float
-    tokens: int
-
-
-class _Meter(BaseModel, strict=True):
-    since_log: _Sums
-    run: _Sums
+class _Meter(BaseModel, strict=True, extra="forbid"):
+    since_log: dict[str, float]
+    run: dict[str, float]
+    untrained_steps: int = 0
 
 
 class _Meta(BaseModel, strict=True):

@@ -20,8 +20,9 @@ from dsjax.adapters.method import AdapterConfig
 from dsjax.config import AdapterSection, ModelSection, ObjectiveSection, RunConfig
 from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import Params, check_experts, leaf_shardings
-from dsjax.models import Model, build, predict_ahead
-from dsjax.objectives.checks import check_biases, check_objective, check_prediction
+from dsjax.errors import raise_all
+from dsjax.models import Model, build
+from dsjax.objectives import objective_of
 from dsjax.training.partition import Partition, make_partition
 from dsjax.weights import peft
 from dsjax.weights.adapter import check_params, check_targets, fitted, load_params, resolve
@@ -95,16 +96,18 @@ def assemble_model(
     weights: bool = True,
 ) -> Assembly:
     """`assemble` from the sections that a model needs; None for a model that is only used."""
-    objective = objective or ObjectiveSection()
+    options = objective or ObjectiveSection()
+    own = objective_of(options)
     source = open_checkpoint(section.path, section.revision, weights, adapter.path, checked=True)
     model = build(source.config, section.dtype)
     spec, left_out = fitted(adapter, resolve(adapter), model)
     if left_out and jax.process_index() == 0:
         print(left_out, file=sys.stderr)
-    check_objective(objective, model, spec.peft_type if spec else None)
-    if objective.mtp_loss_weight:
-        predict_ahead(model)
-    carried = _check_weights(objective, model, source) if weights else []
+    raise_all(own.problems(options, model, spec.peft_type if spec else None))
+    own.prepare(options, model)
+    if weights:
+        raise_all(own.tensor_problems(options, model, source.tensors))
+    carried = check_coverage(source, model) if weights else []
     if spec is not None:
         check_targets(adapter, spec, model)
     adapters.attach(model, spec)
@@ -113,20 +116,11 @@ def assemble_model(
         freeze=freeze,
         dtype=section.dtype,
         param_dtype=section.param_dtype,
-        balance=objective.bias_update_speed > 0,
+        balance=own.moves_biases(options),
     )
     if weights and adapter.path is not None and spec is not None:
         check_params(adapter.path, model, spec, partition.leaves, source.read)
     return Assembly(section, source, model, spec, partition, mesh, carried, adapter.path)
-
-
-def _check_weights(objective: ObjectiveSection, model: Model, source: Source) -> list[str]:
-    """Hold the model against the checkpoint's tensors; returns those that it only carries."""
-    if objective.mtp_loss_weight:
-        check_prediction(objective, model, source.tensors)
-    carried = check_coverage(source, model)
-    check_biases(objective, model, source.tensors)
-    return carried
 
 
 Progress = Callable[[int, int], None]

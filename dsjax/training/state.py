@@ -6,7 +6,6 @@ abstract or as arrays. Not done here: the step itself (`step`).
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,12 +15,12 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import RunConfig
+from dsjax.config import ObjectiveSection, RunConfig
 from dsjax.data import Batch
 from dsjax.distributed.mesh import portions, rows_sharding
 from dsjax.distributed.sharding import Params, leaf_shardings, shardings_like
-from dsjax.objectives import OBJECTIVES
-from dsjax.objectives.sft import Forward, Sums
+from dsjax.objectives import objective_of
+from dsjax.objectives.objective import Objective, Sums
 from dsjax.training.loss_scale import LossScale, first_loss_scale
 from dsjax.training.optimizer import Schedule, decay_mask, make_optimizer, make_schedule
 from dsjax.training.partition import Partition
@@ -57,7 +56,8 @@ class StepConfig:
     """The parts of a step; all static."""
 
     partition: Partition
-    objective: Callable[[Any, Batch, Forward], Sums]
+    objective: Objective
+    options: ObjectiveSection
     optimizer: optax.GradientTransformation
     schedule: Schedule
     mesh: Mesh
@@ -66,20 +66,20 @@ class StepConfig:
     remat: str
     dropout: bool
     float16: bool
-    aux_loss_alpha: float
-    bias_update_speed: float
-    mtp_loss_weight: float
 
 
 def step_config(
     config: RunConfig, partition: Partition, mesh: Mesh, total_steps: int
 ) -> StepConfig:
     """The parts of a run's step."""
+    objective = objective_of(config.objective)
+    assert set(objective.batch_fields) <= set(Batch._fields), "the rows lack what it reads"
     schedule = make_schedule(config.optimizer, total_steps)
     mask = decay_mask(dict.fromkeys(partition.gradient_params))
     return StepConfig(
         partition=partition,
-        objective=OBJECTIVES[config.objective.type],
+        objective=objective,
+        options=config.objective,
         optimizer=make_optimizer(config.optimizer, schedule, mask),
         schedule=schedule,
         mesh=mesh,
@@ -90,9 +90,6 @@ def step_config(
         remat=config.training.gradient_checkpointing,
         dropout=any(leaf.kind == "adapter" for leaf in partition.leaves.values()),
         float16=config.model.dtype == "float16",
-        aux_loss_alpha=config.objective.aux_loss_alpha,
-        bias_update_speed=config.objective.bias_update_speed,
-        mtp_loss_weight=config.objective.mtp_loss_weight,
     )
 
 

@@ -2,11 +2,13 @@
 """The train step: a pure function over raw pytrees in one `jax.jit`.
 
 In: the state (trainable arrays, optimizer state, counters), the frozen arrays and a batch. Out: the
-new state and the step's sums. Gradients exist for the learnt part only, are float32 and are
-divided once by the weight of the whole batch; routers' biases move by the experts' loads instead.
+new state and the step's sums. Gradients exist for the learnt part only, are float32, and each term
+of the loss is divided once, by its divisor over the whole batch; what has no gradient and trains
+all the same, routers' biases, is moved by the objective. Names of terms and sums are its own.
 Not done here: loading, logging, saving, evaluating (`evaluation`).
 """
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from dsjax.data import Batch
 from dsjax.distributed.mesh import batch_shards, microbatches, replicated, rows_sharding
 from dsjax.distributed.sharding import Params, leaf_shardings, make_layout
 from dsjax.models.slots import Dropout
-from dsjax.objectives.sft import Forward, Sums, shifted
+from dsjax.objectives.objective import Forward, Sums
 from dsjax.training.loss_scale import next_loss_scale
 from dsjax.training.optimizer import clip_by_global_norm
 from dsjax.training.partition import Partition
@@ -54,10 +56,7 @@ def make_train_step(
     }
 
     def train_step(state: TrainState, frozen: Params, batch: Batch):
-        weight = jnp.sum(batch.loss_weights)
-        # A batch without a trained token has nothing to divide by, and no gradient either.
-        loss_multiplier = state.loss_scale.scale / jnp.where(weight > 0, weight, 1.0)
-        grads, sums = _accumulate(config, state, frozen, batch, loss_multiplier)
+        grads, sums = _accumulate(config, state, frozen, batch)
         grads = jax.tree.map(lambda g: g / state.loss_scale.scale, grads)
         norm = optax.tree.norm(grads)
         updated, learning_rate, lost = _update(config, state, grads, norm, sums)
@@ -83,15 +82,10 @@ def make_train_step(
 
 
 def _accumulate(
-    config: StepConfig, state: TrainState, frozen: Params, batch: Batch, loss_multiplier: jax.Array
+    config: StepConfig, state: TrainState, frozen: Params, batch: Batch
 ) -> tuple[Params, Sums]:
-    """Gradients of seed * loss sum, and the sums, over all microbatches.
-
-    The balance loss, a mean over rows, and the loss of the token after the next, a mean over its
-    own tokens, are in the gradients and not in the sum of the loss.
-    """
-    key = _step_key(state)
-    balance_seed, ahead_seed = _term_seeds(config, state, batch)
+    """Gradients of the scaled terms together, and the sums, over all microbatches."""
+    key, multipliers = _step_key(state), _multipliers(config, state, batch)
     params_f32 = gradient_params_f32(state.trainable, config.partition)
     constants = frozen | {path: state.trainable[path] for path in config.partition.router_biases}
 
@@ -100,24 +94,13 @@ def _accumulate(
         dropout = None
         if token_BT is not None:
             dropout = Dropout(key, jax.lax.with_sharding_constraint(token_BT, layout.rows))
-        forward = Forward(
-            config.remat,
-            dropout,
-            layout,
-            batch_shards(config.mesh),
-            config.mtp_loss_weight > 0,
-        )
+        forward = Forward(config.remat, dropout, layout, batch_shards(config.mesh))
 
         def scaled_loss(params_f32: Params) -> tuple[jax.Array, Sums]:
-            sums = config.objective(config.partition.merge(params_f32, constants), rows, forward)
-            loss = sums.loss * loss_multiplier
-            if not config.aux_loss_alpha:  # then it need not be computed
-                sums = sums._replace(balance=None)
-            elif sums.balance is not None:
-                loss += sums.balance * balance_seed
-            if sums.ahead is not None:
-                loss += sums.ahead.loss * ahead_seed
-            return loss, sums
+            model = config.partition.merge(params_f32, constants)
+            sums = config.objective.sums(model, rows, forward, config.options)
+            scaled = [sums[name] * by for name, by in multipliers.items() if name in sums]
+            return functools.reduce(jnp.add, scaled), sums
 
         (_, sums), grads = jax.value_and_grad(scaled_loss, has_aux=True)(params_f32)
         return _masked(grads, config.partition), sums
@@ -139,15 +122,17 @@ def _accumulate(
     return total
 
 
-def _term_seeds(config: StepConfig, state: TrainState, batch: Batch) -> tuple[Any, Any]:
-    """What the balance loss and the loss of the token after the next are multiplied by."""
-    filled = jnp.sum(jnp.any(batch.segment_ids > 0, axis=1))
-    balance_seed = config.aux_loss_alpha * state.loss_scale.scale / jnp.maximum(filled, 1)
-    if not config.mtp_loss_weight:
-        return balance_seed, 0.0
-    weight = jnp.sum(shifted(batch).loss_weights)
-    scaled = config.mtp_loss_weight * state.loss_scale.scale
-    return balance_seed, scaled / jnp.where(weight > 0, weight, 1.0)
+def _multipliers(config: StepConfig, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+    """What the sum of each term is multiplied by: its weight over the whole batch's divisor.
+
+    A batch without a trained token has nothing to divide by, and no gradient either.
+    """
+    found = {}
+    for name, term in config.objective.terms(config.options).items():
+        divisor = term.divisor(batch)
+        scaled = term.weight * state.loss_scale.scale
+        found[name] = scaled / jnp.where(divisor > 0, divisor, 1)
+    return found
 
 
 def _step_key(state: TrainState) -> jax.Array:
@@ -190,21 +175,11 @@ def _update(
 
 
 def _moved_biases(config: StepConfig, trainable: Params, sums: Sums) -> Params:
-    """Routers' biases after a step: DeepSeek-V3's balancing without a loss.
-
-    An expert that took more of the batch's real tokens than the mean of its layer loses
-    `bias_update_speed`, one that took fewer gains it (arXiv 2412.19437, 2.1.2).
-    """
+    """Routers' biases after a step."""
     moved = {}
     for path in config.partition.router_biases:
-        own = sums.ahead if path.startswith("mtp.") else sums
-        assert own is not None and own.tokens_per_expert is not None
-        loads_LE = own.tokens_per_expert
-        mean_L1 = jnp.sum(loads_LE, axis=-1, keepdims=True) / loads_LE.shape[-1]
-        bias_LE = trainable[path]
-        assert bias_LE.shape == loads_LE.shape, path
-        new_LE = bias_LE + config.bias_update_speed * jnp.sign(mean_L1 - loads_LE)
-        moved[path] = _where_trained(path, new_LE, bias_LE, config.partition)
+        new = config.objective.moved(config.options, path, trainable[path], sums)
+        moved[path] = _where_trained(path, new, trainable[path], config.partition)
     return moved
 
 

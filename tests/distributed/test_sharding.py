@@ -2,7 +2,6 @@
 """Every mesh computes what one device computes, and holds each array in its parts."""
 
 import functools
-import importlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +24,7 @@ from dsjax.distributed.compiled import collectives_of
 from dsjax.distributed.mesh import batch_shards, check_batch, make_mesh, replicated
 from dsjax.distributed.sharding import Leaf
 from dsjax.errors import ConfigError
+from dsjax.objectives import cross_entropy
 from dsjax.training.partition import make_partition
 
 MESHES = {
@@ -111,7 +111,7 @@ def _dropped(recipe: str) -> tiny_steps.Outcome:
 def test_dropout_is_the_same_on_every_mesh_and_in_any_number_of_portions(
     monkeypatch: pytest.MonkeyPatch, recipe: str, mesh: dict[str, int] | None, pieces: int
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("dsjax.objectives.sft"), "TOKENS_PER_CHUNK", 32)
+    monkeypatch.setattr(cross_entropy, "TOKENS_PER_CHUNK", 32)
     training = {"batch_size": 8, "gradient_accumulation_steps": pieces}
     run = tiny_steps.start(**DROPPING[recipe], mesh=mesh, training=training)
     tiny_steps.assert_same(tiny_steps.two_steps(run), _dropped(recipe))

@@ -175,7 +175,7 @@ def test_the_proof_has_the_room_of_the_optimizer_and_ends_the_run_by_what_it_lac
     words = ["--config", str(config), "data.eval=null"]
     loops: list[weakref.ref[Loop]] = []
     optimizer: list[jax.Array] = []
-    steps = Loop.run
+    steps = Loop.steps
 
     def keep(loop: Loop, *given: Any) -> Any:
         loops.append(weakref.ref(loop))
@@ -190,7 +190,7 @@ def test_the_proof_has_the_room_of_the_optimizer_and_ends_the_run_by_what_it_lac
         raise NO_MEMORY
 
     with monkeypatch.context() as patched:
-        patched.setattr(Loop, "run", keep)
+        patched.setattr(Loop, "steps", keep)
         patched.setattr(verify, "prove", look)
         with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
             train.main(words)

@@ -220,7 +220,7 @@ def test_a_training_whose_evaluation_always_fails_ends_without_it(
     evaluate_at = Loop.evaluate
 
     def fail_at_the_end(self: Loop, state: Any, step: int, *arguments: Any) -> dict[str, Any]:
-        if step == self.total:
+        if step == self.run.total:
             raise RuntimeError("no such kernel")
         return evaluate_at(self, state, step, *arguments)
 

@@ -43,9 +43,9 @@ def test_a_bias_moves_against_its_experts_load() -> None:
     run, batch = _compiled().fresh(), tiny_steps.batch()
     before = run.trainable()[BIAS]
 
-    first = np.asarray(run.step(batch).sums.tokens_per_expert)
+    first = np.asarray(run.step(batch).sums["tokens_per_expert"])
     once = run.trainable()[BIAS]
-    second = np.asarray(run.step(tiny_steps.batch(seed=1)).sums.tokens_per_expert)
+    second = np.asarray(run.step(tiny_steps.batch(seed=1)).sums["tokens_per_expert"])
 
     np.testing.assert_array_equal(once, _expected(before, first))
     np.testing.assert_array_equal(run.trainable()[BIAS], _expected(once, second))
@@ -73,7 +73,7 @@ def test_optimizer_decay_and_norm_do_not_know_of_it() -> None:
     assert BIAS not in run.state.opt_state[0].mu
     assert float(found.grad_norm) == float(expected.grad_norm)
     np.testing.assert_array_equal(
-        run.trainable()[BIAS], _expected(before, np.asarray(found.sums.tokens_per_expert))
+        run.trainable()[BIAS], _expected(before, np.asarray(found.sums["tokens_per_expert"]))
     )
     for path, array in plain.trainable().items():
         assert array.tobytes() == run.trainable()[path].tobytes(), path
@@ -113,7 +113,7 @@ def test_a_skipped_float16_step_moves_nothing() -> None:
     np.testing.assert_array_equal(run.trainable()[BIAS], before)
 
     run.state = run.state._replace(loss_scale=_scale(1.0))
-    loads = np.asarray(run.step(tiny_steps.batch()).sums.tokens_per_expert)
+    loads = np.asarray(run.step(tiny_steps.batch()).sums["tokens_per_expert"])
     np.testing.assert_array_equal(run.trainable()[BIAS], _expected(before, loads))
 
 
@@ -121,7 +121,7 @@ def test_a_frozen_layer_keeps_its_bias() -> None:
     run = _start(training={"freeze": ["model.layers.1.mlp.gate.e_score_correction_bias"]})
     before = run.trainable()[BIAS]
     assert run.config.partition.layer_masks[BIAS].tolist() == [False, True]
-    loads = np.asarray(run.step(tiny_steps.batch()).sums.tokens_per_expert)
+    loads = np.asarray(run.step(tiny_steps.batch()).sums["tokens_per_expert"])
     after, moved = run.trainable()[BIAS], _expected(before, loads)
     assert after[0].tobytes() == before[0].tobytes()
     np.testing.assert_array_equal(after[1], moved[1])

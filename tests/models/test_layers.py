@@ -4,7 +4,6 @@
 Not here: the layers' values, which the parity tests compare with transformers.
 """
 
-import importlib
 from typing import Any
 
 import hypothesis.strategies as st
@@ -22,8 +21,7 @@ from dsjax.models.ops import attention
 from dsjax.models.ops.attention import Tokens, dot_product_attention
 from dsjax.models.ops.grouped_matmul import grouped_matmul
 from dsjax.models.slots import Dropout
-
-SFT = importlib.import_module("dsjax.objectives.sft")  # the package has a function of that name
+from dsjax.objectives import cross_entropy
 
 VOCAB, WIDE, HIDDEN = 32, 12, 8
 
@@ -190,7 +188,7 @@ def test_chunks_of_the_head_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) -
     batch = tiny_steps.batch(8, 64)
     gradients = []
     for tokens in (8, 512):
-        monkeypatch.setattr(SFT, "TOKENS_PER_CHUNK", tokens)
+        monkeypatch.setattr(cross_entropy, "TOKENS_PER_CHUNK", tokens)
         run = tiny_steps.start({"num_hidden_layers": 1}, model={"dtype": "bfloat16"})
         run.step(batch)
         gradients.append(run.gradients()["lm_head.weight"])

@@ -9,10 +9,12 @@ import tiny_steps
 
 from dsjax.adapters.lora import LoraConfig
 from dsjax.adapters.prefix import PrefixConfig
+from dsjax.config import ObjectiveSection
 from dsjax.models import build
 from dsjax.models.decoder import REMAT
 from dsjax.models.slots import Dropout
-from dsjax.objectives.sft import Forward, sft
+from dsjax.objectives.objective import Forward
+from dsjax.objectives.sft import sft_sums
 from dsjax.training.partition import unflatten
 
 Params = dict[str, jax.Array]
@@ -32,7 +34,7 @@ def test_rematerialisation_changes_no_number(adapter: LoraConfig | None) -> None
     def outcome(remat: str) -> tuple[jax.Array, Params]:
         def loss(trainable: Params) -> jax.Array:
             model = unflatten(run.config.partition.graphdef, {**run.frozen, **trainable})
-            return sft(model, batch, Forward(remat, dropout)).loss
+            return sft_sums(model, batch, Forward(remat, dropout), ObjectiveSection())["loss"]
 
         lowered = jax.jit(jax.value_and_grad(loss)).lower(run.state.trainable)
         return lowered.compile(tiny_steps.QUICK_COMPILE)(run.state.trainable)
@@ -54,7 +56,7 @@ def test_policies_keep_what_they_say() -> None:
     def kept(remat: str) -> int:
         def loss(trainable: Params) -> jax.Array:
             model = unflatten(run.config.partition.graphdef, trainable)
-            return sft(model, batch, Forward(remat)).loss
+            return sft_sums(model, batch, Forward(remat), ObjectiveSection())["loss"]
 
         _, residuals = jax.eval_shape(lambda t: jax.vjp(loss, t), run.state.trainable)
         leaves = [x for x in jax.tree.leaves(residuals) if x.ndim > 2 and x.shape[:2] == (7, 2)]

@@ -85,7 +85,7 @@ def _gradients(alpha: float, mesh: dict[str, int] | None = None, pieces: int = 1
         tiny_steps.V3, mesh=mesh, training=training, objective={"aux_loss_alpha": alpha}
     )
     report = run.step(tiny_steps.batch())
-    return run.gradients() | {"loss": np.asarray(report.sums.loss)}
+    return run.gradients() | {"loss": np.asarray(report.sums["loss"])}
 
 
 def test_the_loss_is_in_the_gradients_and_not_in_what_is_logged() -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chunked loss is the plain one, in value and gradient, and never holds the logits of a row."""
 
-import importlib
 import re
 from typing import Any
 
@@ -13,14 +12,17 @@ import tiny_steps
 from flax import nnx
 
 from dsjax.adapters.lora import LoraConfig
+from dsjax.config import ObjectiveSection
 from dsjax.data import Batch
 from dsjax.models import Model
 from dsjax.models.decoder import Hidden
 from dsjax.models.slots import Dropout
-from dsjax.objectives.sft import Forward, Sums, sft
+from dsjax.objectives import cross_entropy
+from dsjax.objectives.objective import Forward, Sums
+from dsjax.objectives.sft import sft_sums
 from dsjax.training.step import make_train_step
 
-SFT = importlib.import_module("dsjax.objectives.sft")  # the package has a function of that name
+OPTIONS = ObjectiveSection()
 
 
 class Head(Model):
@@ -59,12 +61,12 @@ def _plain(hidden: jax.Array, weight: jax.Array, batch: Batch) -> tuple[jax.Arra
 def test_chunks_give_the_plain_cross_entropy(
     length: int, shards: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SFT, "TOKENS_PER_CHUNK", 8 // shards)
+    monkeypatch.setattr(cross_entropy, "TOKENS_PER_CHUNK", 8 // shards)
     hidden, weight, batch = _inputs(length)
 
     def chunked(hidden: jax.Array, weight: jax.Array) -> tuple[jax.Array, Sums]:
-        sums = sft(Head(hidden, weight), batch, Forward(row_shards=shards))
-        return sums.loss, sums
+        sums = sft_sums(Head(hidden, weight), batch, Forward(row_shards=shards), OPTIONS)
+        return sums["loss"], sums
 
     def plain(hidden: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _plain(hidden, weight, batch)
@@ -73,9 +75,9 @@ def test_chunks_give_the_plain_cross_entropy(
     (expected, hits), exact = jax.value_and_grad(plain, (0, 1), has_aux=True)(hidden, weight)
 
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
-    assert float(sums.correct) == float(hits)
-    assert float(sums.weight) == batch.loss_weights.sum()
-    assert int(sums.tokens) == (batch.segment_ids > 0).sum()
+    assert float(sums["correct"]) == float(hits)
+    assert float(sums["weight"]) == batch.loss_weights.sum()
+    assert int(sums["tokens"]) == (batch.segment_ids > 0).sum()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6), gradients, exact)
 
 
@@ -84,7 +86,7 @@ def test_chunks_give_the_plain_cross_entropy(
 def test_a_train_step_has_no_array_of_all_logits(
     tied: bool, adapted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SFT, "TOKENS_PER_CHUNK", 64)
+    monkeypatch.setattr(cross_entropy, "TOKENS_PER_CHUNK", 64)
     adapter = LoraConfig(r=2, lora_alpha=2) if adapted else None
     vocab_size, rows, length = 61, 4, 56  # 61 is the size of nothing else
     run = tiny_steps.start({"vocab_size": vocab_size, "tie_word_embeddings": tied}, adapter)
@@ -111,10 +113,10 @@ def test_dropout_of_an_adapted_head_goes_by_tokens_not_by_chunks(
     keep = dropout.fold_in(model.lm_head.adapter.seed).keep(0.5, states.shape[-1])
     low = jnp.where(keep, states * 2, 0) @ model.lm_head.adapter.lora_A[...].T
     logits = states @ model.lm_head.weight[...].T + low @ model.lm_head.adapter.lora_B[...].T
-    expected, _ = SFT._cross_entropy(logits, batch.targets, batch.loss_weights)
+    expected, _ = cross_entropy._cross_entropy(logits, batch.targets, batch.loss_weights)
 
-    monkeypatch.setattr(SFT, "TOKENS_PER_CHUNK", chunk)
-    found = sft(model, batch, Forward(dropout=dropout)).loss
+    monkeypatch.setattr(cross_entropy, "TOKENS_PER_CHUNK", chunk)
+    found = sft_sums(model, batch, Forward(dropout=dropout), OPTIONS)["loss"]
 
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
     assert len(np.unique(np.asarray(keep).reshape(48, -1), axis=0)) == 48

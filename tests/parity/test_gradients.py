@@ -14,9 +14,11 @@ import torch_reference
 from flax import nnx
 
 import dsjax
+from dsjax.config import ObjectiveSection
 from dsjax.data import Batch
 from dsjax.models import entries_of
-from dsjax.objectives.sft import Forward, sft
+from dsjax.objectives.objective import Forward
+from dsjax.objectives.sft import sft_sums
 from dsjax.training.partition import flatten, unflatten
 
 pytestmark = pytest.mark.parity
@@ -76,8 +78,9 @@ def test_loss_and_gradients_are_those_of_torch(variant: str, remat: str, tmp_pat
     graphdef, params = nnx.graphdef(model), flatten(model)
 
     def loss(params: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        sums = sft(unflatten(graphdef, params), _batch(rows), Forward(remat))
-        return sums.loss, sums.weight
+        found, options = unflatten(graphdef, params), ObjectiveSection()
+        sums = sft_sums(found, _batch(rows), Forward(remat), options)
+        return sums["loss"], sums["weight"]
 
     (total, weight), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 

@@ -6,6 +6,7 @@ import pty
 import subprocess
 import sys
 
+from dsjax.objectives import SFT
 from dsjax.training.console import Loading, Progress, banner, trainable_line, trainable_table
 
 VALUES = {
@@ -30,7 +31,7 @@ def test_loading_tells_small_and_large_files_in_units_that_show_them(capsys):
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):
-    with Progress(20, start_step=10) as progress:
+    with Progress(SFT, 20, start_step=10) as progress:
         for step in range(11, 21):
             progress.advance(step)
             if step % 5 == 0:
@@ -46,7 +47,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
 
 
 def test_steps_that_train_nothing_are_explained_once_and_counted(capsys):
-    with Progress(4) as progress:
+    with Progress(SFT, 4) as progress:
         for step, untrained in enumerate([0, 1, 1, 2], 1):
             told = {"untrained_steps": untrained} if untrained else {}
             progress.log(step, {"loss": 1.25 if step != 2 else None} | told)
@@ -65,7 +66,7 @@ def test_no_escape_codes_where_there_is_no_terminal(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     banner({"model": "x" * 300, "target": "[q_proj]"})
     trainable_table([("q_proj.weight", "2 x 8 x 96", "float32", 1536, 1536)], 34016)
-    with Progress(2) as progress:
+    with Progress(SFT, 2) as progress:
         progress.advance(1)
         progress.log(1, VALUES)
     out, err = capsys.readouterr()
@@ -110,7 +111,7 @@ def test_trainable_table_prints_what_it_returns(capsys):
 
 
 def test_other_processes_print_nothing(capsys):
-    with Progress(2, primary=False) as progress:
+    with Progress(SFT, 2, primary=False) as progress:
         progress.advance(1)
         progress.log(1, VALUES)
         progress.log_eval(1, {"eval_loss": 0.5})
@@ -118,8 +119,9 @@ def test_other_processes_print_nothing(capsys):
 
 
 SCRIPT = """
+from dsjax.objectives import SFT
 from dsjax.training.console import Progress
-with Progress(2) as progress:
+with Progress(SFT, 2) as progress:
     progress.log(1, {"loss": 1.25, "tokens_per_second": 1234.0})
     progress.log_eval(1, {"eval_loss": 0.5})
     print("result")

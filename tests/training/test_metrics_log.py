@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dsjax.config import LoggingSection
 from dsjax.errors import ConfigError
+from dsjax.objectives import SFT
 from dsjax.training import meter as meter_module
-from dsjax.training import metrics_log
 from dsjax.training.loss_plot import MOST_POINTS, _binned, _smooth, plot_loss
 from dsjax.training.meter import Meter
 from dsjax.training.metrics_log import MetricsLog, read_metrics
@@ -30,10 +30,10 @@ BOARD = LoggingSection(report_to=["tensorboard"])
 
 def train_values(loss=1.5, **more):
     values = {
-        "learning_rate": 1e-4,
         "epoch": 0.5,
         "loss": loss,
         "accuracy": 0.25,
+        "learning_rate": 1e-4,
         "grad_norm": np.float32(0.1),
         "tokens": 64,
         "tokens_per_second": 12.5,
@@ -57,12 +57,19 @@ def lines(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_one_loss_line_per_step_with_the_contract_keys_in_order(tmp_path):
+def add(meter, loss, weight, correct, tokens, **more):
+    """Tell a meter of a step's sums."""
+    sums = {"loss": loss, "weight": weight, "correct": correct} | more
+    arrays = {name: np.float32(value) for name, value in sums.items()}
+    meter.add(arrays | {"tokens": np.int32(tokens)})
+
+
+def test_one_loss_line_per_step_with_the_keys_in_the_order_given(tmp_path):
     write_run(tmp_path, [1, 2])
     rows = lines(tmp_path)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
-    assert tuple(rows[0]) == ("step", *metrics_log.TRAIN_KEYS)
-    assert tuple(rows[1]) == ("step", *metrics_log.EVAL_KEYS)
+    assert tuple(rows[0]) == ("step", *train_values())
+    assert tuple(rows[1]) == ("step", *eval_values())
     assert rows[0]["mfu"] is None
 
 
@@ -88,9 +95,12 @@ def test_a_line_waits_for_the_disk_once(tmp_path, monkeypatch):
         assert len(synced) == 1
 
 
-def test_missing_contract_key_is_our_error(tmp_path):
-    with MetricsLog(tmp_path, SILENT, 0) as log, pytest.raises(KeyError, match="loss"):
-        log.log(1, {"epoch": 0.0})
+def test_a_line_without_a_loss_is_our_error(tmp_path):
+    with MetricsLog(tmp_path, SILENT, 0) as log:
+        with pytest.raises(AssertionError, match="not a training line"):
+            log.log(1, {"epoch": 0.0})
+        with pytest.raises(AssertionError, match="not an evaluation"):
+            log.log_eval(1, {"eval_accuracy": 0.0})
 
 
 def test_non_finite_becomes_null_with_a_warning(tmp_path, capsys):
@@ -152,7 +162,7 @@ def test_a_new_start_in_the_same_directory_starts_the_file_again(tmp_path):
 
 
 def test_summary_is_written_once_over_restarts(tmp_path):
-    summary = Meter().summary()
+    summary = Meter(SFT).summary()
     for resume_step in (0, 5):
         with MetricsLog(tmp_path, SILENT, resume_step) as log:
             log.log_summary(5, summary | {"train_loss": 1.0})
@@ -180,7 +190,7 @@ def test_tensorboard_has_scalars_and_texts(tmp_path):
         log.log(3, train_values(loss=math.nan))
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(board.Tags()["scalars"]) == {
-        *(f"train/{key}" for key in metrics_log.TRAIN_KEYS if key != "mfu"),
+        *(f"train/{key}" for key in train_values() if key != "mfu"),
         "eval/loss",
         "eval/perplexity",
         "eval/tokens",
@@ -231,29 +241,29 @@ def test_no_tensorboard_unless_asked(tmp_path):
 
 
 def test_meter_gives_token_means_since_the_last_values():
-    meter = Meter()
-    meter.add(np.float32(6), 2.0, 1.0, 4)
-    meter.add(2.0, 2.0, 2.0, np.int32(4))
+    meter = Meter(SFT)
+    add(meter, 6.0, 2.0, 1.0, 4)
+    add(meter, 2.0, 2.0, 2.0, 4)
     first = meter.values()
     assert (first["loss"], first["accuracy"], first["tokens"]) == (2.0, 0.75, 8)
-    meter.add(5.0, 1.0, 0.0, 4)
+    add(meter, 5.0, 1.0, 0.0, 4)
     second = meter.values()
     assert (second["loss"], second["accuracy"], second["tokens"]) == (5.0, 0.0, 12)
     assert meter.summary()["train_loss"] == 13 / 5
 
 
 def test_steps_without_a_trained_token_have_no_loss_and_are_counted():
-    meter = Meter()
-    meter.add(2.0, 1.0, 1.0, 8)
+    meter = Meter(SFT)
+    add(meter, 2.0, 1.0, 1.0, 8)
     assert "untrained_steps" not in meter.values() | meter.summary() | meter.state()
-    meter.add(0.0, 0.0, 0.0, 8)
+    add(meter, 0.0, 0.0, 0.0, 8)
     values = meter.values()
     assert values["loss"] is None and values["accuracy"] is None
     assert (values["tokens"], values["untrained_steps"]) == (16, 1)
-    meter.add(0.0, 0.0, 0.0, 0)  # a step that float16 skipped: it tells of nothing
-    meter.add(4.0, 1.0, 1.0, 8)
-    meter.add(0.0, 0.0, 0.0, 8)
-    after = Meter()
+    add(meter, 0.0, 0.0, 0.0, 0)  # a step that float16 skipped: it tells of nothing
+    add(meter, 4.0, 1.0, 1.0, 8)
+    add(meter, 0.0, 0.0, 0.0, 8)
+    after = Meter(SFT)
     after.restore(json.loads(json.dumps(meter.state())))
     for each in (meter, after):
         values = each.values()
@@ -262,8 +272,8 @@ def test_steps_without_a_trained_token_have_no_loss_and_are_counted():
 
 
 def test_a_run_that_trains_nothing_has_no_loss():
-    meter = Meter()
-    meter.add(0.0, 0.0, 0.0, 8)
+    meter = Meter(SFT)
+    add(meter, 0.0, 0.0, 0.0, 8)
     assert meter.summary()["train_loss"] is None
 
 
@@ -277,30 +287,30 @@ def test_a_window_without_loss_is_null_and_not_warned_of(tmp_path, capsys):
 
 
 def test_the_loss_ahead_is_a_mean_of_its_own_and_survives_a_restore():
-    meter, plain = Meter(), Meter()
-    plain.add(2.0, 2.0, 1.0, 2)
-    assert "mtp_loss" not in plain.values() and "ahead" not in plain.state()
-    meter.add(2.0, 2.0, 1.0, 2, (3.0, 1.0))
-    after = Meter()
+    meter, plain = Meter(SFT), Meter(SFT)
+    add(plain, 2.0, 2.0, 1.0, 2)
+    assert "mtp_loss" not in plain.values() and "mtp_loss" not in plain.state()["since_log"]
+    add(meter, 2.0, 2.0, 1.0, 2, mtp_loss=3.0, mtp_weight=1.0)
+    after = Meter(SFT)
     after.restore(json.loads(json.dumps(meter.state())))
     for each in (meter, after):
-        each.add(2.0, 2.0, 1.0, 2, (1.0, 3.0))
+        add(each, 2.0, 2.0, 1.0, 2, mtp_loss=1.0, mtp_weight=3.0)
         values = each.values()
         assert (values["loss"], values["mtp_loss"]) == (1.0, 1.0)
-        each.add(2.0, 2.0, 1.0, 2, (0.0, 0.0))
+        add(each, 2.0, 2.0, 1.0, 2, mtp_loss=0.0, mtp_weight=0.0)
         assert each.values()["mtp_loss"] is None
 
 
 def test_meter_restored_in_the_middle_gives_the_unbroken_numbers():
     sums = np.random.default_rng(0).uniform(1, 9, (6, 3)).astype(np.float32)
-    whole, before, after = Meter(), Meter(), Meter()
+    whole, before, after = Meter(SFT), Meter(SFT), Meter(SFT)
     for row in sums:
-        whole.add(*row, 8)
+        add(whole, *row, 8)
     for row in sums[:4]:
-        before.add(*row, 8)
+        add(before, *row, 8)
     after.restore(json.loads(json.dumps(before.state())))
     for row in sums[4:]:
-        after.add(*row, 8)
+        add(after, *row, 8)
     expected, seen = whole.values(), after.values()
     assert [seen[key] for key in ("loss", "accuracy", "tokens")] == [
         expected[key] for key in ("loss", "accuracy", "tokens")
@@ -311,8 +321,8 @@ def test_meter_restored_in_the_middle_gives_the_unbroken_numbers():
 def test_meter_speed_leaves_out_pauses(monkeypatch):
     clock = iter([0.0, 2.0, 12.0, 14.0])
     monkeypatch.setattr(meter_module.time, "monotonic", lambda: next(clock))
-    meter = Meter(flops_per_token=3.0, peak_flops=60.0)
-    meter.add(1.0, 1.0, 1.0, 40)
+    meter = Meter(SFT, flops_per_token=3.0, peak_flops=60.0)
+    add(meter, 1.0, 1.0, 1.0, 40)
     with meter.paused():
         pass
     values = meter.values()
@@ -323,16 +333,16 @@ def test_meter_speed_leaves_out_pauses(monkeypatch):
 def test_meter_leaves_out_what_came_before_the_first_step(monkeypatch):
     clock = iter([0.0, 100.0, 104.0, 110.0])
     monkeypatch.setattr(meter_module.time, "monotonic", lambda: next(clock))
-    meter = Meter()
+    meter = Meter(SFT)
     meter.start()
-    meter.add(1.0, 1.0, 1.0, 40)
+    add(meter, 1.0, 1.0, 1.0, 40)
     assert meter.values()["tokens_per_second"] == 10.0
     assert meter.summary()["train_runtime"] == 10.0
 
 
 def test_meter_without_a_known_peak_has_no_mfu():
-    meter = Meter(flops_per_token=3.0, peak_flops=None)
-    meter.add(1.0, 1.0, 1.0, 40)
+    meter = Meter(SFT, flops_per_token=3.0, peak_flops=None)
+    add(meter, 1.0, 1.0, 1.0, 40)
     assert meter.values()["mfu"] is None
 
 

@@ -39,9 +39,9 @@ def test_accumulation_gives_the_update_of_the_big_batch(
 
     (whole, gradients, trained), *others = outcomes
     for report, own_gradients, own_trained in others:
-        assert float(report.sums.loss) == pytest.approx(float(whole.sums.loss), rel=1e-6)
-        assert float(report.sums.weight) == batch.loss_weights.sum()
-        assert int(report.sums.tokens) == (batch.segment_ids > 0).sum()
+        assert float(report.sums["loss"]) == pytest.approx(float(whole.sums["loss"]), rel=1e-6)
+        assert float(report.sums["weight"]) == batch.loss_weights.sum()
+        assert int(report.sums["tokens"]) == (batch.segment_ids > 0).sum()
         assert float(report.grad_norm) == pytest.approx(float(whole.grad_norm), rel=1e-6)
         for path in gradients:
             # In float64 all of them agree to 2e-15; in float32 each is about 1e-6 from that.
@@ -121,7 +121,7 @@ def test_float16_skips_an_overflow_and_finds_its_scale() -> None:
     report = run.step(tiny_steps.batch())
 
     assert not np.isfinite(report.grad_norm) and int(report.skipped) == 1
-    assert (float(report.sums.loss), float(report.sums.weight)) == (0.0, 0.0)
+    assert (float(report.sums["loss"]), float(report.sums["weight"])) == (0.0, 0.0)
     assert run.state.loss_scale == (2.0**99, 0, 1) and int(run.state.step) == 1
     assert all(array.is_deleted() for array in start.values())
     assert _bytes(run.trainable()) == _bytes(before)
@@ -192,7 +192,7 @@ def test_clipping_and_a_batch_without_a_trained_token() -> None:
     before = empty.trainable()
     empty.compiled = run.compiled
     report = empty.step(batch._replace(loss_weights=np.zeros_like(batch.loss_weights)))
-    assert (float(report.sums.loss), float(report.grad_norm)) == (0.0, 0.0)
+    assert (float(report.sums["loss"]), float(report.grad_norm)) == (0.0, 0.0)
     assert _bytes(empty.trainable()) == _bytes(before)
 
 
@@ -273,7 +273,7 @@ def _falls(param_dtype: str, steps: int) -> tuple[list[float], Any]:
     )
     batch = tiny_steps.batch()
     reports = [run.step(batch) for _ in range(steps)]
-    losses = [float(report.sums.loss) / float(report.sums.weight) for report in reports]
+    losses = [float(report.sums["loss"]) / float(report.sums["weight"]) for report in reports]
     return losses, reports[-1].updates_lost
 
 

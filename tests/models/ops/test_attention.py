@@ -13,10 +13,12 @@ from tiny_steps import Run
 
 from dsjax.adapters.lora import LoraConfig
 from dsjax.adapters.prefix import PrefixConfig
+from dsjax.config import ObjectiveSection
 from dsjax.data import Batch
 from dsjax.models.ops import attention
 from dsjax.models.ops.attention import PREFIX_SEGMENT, Tokens, attention_mask, dot_product_attention
-from dsjax.objectives.sft import Forward, sft
+from dsjax.objectives.objective import Forward
+from dsjax.objectives.sft import sft_sums
 from dsjax.training.partition import unflatten
 
 POSITIONS = [0, 1, 2, 3, 0, 1, 2, 3, 4, 0]
@@ -110,9 +112,8 @@ def _apart(batch: Batch) -> Batch:
 
 def _loss_and_gradients(run: Run, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
     def loss(trainable: dict[str, jax.Array], batch: Batch) -> jax.Array:
-        return sft(
-            unflatten(run.config.partition.graphdef, {**run.frozen, **trainable}), batch, Forward()
-        ).loss
+        model = unflatten(run.config.partition.graphdef, {**run.frozen, **trainable})
+        return sft_sums(model, batch, Forward(), ObjectiveSection())["loss"]
 
     compiled = jax.jit(jax.value_and_grad(loss)).lower(run.state.trainable, batch)
     return compiled.compile(tiny_steps.QUICK_COMPILE)(run.state.trainable, batch)
