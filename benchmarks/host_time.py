@@ -102,18 +102,12 @@ def run_loop(folder: Path, words: argparse.Namespace, kind: str) -> dict[str, An
         kind: what runs: `bare`, the compiled step alone; the loop with the step (`real`), with one
             that does `nothing`, with one that sleeps (`sleep`).
     """
-    import jax
 
     from dsjax import train
     from dsjax.distributed.processes import Hosts
     from dsjax.training import run_data
-    from dsjax.training.checkpoint import CHECKPOINTS, Checkpointer
-    from dsjax.training.console import Progress
     from dsjax.training.evaluation import to_devices
-    from dsjax.training.loop import Loop, Reporting
-    from dsjax.training.meter import Meter
-    from dsjax.training.metrics_log import MetricsLog
-    from dsjax.training.run import Programs, Run
+    from dsjax.training.run import Run
     from dsjax.training.setup import assemble, load_frozen, load_trainable
     from dsjax.training.state import init_state, step_config
 
@@ -131,15 +125,29 @@ def run_loop(folder: Path, words: argparse.Namespace, kind: str) -> dict[str, An
     if kind == "bare":
         rows = to_devices(data.train.batch(0), setup.mesh)
         return {"step_seconds": _repeated(take, state, frozen, rows, total)}
+    run = Run(config, setup, data, total, "", {}, Hosts())
+    return _timed(run, take, frozen, state)
+
+
+def _timed(run: Any, take: Callable[..., Any], frozen: Any, state: Any) -> dict[str, Any]:
+    """The loop over a run's steps, and what it took."""
+    import jax
+
+    from dsjax.training.checkpoint import CHECKPOINTS, Checkpointer
+    from dsjax.training.console import Progress
+    from dsjax.training.loop import Loop, Reporting
+    from dsjax.training.meter import Meter
+    from dsjax.training.metrics_log import MetricsLog
+    from dsjax.training.run import Programs
+
+    config, data = run.config, run.data
     timed, loader = TimedStep(take), TimedLoader(data.train)
-    train_loader: Any = loader
-    timed_data = replace(data, train=train_loader, eval=None)
-    run = Run(config, setup, timed_data, total, "", {}, Hosts())
+    run = replace(run, data=replace(data, train=loader, eval=None))
     run.directory.mkdir()
     saver = Checkpointer(run.directory / CHECKPOINTS, config.checkpoint)
     with (
         MetricsLog(run.directory, config.logging, 0) as log,
-        Progress(run.objective, total) as progress,
+        Progress(run.objective, run.total) as progress,
     ):
         reporting = Reporting(Meter(run.objective), log, progress)
         loop = Loop(run, Programs(timed, None), frozen, saver, {}, reporting)

@@ -138,7 +138,7 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
     hosts.assert_equal({"output_dir": f"a run of {start} steps"})
 
     # ---- 5. Announcement: what will happen, before it takes long
-    table = announce(config, setup, data, total) if hosts.primary else ""
+    table = announce(run) if hosts.primary else ""
     rows = data.eval_fingerprint
     complete = partial(is_complete, config, rows, form, earlier, total, contents)
     if hosts.broadcast_from_primary(complete):

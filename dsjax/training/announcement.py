@@ -10,23 +10,23 @@ import sys
 import jax
 
 from dsjax import adapters, objectives
-from dsjax.config import RunConfig
 from dsjax.data import Loader
 from dsjax.data import unused_keys as unused_data_keys
 from dsjax.distributed.sharding import replication_report
 from dsjax.training import optimizer
 from dsjax.training.console import banner, trainable_table
 from dsjax.training.partition import report
-from dsjax.training.run_data import Data, portions_of
-from dsjax.training.setup import Assembly
+from dsjax.training.run import Run
+from dsjax.training.run_data import portions_of
 from dsjax.training.state import (
     state_bytes,
     step_config,
 )
 
 
-def announce(config: RunConfig, setup: Assembly, data: Data, total: int) -> str:
+def announce(run: Run) -> str:
     """Print what the run is; returns the table of what trains."""
+    config, setup, data, total = run.config, run.setup, run.data, run.total
     trained, everything = setup.partition.counts()
     training, loader = config.training, data.train
     step = step_config(config, setup.partition, setup.mesh, total)

@@ -19,12 +19,14 @@ import small_run
 from dsjax import train
 from dsjax.config import MeshSection, RunConfig, load_config
 from dsjax.distributed.compiled import Collective, Collectives, Memory, memory_of
+from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
 from dsjax.plan import command as plan
 from dsjax.plan import plan as planning
 from dsjax.plan import search
 from dsjax.plan.topologies import Topology, open_topology
 from dsjax.training.announcement import announce
+from dsjax.training.run import Run
 from dsjax.training.run_data import read_data
 from dsjax.training.setup import assemble, load_frozen, load_trainable
 from dsjax.training.state import init_state, step_config
@@ -212,7 +214,8 @@ def test_the_banner_of_a_run_agrees_with_its_plan(
     words = ["training.batch_size=16"]
     config = load_config(file, words)
     setup = assemble(config)
-    announce(config, setup, read_data(config, setup, datetime.now(UTC)), 12)
+    data = read_data(config, setup, datetime.now(UTC))
+    announce(Run(config, setup, data, 12, "", {}, Hosts()))
     told = re.search(r"memory +([\d.]+) MiB per device", capsys.readouterr().err)
     classes = planning.state_bytes(
         planning.prepare(config, open_topology("cpu:8"))[1], 16, config.data.max_length
