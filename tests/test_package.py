@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is installed with the package: every library that it imports, and none that it does not."""
+"""What is installed: every library that the package imports, no other; the files of its wheel."""
 
 import ast
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterable, Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -69,3 +72,36 @@ def test_the_pinned_versions_are_those_of_declared_libraries():
         if "==" in line
     }
     assert (DEPENDENCIES | FOR_TESTS) - pins == set()
+
+
+BUILD = "import sys\nfrom setuptools import build_meta\nbuild_meta.build_wheel(sys.argv[1])"
+
+
+def test_a_wheel_has_the_recipes_and_the_gpu_targets_and_no_tests(tmp_path: Path):
+    source, target = tmp_path / "source", tmp_path / "installed"
+    shutil.copytree(ROOT / "dsjax", source / "dsjax", symlinks=True)
+    shutil.copytree(ROOT / "configs", source / "configs")
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    subprocess.run(
+        [sys.executable, "-c", BUILD, str(tmp_path)], cwd=source, capture_output=True, check=True
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    installed = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    package = {name for name in installed if ".dist-info/" not in name}
+    assert {name.split("/")[0] for name in package} == {"dsjax"}
+    assert {Path(name).suffix for name in package} == {".py", ".yaml", ".txtpb"}
+    recipes = {path.name for path in (ROOT / "configs").glob("*.yaml")}
+    assert {f"dsjax/config/recipes/{name}" for name in recipes} <= package
+    targets = {path.name for path in (ROOT / "dsjax/plan/gpu_targets").iterdir()}
+    assert {f"dsjax/plan/gpu_targets/{name}" for name in targets} <= package
+    done = subprocess.run(
+        [sys.executable, "-m", "dsjax.train", "--config", "quickstart.yaml"],
+        cwd=target,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"is {target}/dsjax/config/recipes/quickstart.yaml\n")

@@ -13,6 +13,7 @@ gave.
 
 import os.path
 from collections.abc import Container, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -83,6 +84,10 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     """
     if path is None:
         raise ConfigError("--config: got nothing, expected a YAML file; add --config FILE")
+    if not Path(path).exists():
+        raise ConfigError(
+            f"{path}: got No such file or directory, expected a YAML file; {_recipe_like(path)}"
+        )
     tree = set_overrides(read_yaml(path), overrides, rules.keys(RunConfig))
     # A section that is left out, or left empty, still has its required keys checked by name.
     filled = {name: {} for name in rules.sections(RunConfig)}
@@ -92,6 +97,17 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     except ValidationError as error:
         lines = rules.problems(error, filled, RunConfig, _PLANNED)
     raise ConfigError("\n".join(lines))
+
+
+def recipes() -> Path:
+    """The folder of the recipes that come with the package: `configs/` of the repository."""
+    return Path(str(resources.files("dsjax.config") / "recipes"))
+
+
+def _recipe_like(path: str | Path) -> str:
+    """Say where the recipes are: the one of this name, or all of them."""
+    file = recipes() / Path(path).name
+    return f"the recipe of this name is {file}" if file.is_file() else f"recipes are in {recipes()}"
 
 
 def _contradictions(config: RunConfig) -> list[str]:

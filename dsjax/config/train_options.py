@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 
 from dsjax.config.command_line import print_text
-from dsjax.config.load import describe, json_schema
+from dsjax.config.load import describe, json_schema, recipes
 
 USAGE = """usage: python -m dsjax.train --config FILE [section.key=value ...]
 
@@ -30,7 +30,7 @@ Several processes find each other by what a TPU VM, GKE, Slurm or Open MPI tells
 def show_text(argv: Sequence[str]) -> bool:
     """Print what `--help`, `-h` or `--schema` asks for; False if none of them is there."""
     if "--help" in argv or "-h" in argv:
-        print_text(USAGE + describe())
+        print_text(f"{USAGE}Recipes to begin with: {recipes()}/*.yaml\n\n{describe()}")
         return True
     if "--schema" in argv:
         print_text(json.dumps(json_schema(), indent=2))

@@ -296,9 +296,15 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, m
     assert len(refusal.splitlines()) == 1
 
 
+def test_a_recipe_is_found_by_its_name(tmp_path: Path):
+    refusal = _refusal(tmp_path / "configs" / "quickstart.yaml", [])
+    found = refusal.split("; the recipe of this name is ")[1]
+    assert load_config(found, ["data.train=a.jsonl"]).output_dir
+
+
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path):
-    assert _refusal(tmp_path / "no.yaml", []).endswith(
-        "no.yaml: got No such file or directory, expected a YAML file"
+    assert "no.yaml: got No such file or directory, expected a YAML file; recipes are in " in (
+        _refusal(tmp_path / "no.yaml", [])
     )
     assert _refusal(tmp_path, []).endswith("got Is a directory, expected a YAML file")
     (tmp_path / "latin.yaml").write_bytes(b"model: {path: caf\xe9}\n")
