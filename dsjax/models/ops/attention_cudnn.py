@@ -9,6 +9,7 @@ between platforms (`attention`).
 """
 
 import functools
+import inspect
 import math
 from typing import Any, NamedTuple
 
@@ -22,15 +23,19 @@ from jaxtyping import Array, Float, Int
 from dsjax.models.ops import attention_cuda
 
 MOST_SEGMENTS = 8
-"""Segments that cuDNN is asked to have room for in each piece of a row: its float32 sums of the
-queries' gradients are as many times the queries, used or not."""
+"""Segments that cuDNN is asked to have room for in each piece of a row: it holds the queries'
+gradients in float32 that many times, used or not."""
 
 MOST_BYTES = 2**30
-"""Of those sums; where they would be more, there is room for fewer segments."""
+"""Of what it holds; where that would be more, there is room for fewer segments."""
 
 PIECES = (1, 2, 4)
 """Into how many pieces rows may be cut. The more there are, the more segments have room in the same
 memory, each of a piece's length at most. A segment may begin anywhere."""
+
+_LOWERING = inspect.signature(cudnn._dot_product_attention_fwd_cuda_lowering).parameters
+_UNUSED = {name: None for name in ("score_mod_name", "score_mod_jaxpr") if name in _LOWERING}
+"""Parameters of jax's primitives from 0.12 on: a function of the scores, which we have not."""
 
 
 class Segments(NamedTuple):
@@ -133,11 +138,20 @@ class Cut(NamedTuple):
     room: int
 
 
-def cuts_of(q_shape: tuple[int, ...]) -> list[Cut]:
-    """How cuDNN may be given packed rows."""
+def cuts_of(q_shape: tuple[int, ...], kv_heads: int, value_size: int) -> list[Cut]:
+    """How cuDNN may be given packed rows; not at all where it would cost more than it gains.
+
+    Args:
+        q_shape: of the queries [B, T, N, H].
+        kv_heads: heads of keys and values.
+        value_size: of a value's head. Packed values lie at the keys' places, so narrower ones would
+            have to be padded, and then the kernels for Triton are as fast.
+    """
     rows, length, heads, size = q_shape
-    each = min(MOST_SEGMENTS, MOST_BYTES // (4 * math.prod(q_shape)))
-    if each < 2 or math.prod(q_shape) > jnp.iinfo(jnp.int32).max:
+    # Where heads share keys, their gradients are kept for every head, in 16 bits.
+    sums = 4 * math.prod(q_shape) * (1 if heads == kv_heads else 2)
+    each = min(MOST_SEGMENTS, MOST_BYTES // sums)
+    if each < 2 or value_size != size or math.prod(q_shape) > jnp.iinfo(jnp.int32).max:
         return []
     return [Cut(n, rows * n * each) for n in PIECES if length % n == 0]
 
@@ -145,7 +159,8 @@ def cuts_of(q_shape: tuple[int, ...]) -> list[Cut]:
 def _switch(branches, arrays, segment_BT, scale):
     """Have the rows' own branch compute: whole rows, packed ones in the first cut that fits."""
     whole, packed, other = (functools.partial(branch, scale=scale) for branch in branches)
-    cuts = cuts_of(arrays[0].shape)
+    q_BTNH, k_BTKH, v_BTKV = arrays[:3]
+    cuts = cuts_of(q_BTNH.shape, k_BTKH.shape[2], v_BTKV.shape[3])
 
     def unless_whole(arrays, segment_BT):
         segments = find_segments(segment_BT, max((cut.room for cut in cuts), default=1))
@@ -188,23 +203,18 @@ def _whole_gradients(arrays, segment_BT, *, scale):
 
 
 def _packed(cut, segments, qkv, segment_BT, *, scale):
-    del segment_BT
-    q_BTNH, k_BTKH, v_BTKV = qkv
-    in_pieces = (_pieces(x, cut) for x in (q_BTNH, k_BTKH, _wide(v_BTKV, k_BTKH)))
-    out, log_SNL = _fused_forward(*in_pieces, _room(segments, cut), scale)
-    return out.reshape(q_BTNH.shape)[..., : v_BTKV.shape[3]], _by_row(log_SNL, segments)
+    within = _room(segments, cut)
+    out, log_SNL = _fused_forward(*(_pieces(x, cut) for x in qkv), within, scale)
+    return out.reshape(qkv[0].shape), _by_row(log_SNL, within)
 
 
 def _packed_gradients(cut, segments, arrays, segment_BT, *, scale):
-    del segment_BT
     q_BTNH, k_BTKH, v_BTKV, out_BTNV, log_BNT, dout_BTNV = arrays
-    v_BTKH, out_BTNH, dout_BTNH = (_wide(x, q_BTNH) for x in (v_BTKV, out_BTNV, dout_BTNV))
-    q, k, v, out, dout = (_pieces(x, cut) for x in (q_BTNH, k_BTKH, v_BTKH, out_BTNH, dout_BTNH))
-    within = _room(segments, cut)
-    log_SNL = _by_segment(log_BNT, within.start_S, q.shape[1])
+    within, longest = _room(segments, cut), segment_BT.shape[1] // cut.pieces
+    q, k, v, out, dout = (_pieces(x, cut) for x in (q_BTNH, k_BTKH, v_BTKV, out_BTNV, dout_BTNV))
+    log_SNL = _by_segment(log_BNT, within.start_S, longest)
     gradients = _fused_backward(q, k, v, out, log_SNL, dout, within, scale)
-    dq, dk, dv = (x.reshape(len(q_BTNH), -1, *x.shape[2:]) for x in gradients)
-    return dq, dk, dv[..., : v_BTKV.shape[3]]
+    return tuple(dx.reshape(x.shape) for dx, x in zip(gradients, arrays[:3], strict=True))
 
 
 def _pieces(x_BTNH: jax.Array, cut: Cut) -> jax.Array:
@@ -216,11 +226,6 @@ def _room(segments: Segments, cut: Cut) -> Segments:
     return segments._replace(
         start_S=segments.start_S[: cut.room], length_S=segments.length_S[: cut.room]
     )
-
-
-def _wide(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Pad heads with zeros: packed values lie at the keys' places, so heads have to be as wide."""
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, like.shape[3] - x.shape[3])))
 
 
 def _by_row(log_SNL: jax.Array, segments: Segments) -> jax.Array:
@@ -283,6 +288,6 @@ def _fused(primitive, qkv, more, segments, scale):
         *qkv, none, *lengths, *offsets, none, none, *more,
         scale=scale, seed=0, dropout_rate=0.0, variadic_args=(False, False),
         mask_type=cudnn.MaskType.CAUSAL if segments is None else cudnn.MaskType.PADDING_CAUSAL,
-        layout=cudnn.AttentionLayout.BTNH.value, sliding_window_length=None, **forward,
+        layout=cudnn.AttentionLayout.BTNH.value, sliding_window_length=None, **forward, **_UNUSED,
     )  # fmt: skip
     return tuple(outputs)
