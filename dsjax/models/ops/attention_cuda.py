@@ -133,7 +133,11 @@ def _attend_queries(
 
 def _backward(scale, name, interpret, residuals, dout_BTNV):
     del name
-    return *backward(*residuals, dout_BTNV, scale, interpret), None
+    q_BTNH, k_BTKH, v_BTKV, segment_BT, out_BTNV, log_BNT = residuals
+    gradients = backward(
+        q_BTNH, k_BTKH, v_BTKV, segment_BT, out_BTNV, log_BNT, dout_BTNV, scale, interpret
+    )
+    return *gradients, None
 
 
 def backward(

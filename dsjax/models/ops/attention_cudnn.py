@@ -194,17 +194,17 @@ def route(segment_BT: Int[Array, "B T"], segments: Segments, cuts: list[Cut]) ->
 
 def _whole(qkv, segment_BT, *, scale):
     del segment_BT
-    return _fused_forward(*qkv, None, scale)
+    return _fused_forward(qkv, None, scale)
 
 
 def _whole_gradients(arrays, segment_BT, *, scale):
     del segment_BT
-    return _fused_backward(*arrays, None, scale)
+    return _fused_backward(arrays, None, scale)
 
 
 def _packed(cut, segments, qkv, segment_BT, *, scale):
     within = _room(segments, cut)
-    out, log_SNL = _fused_forward(*(_pieces(x, cut) for x in qkv), within, scale)
+    out, log_SNL = _fused_forward(tuple(_pieces(x, cut) for x in qkv), within, scale)
     return out.reshape(qkv[0].shape), _by_row(log_SNL, within)
 
 
@@ -213,7 +213,7 @@ def _packed_gradients(cut, segments, arrays, segment_BT, *, scale):
     within, longest = _room(segments, cut), segment_BT.shape[1] // cut.pieces
     q, k, v, out, dout = (_pieces(x, cut) for x in (q_BTNH, k_BTKH, v_BTKV, out_BTNV, dout_BTNV))
     log_SNL = _by_segment(log_BNT, within.start_S, longest)
-    gradients = _fused_backward(q, k, v, out, log_SNL, dout, within, scale)
+    gradients = _fused_backward((q, k, v, out, log_SNL, dout), within, scale)
     return tuple(dx.reshape(x.shape) for dx, x in zip(gradients, arrays[:3], strict=True))
 
 
@@ -245,7 +245,8 @@ def _by_segment(log_BNT: jax.Array, start_S: jax.Array, most: int) -> jax.Array:
 
 
 def _by_triton(qkv, segment_BT, *, scale):
-    out_BTNV, log2_BNT = attention_cuda.forward(*qkv, segment_BT, scale)
+    q_BTNH, k_BTKH, v_BTKV = qkv
+    out_BTNV, log2_BNT = attention_cuda.forward(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale)
     return out_BTNV, log2_BNT * math.log(2)
 
 
@@ -256,14 +257,15 @@ def _gradients_by_triton(arrays, segment_BT, *, scale):
     )
 
 
-def _fused_forward(q_BTNH, k_BTKH, v_BTKV, segments, scale):
+def _fused_forward(qkv, segments, scale):
     """The attended values, and the logarithm of each query's sum over the keys it sees."""
-    return _fused(cudnn._dot_product_attention_fwd_p, (q_BTNH, k_BTKH, v_BTKV), (), segments, scale)
+    return _fused(cudnn._dot_product_attention_fwd_p, qkv, (), segments, scale)
 
 
-def _fused_backward(q_BTNH, k_BTKH, v_BTKV, out_BTNV, log, dout_BTNV, segments, scale):
-    qkv, more = (q_BTNH, k_BTKH, v_BTKV), (log, out_BTNV, dout_BTNV)
-    return _fused(cudnn._dot_product_attention_bwd_p, qkv, more, segments, scale)
+def _fused_backward(arrays, segments, scale):
+    """The gradients of queries, keys and values."""
+    *qkv, out, log, dout = arrays
+    return _fused(cudnn._dot_product_attention_bwd_p, qkv, (log, out, dout), segments, scale)
 
 
 def _fused(primitive, qkv, more, segments, scale):
