@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.distributed.sharding import Layout
+from dsjax.models.ops import attention_cudnn
 from dsjax.models.ops.attention_cuda import attend_cuda
+from dsjax.models.ops.attention_cudnn import attend_cudnn
 from dsjax.models.ops.attention_tpu import attend_tpu
 from dsjax.models.ops.blocks import in_blocks, out_of_blocks, precision
 
@@ -31,8 +33,31 @@ KERNEL_NAME = "attention_kernel"
 
 Kernel = Callable[..., Float[Array, "B T N V"]]
 
-KERNELS: dict[str, Kernel] = {"tpu": attend_tpu, "gpu": attend_cuda}
-"""Platform of a mesh's devices -> causal attention of packed rows in 16 bits."""
+
+class KernelFor(NamedTuple):
+    """A kernel for causal attention of packed rows in 16 bits.
+
+    Attributes:
+        fits: (a device of the mesh, head size, value head size) -> whether it is for them.
+        attend: what `attend_cuda` does.
+    """
+
+    fits: Callable[[Any, int, int], bool]
+    attend: Kernel
+
+
+KERNELS: tuple[KernelFor, ...] = (
+    KernelFor(lambda device, *_: device.platform == "tpu", attend_tpu),
+    KernelFor(attention_cudnn.takes, attend_cudnn),
+    KernelFor(lambda device, *_: device.platform == "gpu", attend_cuda),
+)
+"""The first that fits is taken; where none does, attention is plain."""
+
+
+def kernel_for(device: Any, size: int, value_size: int) -> Kernel | None:
+    """Choose by a device of the mesh, which may be one to compile for only, and by head sizes."""
+    fitting = (one.attend for one in KERNELS if one.fits(device, size, value_size))
+    return next(fitting, None)
 
 
 class Tokens(NamedTuple):
@@ -86,7 +111,7 @@ def dot_product_attention(
 ) -> Float[Array, "B T N V"]:
     """Grouped-query attention; the softmax is float32 and cast back, as in the reference.
 
-    Whole rows that only see themselves, in 16 bits, go through the kernel of the mesh's platform.
+    Whole rows that only see themselves, in 16 bits, go through a kernel for the mesh's devices.
 
     Args:
         q_BTNH: queries.
@@ -100,7 +125,8 @@ def dot_product_attention(
         layout: of the mesh; None where keys are not the queries' own rows (a cache, a prefix).
     """
     if layout is not None and window is None and selection is None and q_BTNH.itemsize == 2:
-        kernel = KERNELS.get(next(iter(layout.rows.device_set)).platform)
+        device = next(iter(layout.rows.device_set))
+        kernel = kernel_for(device, q_BTNH.shape[3], v_BSKV.shape[3])
         if kernel is not None:
             return _by_kernel(kernel, q_BTNH, k_BSKH, v_BSKV, query.segment, scale, layout)
 

@@ -69,10 +69,18 @@ def _attend(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, name, interpret):
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, name, interpret):
+    out_BTNV, log_BNT = forward(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, interpret)
+    if name is not None:
+        out_BTNV, log_BNT = checkpoint_name(out_BTNV, name), checkpoint_name(log_BNT, name)
+    return out_BTNV, (q_BTNH, k_BTKH, v_BTKV, segment_BT, out_BTNV, log_BNT)
+
+
+def forward(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, interpret=False):
+    """The attended values, and the binary logarithm of each query's sum over the keys it sees."""
     batch, length, heads, _ = q_BTNH.shape
     tile = _tile(128, 64, 8, q_BTNH)
     first_BQ, _ = _reach(segment_BT, tile)
-    out_BTNV, log_BNT = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_attend_queries, scale=scale * math.log2(math.e), tile=tile),
         grid=(first_BQ.shape[1], heads, batch),
         out_shape=(
@@ -83,9 +91,6 @@ def _forward(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, name, interpret):
         name="attention",
         interpret=interpret,
     )(q_BTNH, k_BTKH, v_BTKV, segment_BT, first_BQ)
-    if name is not None:
-        out_BTNV, log_BNT = checkpoint_name(out_BTNV, name), checkpoint_name(log_BNT, name)
-    return out_BTNV, (q_BTNH, k_BTKH, v_BTKV, segment_BT, out_BTNV, log_BNT)
 
 
 def _attend_queries(
@@ -129,10 +134,20 @@ def _attend_queries(
 def _backward(scale, name, interpret, residuals, dout_BTNV):
     del name
     q_BTNH, k_BTKH, v_BTKV, segment_BT, out_BTNV, log_BNT = residuals
+    gradients = backward(
+        q_BTNH, k_BTKH, v_BTKV, segment_BT, out_BTNV, log_BNT, dout_BTNV, scale, interpret
+    )
+    return *gradients, None
+
+
+def backward(
+    q_BTNH, k_BTKH, v_BTKV, segment_BT, out_BTNV, log_BNT, dout_BTNV, scale, interpret=False
+):
+    """The gradients of queries, keys and values, from the result and from `forward`'s logarithm."""
     product_BTN = jnp.sum(out_BTNV.astype(jnp.float32) * dout_BTNV.astype(jnp.float32), -1)
     arrays = (q_BTNH, k_BTKH, v_BTKV, dout_BTNV, segment_BT, log_BNT, product_BTN)
     dq_BTNH = _query_gradient(arrays, scale, interpret)
-    return dq_BTNH, *_key_gradients(arrays, scale, interpret), None
+    return dq_BTNH, *_key_gradients(arrays, scale, interpret)
 
 
 _attend.defvjp(_forward, _backward)
