@@ -14,7 +14,6 @@ from dsjax.config import (
     export_format,
     json_schema,
     load_config,
-    split_arguments,
     to_yaml,
 )
 from dsjax.errors import ConfigError
@@ -310,29 +309,6 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path):
     (tmp_path / "latin.yaml").write_bytes(b"model: {path: caf\xe9}\n")
     assert "latin.yaml: got bytes that are not UTF-8" in _refusal(tmp_path / "latin.yaml", [])
     assert _refusal(None, []).startswith("--config: got nothing, expected a YAML file")
-
-
-def test_arguments_are_split_wherever_they_stand():
-    assert split_arguments([]) == (None, [], frozenset())
-    words = ["a.b=1", "--config", "run.yaml", "c.d=-1", "--print-config", "-h"]
-    expected = ("run.yaml", ["a.b=1", "c.d=-1"], frozenset({"--print-config", "--help"}))
-    assert split_arguments(words) == expected
-    assert split_arguments(["--config=run.yaml"]) == ("run.yaml", [], frozenset())
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--lr=1"], "--lr: got an unknown option, expected one of --config, --help, "),
-        (["--config"], "--config: got no file, expected one YAML file"),
-        (["--config="], "--config: got no file, expected one YAML file"),
-        (["--config", "a=1.yaml", "--config", "b"], "--config: got a=1.yaml and b, expected one"),
-    ],
-)
-def test_wrong_arguments_are_refused(words: list[str], message: str):
-    with pytest.raises(ConfigError) as caught:
-        split_arguments(words)
-    assert str(caught.value).startswith(message)
 
 
 @given(

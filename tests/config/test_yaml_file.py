@@ -8,7 +8,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dsjax.config import RunConfig, load_config, rules, to_yaml
+from dsjax.config import RunConfig, load_config, rules, split_arguments, to_yaml
 from dsjax.config.yaml_file import parse_yaml, read_yaml, set_overrides, to_text
 from dsjax.errors import ConfigError
 
@@ -193,3 +193,26 @@ def test_any_tree_is_a_configuration_or_refused(tmp_path_factory, changes, odd, 
 @_trees
 def test_any_of_many_trees_is_a_configuration_or_refused(tmp_path_factory, changes, odd, inside):
     _is_read_or_refused(tmp_path_factory.getbasetemp(), changes, odd, inside)
+
+
+def test_arguments_are_split_wherever_they_stand():
+    assert split_arguments([]) == (None, [], frozenset())
+    words = ["a.b=1", "--config", "run.yaml", "c.d=-1", "--print-config", "-h"]
+    expected = ("run.yaml", ["a.b=1", "c.d=-1"], frozenset({"--print-config", "--help"}))
+    assert split_arguments(words) == expected
+    assert split_arguments(["--config=run.yaml"]) == ("run.yaml", [], frozenset())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lr=1"], "--lr: got an unknown option, expected one of --config, --help, "),
+        (["--config"], "--config: got no file, expected one YAML file"),
+        (["--config="], "--config: got no file, expected one YAML file"),
+        (["--config", "a=1.yaml", "--config", "b"], "--config: got a=1.yaml and b, expected one"),
+    ],
+)
+def test_wrong_arguments_are_refused(words: list[str], message: str):
+    with pytest.raises(ConfigError) as caught:
+        split_arguments(words)
+    assert str(caught.value).startswith(message)

@@ -9,9 +9,9 @@ import json
 from typing import Any
 
 import pytest
-from conftest import BOS, EOS, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import BOS, EOS, write_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from dsjax.data import decode_sample, load_tokenizer
