@@ -57,8 +57,7 @@ def linear_modules(model: Model) -> dict[str, list[str]]:
 
 def _is_linear(module: Any) -> bool:
     """Whether an adapter can learn there: no gradient reaches the indexer of V3.2."""
-    trains = isinstance(module, (Linear, ExpertLinear)) and module.weight.get_metadata()
-    return bool(trains) and trains.get("trains", True)
+    return isinstance(module, (Linear, ExpertLinear)) and module.trains
 
 
 def module_at(model: nnx.Module, path: str) -> Any:

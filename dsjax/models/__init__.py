@@ -26,11 +26,14 @@ from dsjax.models.deepseek import weights as deepseek_weights
 from dsjax.models.deepseek.config import parse_config as parse_deepseek
 from dsjax.models.deepseek.model import causal_lm as deepseek
 from dsjax.models.deepseek.model import prediction_module
+from dsjax.models.layers import Linear
 from dsjax.models.llama import weights as llama_weights
 from dsjax.models.llama.config import parse_config as parse_llama
 from dsjax.models.llama.model import causal_lm as llama
 from dsjax.models.llama.model import prefix_shape
+from dsjax.models.moe import ExpertLinear
 from dsjax.models.slots import PrefixShape
+from dsjax.models.storage import DENSE, STORAGE, base_shape, store
 from dsjax.models.weight_rules import Entry, Rule, expand
 
 Model = CausalLM
@@ -92,10 +95,35 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return MODELS[kind]
 
 
-def build(config: Mapping[str, Any], dtype: jnp.dtype | str) -> Model:
-    """The abstract model of a checkpoint, computing in `dtype`."""
+def build(config: Mapping[str, Any], dtype: jnp.dtype | str, storage: str = "dense") -> Model:
+    """The abstract model of a checkpoint, computing in `dtype`.
+
+    Args:
+        config: its config.json.
+        dtype: of activations.
+        storage: kind of storage, a key of `STORAGE`, of the linear maps in all stacks of blocks.
+            Where it is not dense they are frozen.
+    """
     family = family_of(config)
-    return family.model(family.parse_config(config), jnp.dtype(dtype))
+    model = family.model(family.parse_config(config), jnp.dtype(dtype))
+    for linear in _stacked_linears(model) if storage != "dense" else ():
+        store(linear, STORAGE[storage])
+    return model
+
+
+def _stacked_linears(model: Model) -> list[Linear | ExpertLinear]:
+    """The linear maps of all stacks, but for those that no gradient goes through."""
+    modules = [m for block in model.model.blocks() for _, m in nnx.iter_modules(block)]
+    return [m for m in modules if isinstance(m, (Linear, ExpertLinear)) and m.trains]
+
+
+def stored_linears(model: Model) -> dict[str, Linear | ExpertLinear]:
+    """Path of every weight that is stored -> the linear map that it is of."""
+    found = {}
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, (Linear, ExpertLinear)) and module.storage is not DENSE:
+            found[".".join(map(str, (*path, "weight")))] = module
+    return found
 
 
 def model_family(model: Model) -> Family:
@@ -112,8 +140,9 @@ def predict_ahead(model: Model) -> None:
 
 def base_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Shape of every base parameter by path; adapters are not among them."""
-    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return {".".join(map(str, path)): tuple(leaf.shape) for path, leaf in state}
+    state = nnx.to_flat_state(nnx.state(model))
+    shapes = {".".join(map(str, path)): base_shape(leaf) for path, leaf in state}
+    return {path: shape for path, shape in shapes.items() if shape is not None}
 
 
 def entries_of(model: Model) -> list[Entry]:

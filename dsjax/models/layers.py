@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.models.ops.blocks import precision
 from dsjax.models.parameters import parameter
 from dsjax.models.slots import Dropout, LinearSlot
+from dsjax.models.storage import DENSE, decoded_weight
 
 
 def product(
@@ -99,7 +100,8 @@ class Linear(nnx.Module):
             metadata: see `parameter`.
         """
         self.in_features, self.out_features, self.layers = in_features, out_features, layers
-        self.axes = axes
+        self.axes, self.trains = axes, metadata.get("trains", True)
+        self.storage, self.stored_as = DENSE, ("",)
         self.weight = parameter((out_features, in_features), axes, layers, **metadata)
         self.bias = parameter((out_features,), axes[:1], layers, **metadata) if bias else None
         self.adapter: LinearSlot | None = nnx.data(None)
@@ -114,12 +116,12 @@ class Linear(nnx.Module):
 
     def base(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         """The map without what is in the slot."""
-        y = product(x, self.weight[...])
+        y = product(x, decoded_weight(self, x.dtype))
         return y if self.bias is None else y + spread(self.bias[...], y.shape, y.dtype)
 
     def merged_weight(self, dtype: jnp.dtype) -> Float[Array, "O I"]:
         """The weight that does alone what map and adapter do together, but for the bias."""
-        weight = self.weight[...]
+        weight = decoded_weight(self, dtype)
         if self.adapter is not None:
             weight = self.adapter.merged_weight(weight.astype(jnp.float32))
         return weight.astype(dtype)

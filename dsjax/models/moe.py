@@ -24,6 +24,7 @@ from dsjax.models.ops.blocks import in_blocks, out_of_blocks, precision
 from dsjax.models.ops.grouped_matmul import grouped_matmul
 from dsjax.models.parameters import parameter
 from dsjax.models.slots import Dropout, ExpertSlot
+from dsjax.models.storage import DENSE, decoded_weight
 
 ROUTING = "routing"
 """What a remat policy calls the choice of experts."""
@@ -179,7 +180,8 @@ class ExpertLinear(nnx.Module):
         self, in_features: int, out_features: int, axes: tuple[str, str], experts: int, layers: int
     ):
         self.in_features, self.out_features, self.layers = in_features, out_features, layers
-        self.experts, self.axes = experts, axes
+        self.experts, self.axes, self.trains = experts, axes, True
+        self.storage, self.stored_as = DENSE, ("",)
         self.weight = parameter((experts, out_features, in_features), ("experts", *axes), layers)
         self.adapter: ExpertSlot | None = nnx.data(None)
 
@@ -187,7 +189,7 @@ class ExpertLinear(nnx.Module):
         """Map each group of rows by its expert, as the adapter in the slot changes it."""
 
         def base(x_ZI: jax.Array) -> jax.Array:
-            return grouped_matmul(x_ZI, self.weight[...], sizes_E)
+            return grouped_matmul(x_ZI, decoded_weight(self, x_ZI.dtype), sizes_E)
 
         return base(x_ZI) if self.adapter is None else self.adapter(x_ZI, base, sizes_E)
 

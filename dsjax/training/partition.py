@@ -120,7 +120,7 @@ def make_partition(
     router_biases = _router_biases(kinds) if balance and not has_adapter else ()
     for path, variable in kinds.items():
         if not variable.get_metadata().get("trains", True) and path not in router_biases:
-            masks[path] = np.zeros_like(masks[path])
+            masks[path] = np.zeros_like(masks.get(path, False))  # no mask: it only helps another
     leaves, trainable = {}, []
     for path, variable in kinds.items():
         kind = _kind(variable)

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -24,7 +25,10 @@ from dsjax.distributed import arrays
 from dsjax.distributed.arrays import row_pieces
 from dsjax.distributed.sharding import Leaf, Params
 from dsjax.errors import ConfigError, raise_all
-from dsjax.models import Model, base_shapes, build, carried_of, entries_of
+from dsjax.models import Model, base_shapes, build, carried_of, entries_of, stored_linears
+from dsjax.models.layers import Linear
+from dsjax.models.moe import ExpertLinear
+from dsjax.models.storage import DENSE
 from dsjax.models.weight_rules import EMBEDDING, HEAD, Entry, coverage_problems, entry_shape
 from dsjax.weights import dsjax_format, fp8, hf_directory
 from dsjax.weights.source import Source
@@ -157,7 +161,7 @@ def load_base(
         progress: told the bytes read so far and in all.
     """
     entries = [entry for entry in entries_of(model) if not entry.copy]
-    return load_entries(source, entries, leaves, shardings, progress)
+    return load_entries(source, entries, leaves, shardings, progress, stored_linears(model))
 
 
 def load_entries(
@@ -166,7 +170,9 @@ def load_entries(
     leaves: Mapping[str, Leaf],
     shardings: Mapping[str, Sharding],
     progress: Callable[[int, int], None],
+    stored: Mapping[str, Linear | ExpertLinear] = MappingProxyType({}),
 ) -> Params:
+    """Read the leaves that these tensors are; of a stored one all arrays that hold it."""
     by_path: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.path in leaves:
@@ -174,17 +180,26 @@ def load_entries(
     total = sum(source.tensors[e.hf].nbytes for entries in by_path.values() for e in entries)
     params, done = {}, 0
     for path, entries in by_path.items():
-        read = partial(_read_as, source, leaves[path].dtype)
-        leaf, sharding = leaves[path], shardings[path]
-        params[path] = _load_leaf(read, entries, leaf, sharding, source.reads_ahead)
+        linear = stored.get(path)
+        storage, arrays = (linear.storage, linear.stored_as) if linear else (DENSE, ("",))
+        for array in arrays:
+            leaf, sharding = leaves[path + array], shardings[path + array]
+            read = partial(_read_as, partial(storage.encode, source), array, leaf.dtype)
+            params[path + array] = _load_leaf(read, entries, leaf, sharding, source.reads_ahead)
         done += sum(source.tensors[entry.hf].nbytes for entry in entries)
         progress(done, total)
     return params
 
 
-def _read_as(source: Source, dtype: np.dtype, name: str, index: tuple[slice, ...]) -> np.ndarray:
-    """Read a part of a tensor and cast it; float16 must be able to hold the values."""
-    values = source.read(name, index)
+def _read_as(
+    encode: Callable[[str, str, tuple[slice, ...]], np.ndarray],
+    array: str,
+    dtype: np.dtype,
+    name: str,
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """Read a part of an array of a tensor and cast it; float16 must be able to hold the values."""
+    values = encode(name, array, index)
     with np.errstate(over="ignore"):  # told below
         cast = values.astype(dtype, copy=False)
     if dtype == np.float16 and np.isinf(cast).any() and not np.isinf(values).any():

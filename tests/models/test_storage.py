@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A kind of storage is a record: loaded in pieces, sharded, decoded in the scan, trained over.
+
+The kind here is one for tests: int8 with a scale for each row. A model that holds its matrices so
+gives the numbers of a dense one whose weights are the decoded ones.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import tiny_steps
+import yaml
+
+from dsjax import evaluate, train
+from dsjax.adapters.lora import LoraConfig
+from dsjax.config import MeshSection
+from dsjax.distributed import arrays
+from dsjax.distributed.arrays import row_pieces
+from dsjax.distributed.mesh import make_mesh
+from dsjax.distributed.sharding import Leaf, leaf_shardings
+from dsjax.models import base_shapes, build, entries_of
+from dsjax.models.storage import STORAGE, Storage, StoredArray
+from dsjax.training import setup
+from dsjax.training.partition import make_partition
+from dsjax.training.state import state_bytes
+from dsjax.weights import load as loading
+
+SCALE = "_scale"
+
+
+def _arrays(shape: tuple[int, int], axes: tuple[str | None, ...]) -> Mapping[str, StoredArray]:
+    return {
+        "": StoredArray(shape, "int8", axes),
+        SCALE: StoredArray((shape[0], 1), "float32", (axes[0], None)),
+    }
+
+
+def _quantise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scale = np.abs(values).max(axis=-1, keepdims=True).astype(np.float32) / np.float32(127)
+    return np.rint(values / scale).astype(np.int8), scale
+
+
+def _encode(source: Any, name: str, array: str, index: tuple[slice, ...]) -> np.ndarray:
+    """Whole rows at a time, however many rows of scales are wanted at once."""
+    rows, columns = index
+    count, width = source.tensors[name].shape
+    first, last, _ = rows.indices(count)
+    parts = []
+    for (piece,) in row_pieces((last - first, width), 4):
+        values = source.read(name, (slice(first + piece.start, first + piece.stop),))
+        parts.append(_quantise(values.astype(np.float32))[array == SCALE])
+    return np.concatenate(parts)[:, columns]
+
+
+def _decode(stored: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
+    return (stored[""].astype(jnp.float32) * stored[SCALE]).astype(dtype)
+
+
+@pytest.fixture(autouse=True)
+def int8_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STORAGE, "int8_rows", Storage(_arrays, _encode, _decode))
+
+
+int8_build = functools.partial(build, storage="int8_rows")
+
+MESHES = [{"fsdp": 8}, {"fsdp": 2, "tensor": 2, "expert": 2}]
+
+SHAPES: dict[str, Any] = {"llama": {"attention_bias": True}, "v3": tiny_steps.V3}
+LORA = {
+    "llama": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]),
+    "v3": tiny_steps.UNEVEN_EXPERTS,
+}
+
+
+def test_what_a_matrix_is_on_disk_does_not_change() -> None:
+    dense, stored = (
+        made(tiny_steps.SHAPE | SHAPES["v3"], "float32") for made in (build, int8_build)
+    )
+    assert base_shapes(stored) == base_shapes(dense)
+    assert entries_of(stored) == entries_of(dense)
+    leaves = make_partition(stored, dtype="bfloat16").leaves
+    experts = "model.layers.mlp.experts.up_proj.weight"
+    assert leaves[experts].dtype == np.int8 and leaves[experts].pinned
+    assert leaves[experts + SCALE].shape == (2, 8, 16, 1)
+    counts = [
+        sum(leaf.count for leaf in make_partition(m).leaves.values()) for m in (stored, dense)
+    ]
+    assert counts[0] == counts[1]
+
+
+def test_a_stored_matrix_does_not_train() -> None:
+    partition = make_partition(int8_build(tiny_steps.SHAPE, "float32"))
+    assert set(partition.trainable) == {
+        "model.embed_tokens.weight",
+        "model.layers.input_layernorm.weight",
+        "model.layers.post_attention_layernorm.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    }
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("variant", ["llama_gqa", "deepseek_v3"])
+def test_it_is_loaded_in_pieces_and_sharded_as_the_dense_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, mesh: dict[str, int]
+) -> None:
+    source = loading.open_checkpoint(str(tiny.build_checkpoint(tmp_path, variant)))
+    model = int8_build(source.config, "float32")
+    leaves = make_partition(model).leaves
+    shardings = leaf_shardings(leaves, _mesh_of(mesh))
+    dense = leaf_shardings(make_partition(build(source.config, "float32")).leaves, _mesh_of(mesh))
+    monkeypatch.setattr(arrays, "PIECE_BYTES", 1000)
+
+    params = loading.load_base(source, model, leaves, shardings)
+
+    assert params.keys() == leaves.keys()
+    assert {path: shardings[path] for path in dense} == dense
+    scaled = {path for path in leaves if path + SCALE in leaves}
+    assert {e.path for e in entries_of(model) if ".mlp." in e.path and "proj" in e.path} <= scaled
+    for entry in entries_of(model):
+        values = source.read(entry.hf)
+        if entry.path in scaled:
+            values, scale = _quantise(values.astype(np.float32))
+            np.testing.assert_array_equal(params[entry.path + SCALE][entry.index], scale)
+        np.testing.assert_array_equal(params[entry.path][entry.index], values)
+
+
+def _mesh_of(mesh: dict[str, int]) -> jax.sharding.Mesh:
+    return make_mesh(MeshSection(**mesh))
+
+
+def _int8(path: str, leaf: Leaf) -> np.ndarray:
+    values = tiny_steps.random_array(path, leaf)
+    if leaf.dtype == np.int8:
+        return np.rint(np.clip(values / 0.15 * 40, -127, 127))
+    return np.abs(values) / 40 + 0.002 if path.endswith(SCALE) else values
+
+
+def _start(kind: str, monkeypatch: pytest.MonkeyPatch, **words: Any) -> tiny_steps.Run:
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_steps, "build", int8_build)
+        return tiny_steps.start(SHAPES[kind], LORA[kind], values=_int8, **words)
+
+
+def _start_dense(kind: str, stored: tiny_steps.Run) -> tiny_steps.Run:
+    """A dense model of the decoded numbers."""
+
+    def values(path: str, leaf: Leaf) -> np.ndarray:
+        if path + SCALE not in stored.frozen:
+            return tiny_steps.random_array(path, leaf)
+        pair = {"": stored.frozen[path], SCALE: stored.frozen[path + SCALE]}
+        return np.asarray(_decode(pair, jnp.dtype(jnp.float32)))
+
+    return tiny_steps.start(SHAPES[kind], LORA[kind], values=values)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_training_over_it_is_training_over_the_decoded_numbers(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    run = _start(kind, monkeypatch)
+    expected = tiny_steps.two_steps(_start_dense(kind, run))
+    tiny_steps.assert_same(tiny_steps.two_steps(run), expected)
+    for mesh in MESHES if kind == "v3" else MESHES[:1]:
+        tiny_steps.assert_same(tiny_steps.two_steps(_start(kind, monkeypatch, mesh=mesh)), expected)
+
+
+def test_no_stack_is_ever_decoded_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix is decoded inside the scanned body: no float array of all layers' exists."""
+    shape = {"num_hidden_layers": 5}
+    monkeypatch.setitem(SHAPES, "llama", shape)
+    training = {"gradient_checkpointing": "full"}
+    run = _start("llama", monkeypatch, training=training)
+    text = run.lower(tiny_steps.batch()).as_text()
+    assert "tensor<5x64x32xi8>" in text and "tensor<64x32xf32>" in text
+    assert "tensor<5x64x32xf32>" not in text
+    dense = tiny_steps.start(shape, LORA["llama"], training=training)
+    assert "tensor<5x64x32xf32>" in dense.lower(tiny_steps.batch()).as_text()
+    held, before = (state_bytes(r.config, 8, 24)["frozen weights"] for r in (run, dense))
+    # Seven matrices of 1,024 to 2,048 numbers a layer: 3 bytes less of each, 4 more a row.
+    numbers, rows = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32, 32 + 16 + 16 + 32 + 64 + 64 + 32
+    assert before - held == 5 * (3 * numbers - 4 * rows)
+
+
+def test_a_run_trains_evaluates_and_exports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(setup, "build", int8_build)
+    rng = np.random.default_rng(0)
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"input_ids": rng.integers(3, 250, 20).tolist()} for _ in range(16)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = {
+        "model": {
+            "path": str(tiny.build_checkpoint(tmp_path / "model", "deepseek_v3")),
+            "dtype": "float32",
+        },
+        "data": {"train": str(rows), "eval": str(rows), "format": "tokens", "max_length": 64},
+        "adapter": {"peft_type": "LORA", "r": 4, "target_modules": ["kv_b_proj", "o_proj"]},
+        "training": {"batch_size": 8, "max_steps": 3},
+        "optimizer": {"learning_rate": 1e-2},
+        "export": {"format": "peft"},
+        "output_dir": str(tmp_path / "run"),
+    }
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config))
+
+    assert train.main(["--config", str(file)]) == 0
+    last = json.loads((tmp_path / "run/eval_results.json").read_text())["eval_loss"]
+    capsys.readouterr()
+    assert evaluate.main(["--config", str(file)]) == 0
+
+    assert json.loads(capsys.readouterr().out)["eval_loss"] == pytest.approx(last, rel=1e-6)
+    adapter = tmp_path / "run/export/adapter_model.safetensors"
+    assert adapter.is_file()
+    # The same rows over the dense base: near, but not the same numbers.
+    monkeypatch.setattr(setup, "build", build)
+    words = ["--model", config["model"]["path"], "--adapter", str(adapter.parent)]
+    assert evaluate.main([*words, "--data", str(rows), "--dtype", "float32"]) == 0
+    dense = json.loads(capsys.readouterr().out)["eval_loss"]
+    assert dense != last and dense == pytest.approx(last, rel=0.02)
