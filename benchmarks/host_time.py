@@ -107,7 +107,7 @@ def run_loop(folder: Path, words: argparse.Namespace, kind: str) -> dict[str, An
     from dsjax import train
     from dsjax.distributed.processes import Hosts
     from dsjax.training import run_data
-    from dsjax.training.checkpoint import CHECKPOINTS, Checkpointer
+    from dsjax.training.checkpoint import Checkpointer
     from dsjax.training.console import Progress
     from dsjax.training.evaluation import to_devices
     from dsjax.training.loop import Loop
@@ -134,7 +134,7 @@ def run_loop(folder: Path, words: argparse.Namespace, kind: str) -> dict[str, An
     run.mkdir()
     timed, loader = TimedStep(take), TimedLoader(data.train)
     train_loader: Any = loader
-    saver = Checkpointer(run / CHECKPOINTS, config.checkpoint)
+    saver = Checkpointer(run / "checkpoints", config.checkpoint)
     hosts = Hosts()
     loop = Loop(config, setup, train_loader, None, {}, total, frozen, timed, None, saver, hosts)
     with MetricsLog(run, config.logging, 0) as log, Progress(total) as progress:
