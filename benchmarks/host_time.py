@@ -133,7 +133,7 @@ def _timed(run: Any, take: Callable[..., Any], frozen: Any, state: Any) -> dict[
     """The loop over a run's steps, and what it took."""
     import jax
 
-    from dsjax.training.checkpoint import CHECKPOINTS, Checkpointer
+    from dsjax.training.checkpoint import Checkpointer
     from dsjax.training.console import Progress
     from dsjax.training.loop import Loop, Reporting
     from dsjax.training.meter import Meter
@@ -143,10 +143,10 @@ def _timed(run: Any, take: Callable[..., Any], frozen: Any, state: Any) -> dict[
     config, data = run.config, run.data
     timed, loader = TimedStep(take), TimedLoader(data.train)
     run = replace(run, data=replace(data, train=loader, eval=None))
-    run.directory.mkdir()
-    saver = Checkpointer(run.directory / CHECKPOINTS, config.checkpoint)
+    run.directory.path.mkdir()
+    saver = Checkpointer(run.directory.checkpoints, config.checkpoint)
     with (
-        MetricsLog(run.directory, config.logging, 0) as log,
+        MetricsLog(run.directory.path, config.logging, 0) as log,
         Progress(run.objective, run.total) as progress,
     ):
         reporting = Reporting(Meter(run.objective), log, progress)

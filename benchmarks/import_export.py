@@ -142,19 +142,17 @@ def _import(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
 
 
 def _export(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
-    from dsjax.export.folder import export_manifest
-    from dsjax.export.model_card import card_facts
-    from dsjax.export.run import export_trained
+    from dsjax.export.folder import Output
+    from dsjax.export.run import Trained, export_trained
 
     config, setup, frozen, trainable = _load(folder, jax)
     for path, array in trainable.items():
         if path.endswith("lora_B"):
             trainable[path] = array + 0.01
     arrays = _nbytes(frozen, trainable)
-    marker = export_manifest(config, "benchmark", "merged", 1, {}, "")
-    card = card_facts(config, setup, "merged", 1, [])
+    output = Output(config, "merged", 1, {}, {}, folder / OUTPUTS["export"])
     with machine.PeakMemory() as memory:
-        export_trained(setup, trainable, frozen, folder / OUTPUTS["export"], marker, card)
+        export_trained(output, Trained(setup, trainable, frozen))
     return _figures(memory, baseline, arrays)
 
 

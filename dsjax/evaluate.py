@@ -30,7 +30,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,17 +44,18 @@ from dsjax.config import (
     load_config,
 )
 from dsjax.config.evaluate_options import make_parser
-from dsjax.data import Examples, Loader, find_tokenizer, load_evaluation
+from dsjax.data import Examples, load_evaluation
 from dsjax.distributed.bootstrap import refuse_several
-from dsjax.distributed.mesh import check_batch
 from dsjax.distributed.sharding import Params
 from dsjax.errors import ConfigError, raise_all, renamed, run_command
 from dsjax.objectives import objective_of
-from dsjax.training.checkpoint import CHECKPOINTS, Checkpointer, from_newest
+from dsjax.training.checkpoint import Checkpointer, from_newest
 from dsjax.training.console import Loading
 from dsjax.training.continuation import differing_keys
 from dsjax.training.evaluation import evaluate_loss, make_eval_step
 from dsjax.training.restore import check_frozen, read_meta, restore_trained
+from dsjax.training.run_data import make_loader, read_rows
+from dsjax.training.run_dir import RunDir
 from dsjax.training.setup import Assembly, assemble, load_frozen, load_trainable
 from dsjax.training.state import step_config
 
@@ -105,9 +105,9 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
         trainable = load_trainable(setup, config.training.seed, Loading())
     else:
         print(f"the checkpoint of step {step} in {config.output_dir}", file=sys.stderr)
-        step, trainable, _ = restore_trained(Path(config.output_dir), config, setup)
+        step, trainable, _ = restore_trained(config, setup)
     frozen = load_frozen(setup, config.training.seed, Loading())
-    check_frozen(frozen, meta["frozen"], Path(config.output_dir))
+    check_frozen(frozen, meta["frozen"], RunDir.of(config))
     return {"step": step, **measure(config, setup, trainable, frozen, examples)}
 
 
@@ -130,20 +130,19 @@ def newest_checkpoint(config: RunConfig) -> tuple[int | None, dict[str, Any]]:
         ConfigError: the run is one of another model or adapter, whose arrays are not this one's.
     """
     nothing = {"started": datetime.now().isoformat(), "frozen": {}}
-    folder = Path(config.output_dir) / CHECKPOINTS
-    if not folder.is_dir():
+    run = RunDir.of(config)
+    if not run.checkpoints.is_dir():
         return None, nothing
-    checkpointer = Checkpointer(folder, config.checkpoint, read_only=True)
+    checkpointer = Checkpointer(run.checkpoints, config.checkpoint, read_only=True)
     step = checkpointer.latest()
     meta = nothing if step is None else read_meta(checkpointer, step)
     checkpointer.close()
-    file = Path(config.output_dir) / "config.yaml"
-    if step is not None and file.is_file():
+    if step is not None and run.config.is_file():
         held = ("model.dtype", "model.param_dtype", "model.attention")
         trains = ("training.freeze", "objective.bias_update_speed")
         changed = [
             key
-            for key in differing_keys(load_config(file), config)
+            for key in differing_keys(load_config(run.config), config)
             if key.startswith(("model.", "adapter.", *trains)) and key not in held
         ]
         if changed:
@@ -155,11 +154,8 @@ def newest_checkpoint(config: RunConfig) -> tuple[int | None, dict[str, Any]]:
 
 
 def read_examples(config: RunConfig, setup: Assembly, today: datetime) -> Examples:
-    """Tokenise the rows, once the batch is known to fit the devices; tell what became of them."""
-    check_batch(config.training.batch_size, 1, setup.mesh)
-    tokenizer = find_tokenizer(setup.source.directory, config.data.format, today)
-    vocabulary = setup.model.config.vocab_size
-    examples = load_evaluation(config.data, config.training.seed, tokenizer, vocabulary)
+    """Tokenise the rows, once the batch is known to fit the devices; print what became of them."""
+    examples, _ = read_rows(config, setup, today, load_evaluation)
     assert examples is not None
     for line in examples.report.lines():
         print(line, file=sys.stderr)
@@ -170,8 +166,7 @@ def measure(
     config: RunConfig, setup: Assembly, trainable: Params, frozen: Params, examples: Examples
 ) -> dict[str, Any]:
     """Run over all examples; returns what is printed."""
-    section = config.data.model_copy(update={"shuffle": False})
-    loader = Loader(examples, section, config.training.batch_size, config.training.seed)
+    loader = make_loader(config, setup, examples, shuffle=False)
     step = step_config(config, setup.partition, setup.mesh, total_steps=1)
     told = _told(make_eval_step(step), loader.steps_in_epoch(0))
     values = evaluate_loss(step.objective, told, trainable, frozen, loader, setup.mesh)

@@ -24,17 +24,15 @@ if __name__ == "__main__":
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
 
 import dsjax
-from dsjax import adapters
 from dsjax import config as configuration
 from dsjax.config import RunConfig, load_config, split_arguments
 from dsjax.config.train_options import show_text
@@ -42,34 +40,26 @@ from dsjax.data import Loader
 from dsjax.distributed.bootstrap import detect_process, split_process_options
 from dsjax.distributed.devices import GPU_MEMORY_SHARE, peak_flops
 from dsjax.distributed.processes import Hosts, process_group
-from dsjax.distributed.sharding import Params
 from dsjax.errors import run_command
 from dsjax.export.disk_space import check_disk
-from dsjax.export.folder import check_continues, check_outputs, export_manifest, is_complete
-from dsjax.export.model_card import card_facts
-from dsjax.export.run import check_dtype, export_trained
+from dsjax.export.folder import Output, check_continues, check_outputs, is_complete
+from dsjax.export.run import Trained, check_export, export_trained
 from dsjax.training import optimizer
 from dsjax.training.announcement import announce
-from dsjax.training.checkpoint import CHECKPOINTS, Checkpointer
+from dsjax.training.checkpoint import Checkpointer
 from dsjax.training.compilation import compile_evaluation, compile_step
 from dsjax.training.console import Loading, Progress
-from dsjax.training.continuation import identity
-from dsjax.training.eval_results import evaluated_rows, evaluation_manifest
+from dsjax.training.eval_results import evaluation_manifest
 from dsjax.training.flops import token_flops
 from dsjax.training.loop import Loop, Reporting, finish_evaluation
 from dsjax.training.loss_plot import plot_loss
 from dsjax.training.meter import Meter
-from dsjax.training.metrics_log import METRICS_FILE, PICTURE, MetricsLog, read_metrics
+from dsjax.training.metrics_log import MetricsLog
 from dsjax.training.restore import check_frozen, frozen_sums
+from dsjax.training.resume import find_resume_point
 from dsjax.training.run import Programs, Run
 from dsjax.training.run_data import read_as_before
-from dsjax.training.run_dir import (
-    CONFIG_FILE,
-    export_path,
-    find_resume_point,
-    locked_run_dir,
-    make_for_all,
-)
+from dsjax.training.run_dir import RunDir, locked_run_dir, make_for_all
 from dsjax.training.setup import Assembly, assemble, load_frozen, load_trainable
 from dsjax.training.state import (
     TrainState,
@@ -112,7 +102,7 @@ def train(config: RunConfig, hosts: Hosts | None = None) -> int:
     hosts = hosts or Hosts()
     hosts.assert_equal(launch_fingerprint(config))
     check_outputs(config)
-    with locked_run_dir(Path(config.output_dir), hosts):  # nobody else changes what is looked at
+    with locked_run_dir(RunDir.of(config), hosts):  # nobody else changes what is looked at
         return _train(config, hosts)
 
 
@@ -124,7 +114,7 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
     form = export_form(config, setup)
 
     # ---- 3. Data: rows to tokens, order and packing of the whole run
-    earlier = find_resume_point(Path(config.output_dir), config)
+    earlier = find_resume_point(config)
     start, started = earlier.step, hosts.broadcast_from_primary(lambda: earlier.started)
     config, data = read_as_before(config, earlier, setup, datetime.fromisoformat(started), hosts)
     total = data.train.total_steps(config.training.num_train_epochs, config.training.max_steps)
@@ -142,8 +132,8 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
     rows = data.eval_fingerprint
     complete = partial(is_complete, config, rows, form, earlier, total, contents)
     if hosts.broadcast_from_primary(complete):
-        if hosts.primary and not (run.directory / PICTURE).is_file():
-            plot_loss(run.directory)
+        if hosts.primary and not run.directory.loss_plot.is_file():
+            plot_loss(run.directory.path)
         hosts.log_once(f"nothing to do: {total} steps and all results are there")
         return 0
 
@@ -164,8 +154,8 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
     trainable = {} if start else load_trainable(setup, seed, Loading(primary=primary))
 
     # ---- 8. State: the newest complete checkpoint's, or the first
-    make_for_all(run.directory / CHECKPOINTS, hosts)
-    checkpointer = Checkpointer(run.directory / CHECKPOINTS, config.checkpoint)
+    make_for_all(run.directory.checkpoints, hosts)
+    checkpointer = Checkpointer(run.directory.checkpoints, config.checkpoint)
     meter = Meter(run.objective, *speed_limits(setup, config, data.train))
     if start:
         state = checkpointer.restore(start, abstract_state(step))
@@ -175,12 +165,11 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
         state = init_state(trainable, step, seed)
     del trainable
     if primary:
-        resolved = configuration.to_yaml(configuration.located(config))
-        write_atomic(run.directory / CONFIG_FILE, resolved)
+        write_atomic(run.directory.config, configuration.to_yaml(configuration.located(config)))
 
     # ---- 9. The loop
     with (
-        MetricsLog(run.directory, config.logging, start, primary) as log,
+        MetricsLog(run.directory.path, config.logging, start, primary) as log,
         Progress(run.objective, total, start, primary) as progress,
     ):
         log.log_start(configuration.to_yaml(config), table)
@@ -190,7 +179,8 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
         if stopped is not None:
             return 128 + stopped
         state = release(state)  # it is saved; evaluation and proof need the room
-        manifest = evaluation_manifest(total, meter.run_sums(), data.eval_fingerprint)
+        sums = meter.run_sums()
+        manifest = evaluation_manifest(total, sums, data.eval_fingerprint)
         failures = [finish_evaluation(loop, state, manifest)]
         log.log_summary(total, meter.summary())
     del loop, programs  # they take room on the devices too
@@ -199,37 +189,20 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
     try:
         if form is not None:
             check_disk(config, setup, step, form, False, hosts)  # others write there too
-            failures.append(export_run(run, form, meter.run_sums(), state.trainable, frozen))
+            output = Output(config, form, total, sums, contents)
+            failures.append(export_run(output, Trained(setup, state.trainable, frozen), hosts))
     finally:
         if primary:
-            plot_loss(run.directory)
+            plot_loss(run.directory.path)
     hosts.barrier()  # what follows ends all
     raise_failures(failures)
     return 0
 
 
-def export_run(
-    run: Run, form: str, sums: Mapping[str, float], trainable: Params, frozen: Params
-) -> Exception | None:
-    """Export a finished run; returns why the proof did not run, for the caller to raise.
-
-    Args:
-        run: what it is.
-        form: what to export.
-        sums: over all its steps, which tell one training from another.
-        trainable: the trained arrays, which a merged export gives up.
-        frozen: all other arrays.
-    """
-    config, setup, hosts, out = run.config, run.setup, run.hosts, export_path(run.config)
-    facts = card_facts(config, setup, form, run.total, read_metrics(run.directory / METRICS_FILE))
-    name, rows = identity(config, run.contents), evaluated_rows(run.directory)
-    manifest = export_manifest(config, name, form, run.total, sums, rows)
-    progress = Loading("writing", hosts.primary)
-    least = config.export.min_kept
-    done = export_trained(
-        setup, trainable, frozen, out, manifest, facts, progress, hosts, min_kept=least
-    )
-    hosts.log_once(f"exported {form} to {out}{done}")
+def export_run(output: Output, trained: Trained, hosts: Hosts) -> Exception | None:
+    """Export a finished run; returns why the proof did not run, for the caller to raise."""
+    done = export_trained(output, trained, hosts, Loading("writing", hosts.primary))
+    hosts.log_once(f"exported {output.form} to {output.path}{done}")
     return done.failure
 
 
@@ -267,10 +240,8 @@ def export_form(config: RunConfig, setup: Assembly) -> str | None:
     Raises:
         ConfigError: this model or adapter has no such form.
     """
-    check_dtype(config, setup)
     form = configuration.export_format(config.export, setup.spec.peft_type if setup.spec else None)
-    if form is not None:
-        adapters.check_form(setup.model, setup.spec, form, "export.format")
+    check_export(config, setup, form, "export.format")
     return form
 
 

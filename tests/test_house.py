@@ -2,10 +2,13 @@
 """The rules of the house that a machine can check: arrows, sizes, names, knobs that are read."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
@@ -204,3 +207,125 @@ def test_importing_the_package_starts_nothing():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == ""
+
+
+# ---- Names: nothing is imported, for that takes long; what a module defines is read in its text.
+
+PATCHES = ("setattr", "delattr")
+DOTTED = r"dsjax(\.[A-Za-z_]\w*)+"
+
+
+@functools.cache
+def _defined(module: str) -> dict[str, ast.AST]:
+    """Map the names that a module or package of dsjax has to what defines them."""
+    path = ROOT.joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not file.is_file():
+        return {}
+    names = _bindings(ast.parse(file.read_text()).body)
+    if path.is_dir():
+        inside = [p for p in path.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()]
+        names = {p.stem: ast.Module([], []) for p in inside} | names
+    return {"__doc__": ast.Module([], []), **names}
+
+
+def _bindings(body: Sequence[ast.stmt]) -> dict[str, ast.AST]:
+    """Map the names that statements bind, those inside `if`, `try` and `with` included."""
+    names: dict[str, ast.AST] = {}
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names[node.name] = node
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                names[alias.asname or alias.name.split(".")[0]] = node
+        else:
+            stored = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+            names |= {n.id: n for n in stored if isinstance(n.ctx, ast.Store)}
+            for field in ("body", "orelse", "handlers", "finalbody"):
+                names |= _bindings(getattr(node, field, []))
+    return names
+
+
+def _exists(name: str) -> bool:
+    """Tell whether a dotted name is a module of dsjax, something in one, or in a class there."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        defined, rest = _defined(".".join(parts[:count])), parts[count:]
+        if defined and not rest:
+            return True
+        if defined:
+            node = defined.get(rest[0])
+            if isinstance(node, ast.ClassDef) and rest[1:] and not node.bases:
+                own = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+                return rest[1] in own | set(_bindings(node.body))
+            return node is not None
+    return False
+
+
+def _trees(tree: ast.AST) -> list[ast.AST]:
+    """List the tree of a file and those of the strings in it that are code which imports dsjax."""
+    trees = [tree]
+    for node in ast.walk(tree):
+        text = ""
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            text = node.value
+        elif isinstance(node, ast.JoinedStr):
+            text = "".join(v.value if isinstance(v, ast.Constant) else "0" for v in node.values)
+        if "dsjax" in text and "import" in text:
+            with suppress(SyntaxError):  # prose
+                trees.append(ast.parse(textwrap.dedent(text)))
+    return trees
+
+
+def _wanted(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield the dotted names of dsjax that a tree counts on, with their lines."""
+    modules: dict[str, str] = {}
+    nodes = list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dsjax":
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield node.lineno, name
+                if _defined(name):
+                    modules[alias.asname or alias.name] = name
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "dsjax":
+                    yield node.lineno, alias.name
+                    modules |= {alias.asname: alias.name} if alias.asname else {"dsjax": "dsjax"}
+    # A name that is something else in places says nothing.
+    others = {n.arg for n in nodes if isinstance(n, ast.arg)}
+    others |= {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    modules = {name: module for name, module in modules.items() if name not in others}
+
+    def dotted(node: ast.expr) -> str | None:
+        if isinstance(node, ast.Name):
+            return modules.get(node.id)
+        inner = dotted(node.value) if isinstance(node, ast.Attribute) else None
+        return f"{inner}.{node.attr}" if inner and isinstance(node, ast.Attribute) else None
+
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            name = dotted(node)
+            if name and isinstance(node.ctx, ast.Load):
+                yield node.lineno, name
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            target = dotted(node.args[0]) if node.func.attr in PATCHES and node.args[1:] else None
+            attribute = node.args[1] if target else None
+            if isinstance(attribute, ast.Constant) and "raising" not in {
+                k.arg for k in node.keywords
+            }:
+                yield node.lineno, f"{target}.{attribute.value}"
+        elif isinstance(node, ast.Tuple):  # (module, class or nothing, function)
+            parts = [e.value for e in node.elts if isinstance(e, ast.Constant)]
+            if len(parts) == len(node.elts) == 3 and str(parts[0]).startswith("dsjax."):
+                yield node.lineno, ".".join(str(part) for part in parts if part)
+        elif isinstance(node, ast.Constant) and re.fullmatch(DOTTED, str(node.value)):
+            yield node.lineno, str(node.value)
+
+
+@pytest.mark.parametrize("path", ALL_PYTHON, ids=_name)
+def test_names_of_the_package_exist(path: Path):
+    """Those that are imported, used, patched or written in strings of code."""
+    found = [pair for tree in _trees(ast.parse(path.read_text())) for pair in _wanted(tree)]
+    assert [f"line {line}: {name}" for line, name in found if not _exists(name)] == []

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from jax._src.clusters import ClusterEnv
-
+from dsjax.distributed.jax_internals import ClusterEnv, known_clusters
 from dsjax.errors import ConfigError
 
 WAIT = 45.0
@@ -133,8 +132,7 @@ def _clusters(environment: Mapping[str, str]) -> list[type[ClusterEnv]]:
     asks = _INDEX in environment and find_spec("kubernetes") is not None
     if not asks or (without_tpu and _on_tpu_host(environment)):
         left_out.append("K8sCluster")
-    known = ClusterEnv._cluster_types
-    return [c for c in known if not c.opt_in_only_method and c.__name__ not in left_out]
+    return [c for c in known_clusters() if not c.opt_in_only_method and c.__name__ not in left_out]
 
 
 def _is_present(cluster: type[ClusterEnv]) -> bool:

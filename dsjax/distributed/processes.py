@@ -22,11 +22,11 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, Protocol, TypeVar, runtime_checkable
 
 import jax
-from jax._src.distributed import global_state
 
 from dsjax import signals
 from dsjax.distributed.bootstrap import wait_for_all
 from dsjax.distributed.coordinator import numbered
+from dsjax.distributed.jax_internals import coordinator_client
 from dsjax.distributed.launchers import ProcessSpec
 from dsjax.errors import ConfigError, raise_all, system_fault
 
@@ -355,7 +355,7 @@ def process_group(spec: ProcessSpec | None) -> Iterator[Hosts]:
     )
     # A TPU numbers its processes itself.
     index, count = jax.process_index(), jax.process_count()
-    hosts = Hosts(index, count, global_state.client, keeps_store=spec.process_id == 0)
+    hosts = Hosts(index, count, coordinator_client(), keeps_store=spec.process_id == 0)
     hosts.start()
     with signals.sent_to(hosts.end_by):
         try:

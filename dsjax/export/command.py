@@ -16,20 +16,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsjax.adapters import check_form
 from dsjax.config import MeshSection
 from dsjax.config.paths import is_url, written_to_url
 from dsjax.distributed.bootstrap import refuse_several
 from dsjax.errors import ConfigError
-from dsjax.export.folder import check_free, check_own, export_manifest
-from dsjax.export.model_card import card_facts
+from dsjax.export.folder import Output, check_free, check_own
 from dsjax.export.options import make_parser
-from dsjax.export.run import check_dtype, export_bytes, export_trained
-from dsjax.training.continuation import identity
-from dsjax.training.eval_results import evaluated_rows
-from dsjax.training.metrics_log import METRICS_FILE, read_metrics
+from dsjax.export.run import Trained, check_export, export_bytes, export_trained
 from dsjax.training.restore import check_frozen, restore_trained
-from dsjax.training.run_dir import run_config
+from dsjax.training.run_dir import RunDir, run_config
 from dsjax.training.setup import assemble, load_frozen
 from dsjax.weights.folders import check_room, leftovers_of
 
@@ -40,31 +35,24 @@ def main(argv: Sequence[str]) -> int:
     refuse_several("dsjax.export", os.environ)
     if is_url(words.out):
         raise ConfigError(written_to_url(words.out, "--out"))
-    run, out = Path(words.run), Path(words.out)
+    run, out = RunDir(Path(words.run)), Path(words.out)
     # Not the run's mesh, which may be a pod's: what is here serves, and changes no byte.
     here = {"mesh": MeshSection(), "output_dir": str(run)}
     config = run_config(run).model_copy(update=here)
     check_free(out, config, "--out")  # before anything is loaded
     setup = assemble(config)
     form = words.format
-    check_form(setup.model, setup.spec, form, "--format")
-    check_dtype(config, setup)
-    step, trainable, meta = restore_trained(run, config, setup)
-    name = identity(config, meta["contents"])
-    check_own(out, name, "--out")
+    check_export(config, setup, form, "--format")
+    step, trainable, meta = restore_trained(config, setup)
+    output = Output(config, form, step, meta["meter"]["run"], meta["contents"], out, "--out")
+    check_own(out, output.name, "--out")
     size = export_bytes(config, setup, form)
     check_room(out, {"the export": size}, "--out", leftovers_of(out))
-    sums = meta["meter"]["run"]
-    manifest = export_manifest(config, name, form, step, sums, evaluated_rows(run))
     frozen = load_frozen(setup, config.training.seed)
     check_frozen(frozen, meta["frozen"], run)
-    facts = card_facts(config, setup, form, step, read_metrics(run / METRICS_FILE))
-    least = config.export.min_kept
-    done = export_trained(
-        setup, trainable, frozen, out, manifest, facts, field="--out", min_kept=least
-    )
-    said = "exported" if done.written else "already there:"
-    print(f"{said} step {step} as {form} to {out}{done}", file=sys.stderr)
+    done = export_trained(output, Trained(setup, trainable, frozen))
+    verb = "exported" if done.written else "already there:"
+    print(f"{verb} step {step} as {form} to {out}{done}", file=sys.stderr)
     if done.failure is not None:
         raise done.failure
     return 0

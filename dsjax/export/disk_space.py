@@ -14,8 +14,8 @@ import jax
 from dsjax.config import RunConfig
 from dsjax.distributed.processes import Hosts
 from dsjax.export.run import export_bytes
-from dsjax.training.checkpoint import CHECKPOINTS, half_written
-from dsjax.training.run_dir import export_path
+from dsjax.training.checkpoint import half_written
+from dsjax.training.run_dir import RunDir
 from dsjax.training.setup import Assembly
 from dsjax.training.state import StepConfig, abstract_state
 from dsjax.weights.folders import check_room, leftovers_of
@@ -36,18 +36,20 @@ def check_disk(
     """
     if not hosts.primary:
         return
-    run, needs = Path(config.output_dir), dict[Path, dict[str, int]]()
-    half_saved = half_written(run / CHECKPOINTS)
-    half_exported = () if form is None else leftovers_of(export_path(config))
+    run, needs = RunDir.of(config), dict[Path, dict[str, int]]()
+    half_saved = half_written(run.checkpoints)
+    half_exported = () if form is None else leftovers_of(run.export)
     if saves:
         leaves = jax.tree.leaves(abstract_state(step))
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-        needs[run] = {"a checkpoint": size}
+        needs[run.path] = {"a checkpoint": size}
     if form is not None:
-        place = run if config.export.path is None else export_path(config)
+        place = run.path if config.export.path is None else run.export
         needs.setdefault(place, {})["the export"] = export_bytes(config, setup, form)
     for place, wanted in needs.items():
-        field = "output_dir" if place == run else "export.path"
+        field = "output_dir" if place == run.path else "export.path"
         check_room(place, wanted, field, [*half_saved, *half_exported])
     if saves:  # what is left of an export is removed only when the next one begins
-        check_room(run, {"a checkpoint": needs[run]["a checkpoint"]}, "output_dir", half_saved)
+        check_room(
+            run.path, {"a checkpoint": needs[run.path]["a checkpoint"]}, "output_dir", half_saved
+        )

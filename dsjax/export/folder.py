@@ -1,53 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whose an export's folder is: what may be replaced, and what is there already.
 
-In: a run's configuration and what its training summed up to. Out: the manifest that lies in every
-export, and a refusal of every folder that is not this run's own. Not done here: what else an export
-holds (export.py).
+In: a run's configuration and what its training summed up to. Out: an `Output` with the manifest
+that lies in every export, and a refusal of every folder that is not this run's own. Not done here:
+what else an export holds (`run`).
 """
 
 import glob
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dsjax.config import RunConfig, located
 from dsjax.errors import ConfigError
-from dsjax.training.checkpoint import CHECKPOINTS
 from dsjax.training.continuation import identity
 from dsjax.training.eval_results import evaluated_rows, evaluation_manifest, is_evaluated
-from dsjax.training.metrics_log import METRICS_FILE, read_metrics
+from dsjax.training.metrics_log import read_metrics
 from dsjax.training.restore import check_contents
-from dsjax.training.run_dir import MANIFEST, ResumePoint, export_path, read_manifest
+from dsjax.training.resume import ResumePoint
+from dsjax.training.run_dir import MANIFEST, RunDir, read_manifest
 from dsjax.weights.folders import check_apart, check_empty
 from dsjax.weights.storage import READS_AHEAD, file_digest, in_order
 
 
-def export_manifest(
-    config: RunConfig, run: str, form: str, step: int, sums: Mapping[str, float], eval_rows: str
-) -> dict[str, Any]:
-    """What an export says it is; two trainings that differ in anything have different manifests.
+@dataclass(frozen=True)
+class Output:
+    """An export to be written: of what training it is, and where it goes.
 
-    Args:
+    Attributes:
         config: the run's.
-        run: its name, from `continuation.identity`.
         form: merged or peft.
         step: the optimizer step that is exported.
         sums: of the loss and the tokens up to that step, as its checkpoint holds them.
-        eval_rows: fingerprint of the rows whose results the model card shows. They tell
-            apart what the configuration does not: other rows in files of the same names.
+        contents: digests of what the run reads, by its keys.
+        out: the folder, where it is not the run's own (`export.path`).
+        field: how messages call the folder.
     """
-    manifest = {
-        "format": form,
-        "step": step,
-        "model": located(config).model.path,
-        "run": run,
-        "sums": dict(sums),
-        "eval": eval_rows,
-    }
-    return manifest | ({"dtype": config.export.dtype} if config.export.dtype else {})
+
+    config: RunConfig
+    form: str
+    step: int
+    sums: Mapping[str, float]
+    contents: Mapping[str, str]
+    out: Path | None = None
+    field: str = "export.path"
+
+    @property
+    def run(self) -> RunDir:
+        """Return the files of the run."""
+        return RunDir.of(self.config)
+
+    @property
+    def path(self) -> Path:
+        """Return the folder."""
+        return self.out or self.run.export
+
+    @property
+    def name(self) -> str:
+        """Return the name that all starts of the run share."""
+        return identity(self.config, self.contents)
+
+    def manifest(self) -> dict[str, Any]:
+        """Say what the export is; two trainings that differ in anything say different things.
+
+        Among it is a fingerprint of the rows whose results the model card shows: it tells apart
+        what the configuration does not, other rows in files of the same names.
+        """
+        dtype = self.config.export.dtype
+        manifest = {
+            "format": self.form,
+            "step": self.step,
+            "model": located(self.config).model.path,
+            "run": self.name,
+            "sums": dict(self.sums),
+            "eval": evaluated_rows(self.run.path),
+        }
+        return manifest | ({"dtype": dtype} if dtype else {})
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any], kept: float | None = None) -> None:
@@ -153,12 +184,13 @@ def _sources(config: RunConfig) -> dict[str, str | None]:
 
 def _needed(config: RunConfig) -> list[tuple[str, Path]]:
     """The files and folders that a run reads or writes, with their keys; hub ids left out."""
-    run, data = Path(config.output_dir), config.data
+    run, data = RunDir.of(config), config.data
     read = [("model.path", config.model.path), ("adapter.path", config.adapter.path)]
     for key, sources in (("data.train", data.train), ("data.eval", data.eval or [])):
         read += [(key, name) for s in sources for name in (s, *glob.glob(s, recursive=True))]
     there = [(key, Path(name)) for key, name in read if name is not None and Path(name).exists()]
-    return [*there, *(("output_dir", run / name) for name in (".", CHECKPOINTS, "tensorboard"))]
+    written = (run.path, run.checkpoints, run.tensorboard)
+    return [*there, *(("output_dir", path) for path in written)]
 
 
 def check_continues(
@@ -181,11 +213,11 @@ def check_continues(
         ConfigError: fewer steps than are done, other contents, or a foreign folder where the export
             goes.
     """
-    run = Path(config.output_dir)
+    run = RunDir.of(config)
     if earlier.meta:  # first: another content makes another run of it, whose export is in the way
         check_contents(contents, earlier.meta["contents"], run)
     if form is not None:
-        check_replaceable(export_path(config), config, identity(config, contents))
+        check_replaceable(run.export, config, identity(config, contents))
     if earlier.step > total:
         raise ConfigError(
             f"training.max_steps: got {total} steps, expected at least the {earlier.step} that the "
@@ -211,13 +243,12 @@ def is_complete(
         total: its steps.
         contents: digests of what it reads, by its keys.
     """
-    run = Path(config.output_dir)
+    run = RunDir.of(config)
     results = evaluation_manifest(total, earlier.sums, eval_rows)
-    if earlier.step < total or (eval_rows and not is_evaluated(run, results)):
+    if earlier.step < total or (eval_rows and not is_evaluated(run.path, results)):
         return False
     if form is not None:
-        name = identity(config, contents)
-        manifest = export_manifest(config, name, form, total, earlier.sums, evaluated_rows(run))
-        return is_exported(export_path(config), manifest, config.export.min_kept)
-    rows = read_metrics(run / METRICS_FILE)
+        output = Output(config, form, total, earlier.sums, contents)
+        return is_exported(run.export, output.manifest(), config.export.min_kept)
+    rows = read_metrics(run.metrics)
     return any("train_loss" in row and row["step"] == total for row in rows)

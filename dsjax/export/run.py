@@ -1,27 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write an export and prove it: merged weights or a PEFT adapter, in place of the old one.
 
-In: the trained arrays of an `Assembly`, and the manifest of the run that they are of. Out: a folder
+In: the trained arrays of an `Assembly`, and the `Output` that they become. Out: a folder
 that transformers or PEFT loads; what was written is read again and compared before the folder takes
 its name. Not done here: whether it may be written (`folder`), the proof of the logits (`verify`).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from dsjax.adapters import check_form
 from dsjax.config import RunConfig
 from dsjax.distributed.processes import Hosts
 from dsjax.distributed.sharding import Params
 from dsjax.errors import ConfigError, first_line
 from dsjax.export import verify
-from dsjax.export.folder import check_own, is_exported, is_too_little, write_manifest
+from dsjax.export.folder import Output, check_own, is_exported, is_too_little, write_manifest
 from dsjax.export.merge import changed_tensors
-from dsjax.export.model_card import CardFacts, kept_text, write_model_card
+from dsjax.export.model_card import card_facts, kept_text, write_model_card
 from dsjax.export.peft import write_peft
+from dsjax.training.metrics_log import read_metrics
 from dsjax.training.setup import Assembly
 from dsjax.weights.folders import atomic_directory
 from dsjax.weights.fp8 import DequantisedSource
@@ -29,17 +31,26 @@ from dsjax.weights.generation_config import write_generation_config
 from dsjax.weights.write import checkpoint_bytes, write_checkpoint
 
 
-def check_dtype(config: RunConfig, setup: Assembly) -> None:
-    """Refuse to write FP8 where there was none.
+def check_export(config: RunConfig, setup: Assembly, form: str | None, field: str) -> None:
+    """Refuse a form or a dtype in which this training cannot be exported; nothing is loaded yet.
+
+    Args:
+        config: the run's.
+        setup: its model.
+        form: merged or peft; None where nothing is exported at the end of the run.
+        field: the key or option that asks for the form.
 
     Raises:
-        ConfigError: `export.dtype` is fp8, and the checkpoint is not.
+        ConfigError: this model or adapter has no such form; `export.dtype` is fp8, and the
+            checkpoint is not.
     """
     if config.export.dtype == "fp8" and not isinstance(setup.source, DequantisedSource):
         raise ConfigError(
             f"export.dtype: got fp8, expected null; the checkpoint {config.model.path!r} is not in "
             "FP8"
         )
+    if form is not None:
+        check_form(setup.model, setup.spec, form, field)
 
 
 def export_bytes(config: RunConfig, setup: Assembly, form: str) -> int:
@@ -83,54 +94,60 @@ class Exported(NamedTuple):
         return "" if self.failure is None else ", unproven; the reason follows"
 
 
+class Trained(NamedTuple):
+    """A model with its arrays; a merged export gives them up.
+
+    Attributes:
+        setup: the run's model.
+        trainable: the trained arrays.
+        frozen: all other arrays.
+    """
+
+    setup: Assembly
+    trainable: Params
+    frozen: Params
+
+
 def export_trained(
-    setup: Assembly,
-    trainable: Params,
-    frozen: Params,
-    out: Path,
-    manifest: Mapping[str, Any],
-    card: CardFacts,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    output: Output,
+    trained: Trained,
     hosts: Hosts | None = None,
-    field: str = "export.path",
-    min_kept: float | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Exported:
-    """Write and prove an export, beside `out` first; what lies at `out` is replaced.
+    """Write and prove an export, beside its folder first; what lies there is replaced.
 
     Of several processes the first writes, and all prove the logits. The caller has made sure that
-    `out` may be replaced (`check_replaceable`) before it did anything; here it is asked again. A
-    merged export gives up the arrays: the proof loads what changed in their place, never beside
+    the folder may be replaced (`check_replaceable`) before it did anything; here it is asked again.
+    A merged export gives up the arrays: the proof loads what changed in their place, never beside
     them. Where the proof finds another model the export is refused. Where it cannot be computed,
     for want of memory, the export stands, and its card and manifest say so; the next run of the
     same command tries again.
 
     Args:
-        setup: the run's model.
-        trainable: the trained arrays.
-        frozen: all other arrays.
-        out: the export's folder.
-        manifest: from `export_manifest`, of these arrays.
-        card: the model card's facts.
-        progress: told the bytes written so far and in all.
+        output: what the export is, and where it goes.
+        trained: what is exported.
         hosts: this process among those of the run; None for a process alone.
-        field: how messages call `out`.
-        min_kept: `export.min_kept`.
+        progress: called with the bytes written so far and in all.
 
     Raises:
         DifferentLogitsError: what was written is not the trained model.
-        ConfigError: it keeps less than `min_kept` of what training changed.
+        ConfigError: it keeps less than `export.min_kept` of what training changed.
     """
-    hosts, proof = hosts or Hosts(), Proof()
-    if hosts.broadcast_from_primary(lambda: is_exported(out, manifest, min_kept)):
+    hosts, proof, out = hosts or Hosts(), Proof(), output.path
+    manifest, section = output.manifest(), output.config.export
+    card = card_facts(
+        output.config, trained.setup, output.form, output.step, read_metrics(output.run.metrics)
+    )
+    if hosts.broadcast_from_primary(lambda: is_exported(out, manifest, section.min_kept)):
         return Exported(False)
-    check = partial(check_own, out, manifest["run"], field)
-    with atomic_directory(out, field, hosts.primary, check) as directory:
-        if manifest["format"] == "peft":
-            write_peft(directory, setup, trainable, hosts.primary)
+    check = partial(check_own, out, output.name, output.field)
+    with atomic_directory(out, output.field, hosts.primary, check) as directory:
+        if output.form == "peft":
+            write_peft(directory, trained.setup, trained.trainable, hosts.primary)
         else:
-            fp8 = manifest.get("dtype") == "fp8"
-            proof = _write_merged(directory, setup, trainable, frozen, fp8, progress, hosts)
-            _check_kept(proof, min_kept, fp8, hosts)
+            fp8 = section.dtype == "fp8"
+            proof = _write_merged(directory, trained, fp8, hosts, progress)
+            _check_kept(proof, section.min_kept, fp8, hosts)
         if proof.failure is not None:
             card = replace(card, unproven=first_line(proof.failure))
             manifest = {**manifest, "proof": f"did not run: {card.unproven}"}
@@ -142,14 +159,13 @@ def export_trained(
 
 def _write_merged(
     directory: Path,
-    setup: Assembly,
-    trainable: Params,
-    frozen: Params,
+    trained: Trained,
     fp8: bool,
-    progress: Callable[[int, int], None],
     hosts: Hosts,
+    progress: Callable[[int, int], None],
 ) -> Proof:
     """Write merged weights, and prove them once all processes see them; gives up the arrays."""
+    setup, trainable, frozen = trained
     changes = changed_tensors(setup.model, setup.spec, trainable, setup.partition.layer_masks)
     write_checkpoint(setup.source, directory, changes, progress, fp8, hosts.primary)
     if hosts.primary:

@@ -27,9 +27,6 @@ from dsjax.config import CheckpointSection
 from dsjax.distributed.checksums import checksums, digest, named_leaves
 from dsjax.errors import ConfigError, files_of, system_fault
 
-CHECKPOINTS = "checkpoints"
-"""Folder of a run's checkpoints, in its output directory."""
-
 T = TypeVar("T")
 
 MOST_LINES = 8

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.distributed.checksums import digest
+from dsjax.training.run_dir import RunDir
 from dsjax.weights.folders import write_atomic
-
-EVAL_RESULTS = "eval_results.json"
 
 
 def evaluation_manifest(step: int, sums: Mapping[str, float], rows: str) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def evaluation_manifest(step: int, sums: Mapping[str, float], rows: str) -> dict
 
 def write_results(run: Path, manifest: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Write the results of an evaluation, so that they are there whole or not at all."""
-    write_atomic(run / EVAL_RESULTS, json.dumps({**manifest, **values}, indent=2) + "\n")
+    write_atomic(RunDir(run).eval_results, json.dumps({**manifest, **values}, indent=2) + "\n")
 
 
 def is_evaluated(run: Path, manifest: Mapping[str, Any]) -> bool:
@@ -45,7 +44,7 @@ def evaluated_rows(run: Path) -> str:
 
 def _read(run: Path) -> dict[str, Any]:
     try:
-        found = json.loads((run / EVAL_RESULTS).read_text("utf-8"))
+        found = json.loads(RunDir(run).eval_results.read_text("utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
         return {}  # not there, or damaged: it is made again
     return found if isinstance(found, dict) else {}

@@ -28,7 +28,7 @@ from dsjax.training.console import Progress
 from dsjax.training.eval_results import evaluated_rows, is_evaluated, write_results
 from dsjax.training.evaluation import StoppedError, evaluate_loss, to_devices
 from dsjax.training.meter import Meter
-from dsjax.training.metrics_log import BOARD, MetricsLog
+from dsjax.training.metrics_log import MetricsLog
 from dsjax.training.profiling import Profile
 from dsjax.training.run import Programs, Run
 from dsjax.training.state import StepReport, TrainState
@@ -127,7 +127,7 @@ class Loop:
     def steps(self, state: TrainState, start: int) -> tuple[TrainState, int | None]:
         """Run the steps after `start`; returns the state and the signal that ended them early."""
         hosts, traced = self.run.hosts, self.run.config.logging.profile_steps
-        folder = self.run.directory / BOARD
+        folder = self.run.directory.tensorboard
         profile = Profile(traced, start, self.run.total, folder, hosts.primary)
         stop = Stop(hosts, start)
         with signals.sent_to(stop.receive):
@@ -280,15 +280,15 @@ def finish_evaluation(
         several processes it may be one alone, for which the others wait: then it is raised here.
     """
     run, hosts = loop.run, loop.run.hosts
-    evaluated = partial(is_evaluated, run.directory, manifest)
+    evaluated = partial(is_evaluated, run.directory.path, manifest)
     if run.data.eval is None or hosts.broadcast_from_primary(evaluated):
         return None
-    if evaluated_rows(run.directory) not in ("", manifest["data"]):
+    if evaluated_rows(run.directory.path) not in ("", manifest["data"]):
         loop.reporting.log.forget_evaluation(run.total)
     try:
         values = loop.evaluate(state, run.total)
         if hosts.primary:
-            write_results(run.directory, manifest, values)
+            write_results(run.directory.path, manifest, values)
     except Exception as error:
         if hosts.count > 1:
             hosts.log_once(

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsjax.errors import files_of
-from dsjax.training.metrics_log import METRICS_FILE, PICTURE, read_metrics
+from dsjax.training.metrics_log import read_metrics
+from dsjax.training.run_dir import RunDir
 
 
 def plot_loss(output_dir: Path) -> Path | None:
     """Draw `training_loss.png` from `metrics.jsonl`; None, and no file, if no loss was logged."""
-    rows = read_metrics(output_dir / METRICS_FILE)
+    run = RunDir(output_dir)
+    rows = read_metrics(run.metrics)
     train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
     evals = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
     if not train:
@@ -37,7 +39,7 @@ def plot_loss(output_dir: Path) -> Path | None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
-    path = output_dir / PICTURE
+    path = run.loss_plot
     beside = path.with_name("training_loss.tmp.png")
     with files_of(path):
         figure.savefig(beside)

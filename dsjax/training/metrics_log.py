@@ -21,8 +21,7 @@ from typing import Any
 from dsjax.config import LoggingSection
 from dsjax.config.json_file import parse
 from dsjax.errors import ConfigError, files_of
-
-METRICS_FILE, PICTURE, BOARD = "metrics.jsonl", "training_loss.png", "tensorboard"
+from dsjax.training.run_dir import RunDir
 
 
 class MetricsLog:
@@ -42,7 +41,8 @@ class MetricsLog:
         self._start_step = resume_step
         self._file = None
         self._board = None
-        self._path = path = output_dir / METRICS_FILE
+        run = RunDir(output_dir)
+        self._path = path = run.metrics
         # By every process: all must come to the same answer on what is left to evaluate.
         rows = [row for row in read_metrics(path) if row["step"] <= resume_step]
         self._summarised = {row["step"] for row in rows if "train_loss" in row}
@@ -56,7 +56,7 @@ class MetricsLog:
             # Imported here: a run that does not report would pay for it as well.
             from dsjax.training.event_file import EventFile
 
-            self._board = EventFile(output_dir / BOARD, resume_step)
+            self._board = EventFile(run.tensorboard, resume_step)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -122,7 +122,7 @@ def _json_value(step: int, key: str, value: Any) -> Any:
     """Return a number as Python's own, at full precision; what JSON cannot say becomes null."""
     plain = value.item() if hasattr(value, "item") else value
     if isinstance(plain, float) and not math.isfinite(plain):
-        message = f"warning: step {step}: {key} is {plain}, written to {METRICS_FILE} as null"
+        message = f"warning: step {step}: {key} is {plain}, written to metrics.jsonl as null"
         print(message, file=sys.stderr)
         return None
     return plain

@@ -8,7 +8,6 @@ lies on disk (`checkpoint`).
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -18,7 +17,8 @@ from dsjax.config import RunConfig
 from dsjax.distributed.checksums import checksums
 from dsjax.distributed.sharding import Params
 from dsjax.errors import ConfigError, raise_all
-from dsjax.training.checkpoint import CHECKPOINTS, Checkpointer, from_newest
+from dsjax.training.checkpoint import Checkpointer, from_newest
+from dsjax.training.run_dir import RunDir
 from dsjax.training.setup import Assembly
 
 
@@ -36,17 +36,18 @@ class Restored(NamedTuple):
     meta: dict[str, Any]
 
 
-def restore_trained(run: Path, config: RunConfig, setup: Assembly) -> Restored:
+def restore_trained(config: RunConfig, setup: Assembly) -> Restored:
     """The trained arrays of a run's newest complete checkpoint; the run may be alive.
 
     Raises:
         ConfigError: the run has no complete checkpoint, or one of another model.
     """
-    return from_newest(lambda: _restore_newest(run, config, setup))
+    return from_newest(lambda: _restore_newest(config, setup))
 
 
-def _restore_newest(run: Path, config: RunConfig, setup: Assembly) -> Restored:
-    folder = run / CHECKPOINTS
+def _restore_newest(config: RunConfig, setup: Assembly) -> Restored:
+    run = RunDir.of(config)
+    folder = run.checkpoints
     checkpointer = Checkpointer(folder, config.checkpoint, read_only=True)
     step = checkpointer.latest() if folder.is_dir() else None
     if step is None:
@@ -98,7 +99,7 @@ def read_meta(checkpointer: Checkpointer, step: int) -> dict[str, Any]:
     return meta
 
 
-def check_contents(found: Mapping[str, str], began: Mapping[str, str], run: Path) -> None:
+def check_contents(found: Mapping[str, str], began: Mapping[str, str], run: RunDir) -> None:
     """Refuse to read anything else than a run began with.
 
     Args:
@@ -120,7 +121,7 @@ def frozen_sums(frozen: Params) -> dict[str, list[str]]:
     return {path: [str(array.dtype), sums[path]] for path, array in frozen.items()}
 
 
-def check_frozen(frozen: Params, began: Mapping[str, Sequence[str]], run: Path) -> None:
+def check_frozen(frozen: Params, began: Mapping[str, Sequence[str]], run: RunDir) -> None:
     """Hold the frozen arrays, all of their numbers, against those that a run began with.
 
     Arrays that are held in another dtype, or that only one of the two has, are not compared.

@@ -7,7 +7,6 @@ done here: finding it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsjax.config import RunConfig
@@ -15,6 +14,7 @@ from dsjax.distributed.processes import Hosts
 from dsjax.objectives import objective_of
 from dsjax.objectives.objective import Objective
 from dsjax.training.run_data import Data
+from dsjax.training.run_dir import RunDir
 from dsjax.training.setup import Assembly
 
 
@@ -41,9 +41,9 @@ class Run:
     hosts: Hosts
 
     @property
-    def directory(self) -> Path:
+    def directory(self) -> RunDir:
         """Where its results go."""
-        return Path(self.config.output_dir)
+        return RunDir.of(self.config)
 
     @property
     def objective(self) -> Objective:

@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of a run: tokenised, ordered, and those to evaluate on.
+"""The rows of a run or of an evaluation: tokenised, ordered, and those to evaluate on.
 
 In: the `data` section and an `Assembly`. Out: loaders of batches, what happened to the rows in
 words, and what tells them from others. Not done here: reading and tokenising (`data`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import TypeVar
+
+from transformers import PreTrainedTokenizerFast
 
 from dsjax.config import RunConfig, TrainingSection
-from dsjax.data import Loader, decode_sample, find_tokenizer, load_training
+from dsjax.data import Examples, Loader, decode_sample, find_tokenizer, load_training
 from dsjax.distributed.mesh import check_batch, portions, process_rows
 from dsjax.distributed.processes import Hosts
-from dsjax.training.run_dir import (
-    ResumePoint,
-    split_as_before,
-)
+from dsjax.training.resume import ResumePoint, split_as_before
 from dsjax.training.setup import Assembly
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,39 @@ class Data:
     eval_fingerprint: str
 
     def digests(self) -> dict[str, str]:
-        """What tells these rows from others."""
+        """Return what tells these rows from others."""
         return {"data.train": self.fingerprint, "data.eval": self.eval_fingerprint}
+
+
+def read_rows(
+    config: RunConfig, setup: Assembly, today: datetime, load: Callable[..., T], pieces: int = 1
+) -> tuple[T, PreTrainedTokenizerFast | None]:
+    """Tokenise rows of the `data` section, once the batch is known to fit the devices.
+
+    Args:
+        config: the run's.
+        setup: its model, for the tokenizer, the vocabulary and the mesh.
+        today: the day that a chat template may write.
+        load: `load_training` or `load_evaluation`.
+        pieces: that a batch is split into, one after the other.
+
+    Returns:
+        What `load` gives, and the tokenizer.
+
+    Raises:
+        ConfigError: a row, a file, or a batch that the devices do not divide.
+    """
+    section, seed = config.data, config.training.seed
+    check_batch(config.training.batch_size, pieces, setup.mesh)
+    tokenizer = find_tokenizer(setup.source.directory, section.format, today)
+    return load(section, seed, tokenizer, setup.model.config.vocab_size), tokenizer
+
+
+def make_loader(config: RunConfig, setup: Assembly, examples: Examples, shuffle: bool) -> Loader:
+    """Plan the order of rows, those of the files unless shuffled, and take this process's part."""
+    section, training = config.data.model_copy(update={"shuffle": shuffle}), config.training
+    rows = process_rows(setup.mesh, training.batch_size)
+    return Loader(examples, section, training.batch_size, training.seed, rows)
 
 
 def read_data(config: RunConfig, setup: Assembly, today: datetime) -> Data:
@@ -41,30 +75,26 @@ def read_data(config: RunConfig, setup: Assembly, today: datetime) -> Data:
     Raises:
         ConfigError: a row, a file, or a batch that the devices do not divide.
     """
-    training, section = config.training, config.data
-    check_batch(training.batch_size, portions_of(training, setup), setup.mesh)
-    tokenizer = find_tokenizer(setup.source.directory, section.format, today)
-    vocabulary = setup.model.config.vocab_size
-    rows = process_rows(setup.mesh, training.batch_size)
-    examples, held_out = load_training(section, training.seed, tokenizer, vocabulary)
-    loader = Loader(examples, section, training.batch_size, training.seed, rows)
+    pieces = portions_of(config.training, setup)
+    (examples, held_out), tokenizer = read_rows(config, setup, today, load_training, pieces)
+    train = make_loader(config, setup, examples, config.data.shuffle)
     lines, evaluation, other = examples.report.lines(), None, ""
     if held_out is not None:
-        ordered = section.model_copy(update={"shuffle": False})
-        evaluation = Loader(held_out, ordered, training.batch_size, training.seed, rows)
+        evaluation = make_loader(config, setup, held_out, shuffle=False)
         lines, other = lines + held_out.report.lines(), held_out.fingerprint
     sample = decode_sample(examples[0], tokenizer)
-    return Data(loader, evaluation, lines, sample, examples.fingerprint, other)
+    return Data(train, evaluation, lines, sample, examples.fingerprint, other)
 
 
 def read_as_before(
     config: RunConfig, earlier: ResumePoint, setup: Assembly, today: datetime, hosts: Hosts
 ) -> tuple[RunConfig, Data]:
-    """`read_data`, and the configuration by which it was read, which goes on with the run."""
+    """`read_data` as the run began; return the configuration by which it was read as well."""
     split = split_as_before(config, earlier, hosts)
     data = read_data(split, setup, today)
     return split, data if split is config else replace(data, eval=None, eval_fingerprint="")
 
 
 def portions_of(training: TrainingSection, setup: Assembly) -> int:
+    """Return how many pieces a batch is split into, one after the other."""
     return portions(training.gradient_accumulation_steps, training.batch_size, setup.mesh)

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's output directory: what an earlier run left there, and what may follow it.
+"""A run's output directory: the names of its files, and the lock that one process holds on it.
 
-In: the configuration and what the data are. Out: how far an earlier run came, or a refusal. Not
-done here: the files' contents (`checkpoint`, `metrics_log`, `export`).
+In: the configuration. Out: `RunDir`, which knows where everything lies; a directory that all
+processes of the run share, and that no other run changes meanwhile. Not done here: the files'
+contents (`checkpoint`, `metrics_log`, `eval_results`, `export`), an earlier run's (`resume`).
 """
 
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import datetime
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,80 @@ from dsjax.distributed.coordinator import numbered
 from dsjax.distributed.lock_file import LOCK_FILE, locked
 from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
-from dsjax.training.checkpoint import CHECKPOINTS, Checkpointer
-from dsjax.training.continuation import differing_keys
-from dsjax.training.metrics_log import METRICS_FILE, read_metrics
 from dsjax.weights.folders import check_possible
 
+BOARD = "tensorboard"
+"""Folder of TensorBoard's files and of profiles."""
 
-def run_config(run: Path) -> RunConfig:
-    """The resolved configuration of a run."""
-    file = run / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"--run: got {str(run)!r}, expected the output_dir of a run; no {file}")
-    return load_config(file)
+
+@dataclass(frozen=True)
+class RunDir:
+    """The files of a run by their names; none of them need be there.
+
+    Attributes:
+        path: `output_dir`.
+        export_path: `export.path`; None where the export lies in the output directory.
+    """
+
+    path: Path
+    export_path: str | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "RunDir":
+        """Name the files of the run of a configuration."""
+        return cls(Path(config.output_dir), config.export.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def config(self) -> Path:
+        """Return the file of the resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """Return the file with a line for each logged step and evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the folder with a folder for each saved step."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Return the folder of TensorBoard's files and of profiles."""
+        return self.path / BOARD
+
+    @property
+    def loss_plot(self) -> Path:
+        """Return the picture of the losses."""
+        return self.path / "training_loss.png"
+
+    @property
+    def eval_results(self) -> Path:
+        """Return the file of the final evaluation."""
+        return self.path / "eval_results.json"
+
+    @property
+    def export(self) -> Path:
+        """Return the folder of the export."""
+        return Path(self.export_path or self.path / "export")
+
+    @property
+    def lock(self) -> Path:
+        """Return the file that is there as long as a process trains."""
+        return self.path / LOCK_FILE
+
+
+def run_config(run: RunDir) -> RunConfig:
+    """Read the resolved configuration of a run."""
+    if not run.config.is_file():
+        raise ConfigError(
+            f"--run: got {str(run)!r}, expected the output_dir of a run; no {run.config}"
+        )
+    return load_config(run.config)
 
 
 MANIFEST = "dsjax_export.json"
@@ -41,7 +102,7 @@ MANIFEST = "dsjax_export.json"
 
 
 def read_manifest(out: Path) -> dict[str, Any] | None:
-    """What the export in a folder says it is; None if there is none of ours."""
+    """Read what the export in a folder says it is; None if there is none of ours."""
     file = out / MANIFEST
     try:
         manifest = json.loads(file.read_text("utf-8")) if file.is_file() else None
@@ -53,107 +114,8 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
 SHARED_WITHIN = 20.0
 """Seconds after which a file that one process wrote must be there for the others."""
 
-CONFIG_FILE = "config.yaml"
 
-
-@dataclass(frozen=True)
-class ResumePoint:
-    """What an earlier run has done, and what it began with; of a new run, nothing and now.
-
-    Attributes:
-        step: the optimizer steps that are done.
-        started: when the first of its starts was.
-        meta: what its newest checkpoint holds beside the state.
-        val_size: of its configuration.
-    """
-
-    step: int
-    started: str
-    meta: Mapping[str, Any] = field(default_factory=dict)
-    val_size: int | float | None = None
-
-    @property
-    def sums(self) -> Mapping[str, float]:
-        """What loss and tokens summed up to."""
-        return self.meta["meter"]["run"] if self.meta else {}
-
-
-def find_resume_point(run: Path, config: RunConfig) -> ResumePoint:
-    """Look at what lies in the output directory.
-
-    A run that ended before its first checkpoint left nothing to go on with and nothing to protect:
-    another configuration may begin in its place.
-
-    Raises:
-        ConfigError: another configuration's run, or a checkpoint that cannot be read.
-    """
-    file, folder = run / CONFIG_FILE, run / CHECKPOINTS
-    old = earlier_config(file) if file.is_file() else None
-    open_reader = partial(Checkpointer, folder, config.checkpoint, read_only=True)
-    done = None
-    if folder.is_dir():
-        with closing(open_reader()) as reader:
-            done = reader.latest()
-    if old is not None and (done is not None or _has_results(run, old)):
-        _check_same(old, config)
-    if done is None:
-        return ResumePoint(0, datetime.now().isoformat(timespec="seconds"))
-    if old is None:  # of what configuration, nobody knows
-        raise ConfigError(
-            f"output_dir: got {str(run)!r}, which holds checkpoints without {CONFIG_FILE}, "
-            "expected a run's or a new directory; choose another output_dir"
-        )
-    with closing(open_reader()) as reader:
-        meta = reader.meta(done)
-    return ResumePoint(done, meta["started"], meta, old.data.val_size)
-
-
-def _check_same(old: RunConfig, new: RunConfig) -> None:
-    changed = differing_keys(old, new)
-    if changed:
-        raise ConfigError(
-            f"output_dir: got {new.output_dir!r}, which holds a run with other "
-            f"{', '.join(changed)}, expected the same configuration; choose another output_dir, or "
-            "remove that one"
-        )
-
-
-def _has_results(run: Path, config: RunConfig) -> bool:
-    """Whether a run came to its end, and left more than checkpoints."""
-    rows = read_metrics(run / METRICS_FILE)
-    return read_manifest(export_path(config)) is not None or any(
-        "train_loss" in row for row in rows
-    )
-
-
-def split_as_before(config: RunConfig, earlier: ResumePoint, hosts: Hosts) -> RunConfig:
-    """The configuration by which a run's rows are parted as when it began.
-
-    A start that leaves out `data.val_size` leaves out the evaluation, and nothing else: what was
-    held out stays out of the training, which is told. Any other gets what it gave, the same object.
-    """
-    data, held = config.data, earlier.val_size
-    if held is None or data.val_size is not None or data.eval is not None:
-        return config
-    hosts.log_once(
-        f"data.val_size: the rows that the run began to hold out ({held}) stay out of its "
-        "training, and are not evaluated"
-    )
-    return config.model_copy(update={"data": data.model_copy(update={"val_size": held})})
-
-
-def earlier_config(file: Path) -> RunConfig:
-    """The configuration that a run left in its output directory."""
-    try:
-        return load_config(file)
-    except ConfigError as error:
-        raise ConfigError(
-            f"output_dir: got {str(file.parent)!r}, whose {file.name} is not one that a run wrote, "
-            f"expected a run's or a new directory; choose another output_dir\n{error}"
-        ) from error
-
-
-def check_shared(run: Path, hosts: Hosts, within: float = SHARED_WITHIN) -> None:
+def check_shared(run: RunDir, hosts: Hosts, within: float = SHARED_WITHIN) -> None:
     """Prove that the output directory is one and the same for all processes of the run.
 
     Process 0 leaves a file where the directory is, or is going to be, for as long as it takes.
@@ -163,8 +125,8 @@ def check_shared(run: Path, hosts: Hosts, within: float = SHARED_WITHIN) -> None
     """
     if hosts.count == 1:
         return
-    check_possible(run, "output_dir")
-    places = (run.absolute(), *run.absolute().parents)
+    check_possible(run.path, "output_dir")
+    places = (run.path.absolute(), *run.path.absolute().parents)
 
     def leave() -> tuple[int, str]:
         name = f".dsjax-{uuid.uuid4().hex}"
@@ -172,7 +134,7 @@ def check_shared(run: Path, hosts: Hosts, within: float = SHARED_WITHIN) -> None
             with suppress(FileNotFoundError, NotADirectoryError):
                 (place / name).touch()
                 return above, name
-        raise FileNotFoundError(run)
+        raise FileNotFoundError(run.path)
 
     above, name = hosts.broadcast_from_primary(leave)
     # Where the working directory is not as deep as process 0's, the folder may be another's.
@@ -193,7 +155,7 @@ def check_shared(run: Path, hosts: Hosts, within: float = SHARED_WITHIN) -> None
 
 
 @contextmanager
-def locked_run_dir(run: Path, hosts: Hosts | None = None) -> Iterator[None]:
+def locked_run_dir(run: RunDir, hosts: Hosts | None = None) -> Iterator[None]:
     """Make the output directory and lock it, before anything in it is looked at, to the end.
 
     Of several processes the first does so, for all. A run that is refused leaves no folder that was
@@ -203,22 +165,24 @@ def locked_run_dir(run: Path, hosts: Hosts | None = None) -> Iterator[None]:
         ConfigError: another process is training there, or no folder can be made.
     """
     hosts = hosts or Hosts()
-    check_possible(run, "output_dir")
+    check_possible(run.path, "output_dir")
     check_shared(run, hosts)
     if not hosts.primary:
         hosts.barrier()
-        _await_folder(run)
+        _await_folder(run.path)
         yield
         return
-    made = [place for place in (run.absolute(), *run.absolute().parents) if not place.exists()]
+    made = [
+        place for place in (run.path.absolute(), *run.path.absolute().parents) if not place.exists()
+    ]
     refusal = (
         f"output_dir: got {str(run)!r}, in which another process is training, expected none; "
         "wait for it, or choose another output_dir"
     )
-    checkpoints = [run / CHECKPOINTS] if made else []
+    checkpoints = [run.checkpoints] if made else []
     with (
         _removed_if_refused(made),
-        locked(run / LOCK_FILE, refusal),
+        locked(run.lock, refusal),
         _removed_if_refused(checkpoints),  # while it is locked: they could be another's
     ):
         hosts.barrier()
@@ -260,8 +224,3 @@ def _await_folder(folder: Path, within: float = 90.0) -> None:
                 "expected a folder that all processes share"
             )
         time.sleep(0.1)
-
-
-def export_path(config: RunConfig) -> Path:
-    """Where the export goes."""
-    return Path(config.export.path or Path(config.output_dir) / "export")

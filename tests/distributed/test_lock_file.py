@@ -21,7 +21,7 @@ from dsjax.distributed import lock_file
 from dsjax.distributed.lock_file import LOCK_FILE, locked
 from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
-from dsjax.training.run_dir import locked_run_dir, read_manifest
+from dsjax.training.run_dir import RunDir, locked_run_dir, read_manifest
 from dsjax.weights.folders import atomic_directory, check_empty
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def claims(folder: Path) -> dict[Path, Callable]:
     """What is locked, by the file that is locked for it."""
     (folder / "run").mkdir(exist_ok=True)
     return {
-        folder / "run" / LOCK_FILE: lambda: locked_run_dir(folder / "run", Hosts()),
+        folder / "run" / LOCK_FILE: lambda: locked_run_dir(RunDir(folder / "run"), Hosts()),
         folder / "run" / ".export.lock": lambda: atomic_directory(folder / "run" / "export"),
     }
 
@@ -258,7 +258,7 @@ def test_never_do_two_hold_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def enter(worker: int) -> int:
         for tries in range(100_000):
             try:
-                with locked_run_dir(run, Hosts()):
+                with locked_run_dir(RunDir(run), Hosts()):
                     inside.append(worker)
                     assert inside == [worker]
                     time.sleep(0.0005)
@@ -288,7 +288,7 @@ def test_what_a_kill_leaves_is_nobody_s_file(tmp_path: Path):
 def test_a_run_folder_keeps_no_lock(tmp_path: Path, ends: str):
     run = tmp_path / "above" / "run"
     try:
-        with locked_run_dir(run, Hosts()):
+        with locked_run_dir(RunDir(run), Hosts()):
             assert [path.name for path in run.iterdir()] == [LOCK_FILE]
             (run / "checkpoints").mkdir()
             if ends != "well":

@@ -16,10 +16,10 @@ import tiny
 from safetensors.numpy import load_file
 
 from dsjax import train
+from dsjax.adapters import lora_method
 from dsjax.errors import ConfigError
 from dsjax.export import command as export
-from dsjax.export import merge, verify
-from dsjax.export.merge import _with_update
+from dsjax.export import verify
 from dsjax.training.loop import Loop
 from dsjax.training.run_dir import MANIFEST
 
@@ -31,7 +31,7 @@ WRONG = {
     ),
     "subtracted": lambda low, high, scaling: WITH_UPDATE(low, high, -scaling),
 }
-WITH_UPDATE = _with_update
+WITH_UPDATE = lora_method._with_update
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -66,7 +66,7 @@ def test_what_is_kept_is_told(config: Path) -> None:
 def test_a_wrong_merge_is_refused(
     config: Path, wrong: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(merge, "_with_update", WRONG[wrong])
+    monkeypatch.setattr(lora_method, "_with_update", WRONG[wrong])
     words = ["--run", str(config.parent / "run"), "--out", str(tmp_path / "out")]
     with pytest.raises(RuntimeError, match="logits differ from the trained model's by"):
         export.main([*words, "--format", "merged"])

@@ -11,14 +11,13 @@ import pytest
 import small_run
 from begun_run import refused, unfinish
 
-from dsjax import train
 from dsjax.export.model_card import card_facts
-from dsjax.training.run_dir import MANIFEST, locked_run_dir
+from dsjax.training.run_dir import MANIFEST, RunDir, locked_run_dir
 
 
 def test_a_directory_in_which_a_run_is_going_on_is_refused(again, run: Path):
     shutil.rmtree(run / "export")
-    with locked_run_dir(run):
+    with locked_run_dir(RunDir(run)):
         assert f"output_dir: got {str(run)!r}, in which another process" in refused(again)
     assert not (run / "export").exists()
     again()
@@ -65,7 +64,7 @@ def test_an_export_that_came_meanwhile_is_not_replaced(
         return card_facts(*arguments)
 
     (run / "eval_results.json").unlink()
-    monkeypatch.setattr(train, "card_facts", another_writes)
+    monkeypatch.setattr("dsjax.export.run.card_facts", another_writes)
     assert "export of another run" in refused(again, f"export.path={out}")
     assert (out / MANIFEST).read_text() == '{"run": "another"}'
 

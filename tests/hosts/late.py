@@ -11,9 +11,9 @@ import time
 from typing import Any, NoReturn
 
 import jax
-from jax._src.distributed import global_state
 
 from dsjax import train
+from dsjax.distributed.jax_internals import coordinator_client
 from dsjax.errors import run_command
 
 SECONDS = 3
@@ -24,8 +24,9 @@ load_frozen, frozen_sums = train.load_frozen, train.frozen_sums
 
 def has_talked() -> bool:
     """Whether devices have tried to find those of the other process."""
-    assert global_state.client is not None
-    return bool(global_state.client.key_value_dir_get_bytes(ADDRESSES))
+    client = coordinator_client()
+    assert client is not None
+    return bool(client.key_value_dir_get_bytes(ADDRESSES))
 
 
 def load_late(*arguments: Any) -> Any:

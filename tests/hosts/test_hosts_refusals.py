@@ -213,7 +213,7 @@ def test_a_process_in_a_shallower_folder_is_told_of_another(
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="which is another folder for process 1 than for"):
-        run_dir.check_shared(Path("run"), Second(1, 2), 0.1)
+        run_dir.check_shared(run_dir.RunDir(Path("run")), Second(1, 2), 0.1)
 
 
 def test_a_folder_that_does_not_appear(tmp_path: Path):

@@ -4,18 +4,14 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import peft_adapters
 import pytest
 import runs
 import tiny
 import torch_reference
+import trajectory
 
 pytestmark = pytest.mark.parity
-
-STEPS, BATCH = 20, 4
-LOSS_BOUND = 2e-5
-LOGIT_BOUND = 1e-5
 
 CASES: dict[str, dict[str, Any]] = {
     "llama_gqa": {
@@ -40,42 +36,23 @@ def test_losses_and_exports_are_those_of_peft(
     checkpoint = tiny.build_checkpoint(tmp_path / "model", variant)
     vocabulary = tiny.reference_model(checkpoint).config.vocab_size
     adapter = peft_adapters.build_ia3(checkpoint, tmp_path / "adapter", **CASES[variant])
-    data = torch_reference.write_rows(tmp_path / "rows.jsonl", vocabulary, count=38)
-    config = {
-        "model": {"path": str(checkpoint), "dtype": "float32"},
-        "adapter": {"path": str(adapter)},
-        "data": {"train": [str(data)], "format": "tokens", "packing": False, "shuffle": False},
-        "optimizer": {
-            "learning_rate": 5e-3,
-            "weight_decay": 0.5,
-            "max_grad_norm": 0.05,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 3,
-        },
-        "training": {
-            "max_steps": STEPS,
-            "batch_size": BATCH,
-            "gradient_accumulation_steps": 2,
-        },
-        "logging": {"logging_steps": 1, "report_to": []},
-        "export": {"format": "peft"},
-    }
+    data = torch_reference.write_rows(tmp_path / "rows.jsonl", vocabulary, count=trajectory.ROWS)
+    config = trajectory.make_config(
+        checkpoint,
+        data,
+        {"path": str(adapter)},
+        {"warmup_steps": 3},
+        gradient_accumulation_steps=2,
+    )
     model = peft_adapters.trainable_lora(checkpoint, adapter)
-    expected = torch_reference.train(model, torch_reference.read_rows(data), config)
 
-    steps = runs.train(run_cli, config, tmp_path)
+    trajectory.train_both(model, config, run_cli, tmp_path)
 
-    assert runs.largest_difference(steps, expected, "loss") < LOSS_BOUND
-    for ours, theirs in zip(steps, expected, strict=True):
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
     ids = tiny.random_ids(vocabulary)
     exported = peft_adapters.load_strictly(checkpoint, tmp_path / "run" / "export")
     trained = peft_adapters.logits(model, ids)
-    np.testing.assert_allclose(peft_adapters.logits(exported, ids), trained, rtol=0, atol=1e-4)
+    trajectory.assert_same_logits(peft_adapters.logits(exported, ids), trained)
     merged = runs.export(run_cli, tmp_path / "run", tmp_path / "merged", "merged")
-    np.testing.assert_allclose(
-        tiny.reference_logits(merged, ids),
-        peft_adapters.logits(exported, ids),
-        rtol=0,
-        atol=1e-4,
+    trajectory.assert_same_logits(
+        tiny.reference_logits(merged, ids), peft_adapters.logits(exported, ids)
     )

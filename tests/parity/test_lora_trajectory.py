@@ -5,30 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 import peft_adapters
 import pytest
 import runs
 import tiny
 import torch
 import torch_reference
+import trajectory
 
 import dsjax
 
 pytestmark = pytest.mark.parity
-
-STEPS, BATCH = 20, 4
-
-# Rounding is 1e-6 on a loss near 8; twenty steps of Adam make up to 1e-5 of it (measured).
-LOSS_BOUND = 2e-5
-LOGIT_BOUND = 1e-4
-
-OPTIMIZER = {
-    "learning_rate": 5e-3,
-    "weight_decay": 0.5,
-    "max_grad_norm": 0.05,
-    "lr_scheduler_type": "cosine",
-}
 
 CASES: dict[str, dict[str, Any]] = {
     "llama_all_linear": {
@@ -76,43 +63,33 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def _config(case: str, checkpoint: Path, adapter: Path, data: Path, pieces: int) -> dict[str, Any]:
-    return {
-        "model": {"path": str(checkpoint), "dtype": "float32"},
-        "adapter": {"peft_type": "LORA", "path": str(adapter)},
-        "data": {"train": [str(data)], "format": "tokens", "packing": False, "shuffle": False},
-        "optimizer": OPTIMIZER | CASES[case]["optimizer"],
-        "training": {
-            "max_steps": STEPS,
-            "batch_size": BATCH,
-            "gradient_accumulation_steps": pieces,
-        },
-        "logging": {"logging_steps": 1, "report_to": []},
-        "export": {"format": "peft"},
-    }
+    return trajectory.make_config(
+        checkpoint,
+        data,
+        {"peft_type": "LORA", "path": str(adapter)},
+        CASES[case]["optimizer"],
+        gradient_accumulation_steps=pieces,
+    )
 
 
 def _build(case: str, directory: Path) -> tuple[Path, Path, Path]:
     checkpoint = tiny.build_checkpoint(directory / "model", CASES[case]["variant"])
     adapter = peft_adapters.build_lora(checkpoint, directory / "adapter", **CASES[case]["adapter"])
-    # 38 rows: the tenth batch is short, the eleventh starts the file again.
-    data = torch_reference.write_rows(directory / "rows.jsonl", 288, count=38)
+    data = torch_reference.write_rows(directory / "rows.jsonl", 288, count=trajectory.ROWS)
     return checkpoint, adapter, data
 
 
 def _check_peft_export(checkpoint: Path, exported: Path, trained: torch.nn.Module) -> None:
     ids = tiny.random_ids(288)
     ours = peft_adapters.logits(peft_adapters.load_strictly(checkpoint, exported), ids)
-    np.testing.assert_allclose(ours, peft_adapters.logits(trained, ids), rtol=0, atol=LOGIT_BOUND)
+    trajectory.assert_same_logits(ours, peft_adapters.logits(trained, ids))
 
 
 def _check_merged_export(checkpoint: Path, adapter: Path, merged: Path) -> None:
     ids = tiny.random_ids(288)
     model = peft_adapters.load_strictly(checkpoint, adapter).merge_and_unload()
-    np.testing.assert_allclose(
-        tiny.reference_logits(merged, ids),
-        peft_adapters.logits(model, ids),
-        rtol=0,
-        atol=LOGIT_BOUND,
+    trajectory.assert_same_logits(
+        tiny.reference_logits(merged, ids), peft_adapters.logits(model, ids)
     )
 
 
@@ -135,15 +112,9 @@ def test_losses_and_exports_are_those_of_peft(
     checkpoint, adapter, data = _build(case, tmp_path)
     config = _config(case, checkpoint, adapter, data, pieces)
     model = peft_adapters.trainable_lora(checkpoint, adapter)
-    expected = torch_reference.train(model, torch_reference.read_rows(data), config)
 
-    steps = runs.train(run_cli, config, tmp_path)
+    trajectory.train_both(model, config, run_cli, tmp_path)
 
-    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
-    assert runs.largest_difference(steps, expected, "loss") < LOSS_BOUND
-    for ours, theirs in zip(steps, expected, strict=True):
-        assert ours["learning_rate"] == pytest.approx(theirs["learning_rate"], rel=1e-6)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
     exported = tmp_path / "run" / "export"
     _check_peft_export(checkpoint, exported, model)
     merged = runs.export(run_cli, tmp_path / "run", tmp_path / "merged", "merged")
@@ -176,9 +147,7 @@ def test_a_fresh_adapter_loads_in_peft_as_the_yaml_says(
     assert {name.split(".")[4] for name, _ in model.named_parameters() if "lora_" in name} == {"1"}
     ids = tiny.random_ids(288)
     ours = dsjax.load_pretrained(str(checkpoint), adapter=str(exported), dtype="float32")
-    np.testing.assert_allclose(
-        ours(jnp.asarray(ids)), peft_adapters.logits(model, ids), rtol=0, atol=LOGIT_BOUND
-    )
+    trajectory.assert_same_logits(ours(jnp.asarray(ids)), peft_adapters.logits(model, ids))
 
 
 def test_a_bfloat16_source_is_merged_in_float32_and_rounded_once(

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 import peft_adapters
 import pytest
 import runs
 import tiny
 import torch
 import torch_reference
+import trajectory
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch.nn.utils import parametrize
@@ -26,22 +26,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did:RuntimeWarning"),
 ]
 
-STEPS, BATCH = 20, 4
-
-# As in test_lora_trajectory.
-LOSS_BOUND = 2e-5
-LOGIT_BOUND = 1e-4
-
 # Of weights near 0.1: twenty steps of Adam on gradients that agree within 1e-5 (measured: 5e-7).
 WEIGHT_BOUND = 2e-6
-
-OPTIMIZER = {
-    "learning_rate": 5e-3,
-    "weight_decay": 0.5,
-    "max_grad_norm": 0.05,
-    "lr_scheduler_type": "cosine",
-    "warmup_ratio": 0.11,
-}
 
 FEED_FORWARD = {
     "r": 4,
@@ -84,29 +70,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def _config(checkpoint: Path, adapter: Path, data: Path, steps: int, pieces: int) -> dict[str, Any]:
-    return {
-        "model": {"path": str(checkpoint), "dtype": "float32"},
-        "adapter": {"peft_type": "LORA", "path": str(adapter)},
-        "data": {"train": [str(data)], "format": "tokens", "packing": False, "shuffle": False},
-        "optimizer": OPTIMIZER,
-        "training": {
-            "max_steps": steps,
-            "batch_size": BATCH,
-            "gradient_accumulation_steps": pieces,
-        },
-        "logging": {"logging_steps": 1, "report_to": []},
-        "export": {"format": "peft"},
-    }
-
-
-def _check_steps(
-    steps: list[dict[str, float]], expected: list[dict[str, float]], count: int
-) -> None:
-    assert [step["step"] for step in steps] == list(range(1, count + 1))
-    assert runs.largest_difference(steps, expected, "loss") < LOSS_BOUND
-    for ours, theirs in zip(steps, expected, strict=True):
-        assert ours["learning_rate"] == pytest.approx(theirs["learning_rate"], rel=1e-6)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    return trajectory.make_config(
+        checkpoint,
+        data,
+        {"peft_type": "LORA", "path": str(adapter)},
+        {"warmup_ratio": 0.11},
+        steps=steps,
+        gradient_accumulation_steps=pieces,
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,15 +96,12 @@ def test_losses_and_exports_are_those_of_peft(
     model_fields, fields = CASES[case]
     checkpoint = tiny.build_checkpoint(tmp_path / "model", **model_fields)
     adapter = peft_adapters.build_lora(checkpoint, tmp_path / "adapter", **fields)
-    # 38 rows: the tenth batch is short, the eleventh starts the file again.
-    data = torch_reference.write_rows(tmp_path / "rows.jsonl", 288, count=38)
-    config = _config(checkpoint, adapter, data, STEPS, pieces)
+    data = torch_reference.write_rows(tmp_path / "rows.jsonl", 288, count=trajectory.ROWS)
+    config = _config(checkpoint, adapter, data, trajectory.STEPS, pieces)
     model = peft_adapters.trainable_lora(checkpoint, adapter)
-    expected = torch_reference.train(model, torch_reference.read_rows(data), config)
 
-    steps = runs.train(run_cli, config, tmp_path)
+    trajectory.train_both(model, config, run_cli, tmp_path)
 
-    _check_steps(steps, expected, STEPS)
     exported = tmp_path / "run" / "export"
     tensors = runs.read_tensors(exported)
     trained = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -145,9 +113,7 @@ def test_losses_and_exports_are_those_of_peft(
     ids = tiny.random_ids(288)
     ours = dsjax.load_pretrained(str(checkpoint), adapter=str(exported), dtype="float32")
     theirs = PeftModel.from_pretrained(tiny.reference_model(checkpoint), exported).eval()
-    np.testing.assert_allclose(
-        ours(jnp.asarray(ids)), peft_adapters.logits(theirs, ids), rtol=0, atol=LOGIT_BOUND
-    )
+    trajectory.assert_same_logits(ours(jnp.asarray(ids)), peft_adapters.logits(theirs, ids))
 
 
 class OwnPairs(torch.nn.Module):
@@ -243,19 +209,13 @@ def test_routed_experts_train_as_in_torch(
     adapter = _save(model, tmp_path / "adapter", fields)
     data = torch_reference.write_rows(tmp_path / "rows.jsonl", 288, count=20)
     config = _config(checkpoint, adapter, data, steps, pieces=1)
-    expected = torch_reference.train(model, torch_reference.read_rows(data), config)
 
-    got = runs.train(run_cli, config, tmp_path)
+    trajectory.train_both(model, config, run_cli, tmp_path)
 
-    _check_steps(got, expected, steps)
     ids = tiny.random_ids(288)
     expected_logits = peft_adapters.logits(model, ids)
     exported = tmp_path / "run" / "export"
     in_peft = PeftModel.from_pretrained(tiny.reference_model(checkpoint), exported).eval()
-    np.testing.assert_allclose(
-        peft_adapters.logits(in_peft, ids), expected_logits, rtol=0, atol=LOGIT_BOUND
-    )
+    trajectory.assert_same_logits(peft_adapters.logits(in_peft, ids), expected_logits)
     merged = runs.export(run_cli, tmp_path / "run", tmp_path / "merged", "merged")
-    np.testing.assert_allclose(
-        tiny.reference_logits(merged, ids), expected_logits, rtol=0, atol=LOGIT_BOUND
-    )
+    trajectory.assert_same_logits(tiny.reference_logits(merged, ids), expected_logits)

@@ -15,14 +15,9 @@ from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
 from dsjax.export.folder import check_continues
 from dsjax.training.checkpoint import Checkpointer
-from dsjax.training.metrics_log import METRICS_FILE, MetricsLog, read_metrics
-from dsjax.training.run_dir import (
-    CONFIG_FILE,
-    MANIFEST,
-    ResumePoint,
-    find_resume_point,
-    split_as_before,
-)
+from dsjax.training.metrics_log import MetricsLog, read_metrics
+from dsjax.training.resume import ResumePoint, find_resume_point, split_as_before
+from dsjax.training.run_dir import MANIFEST
 
 
 @pytest.fixture
@@ -32,7 +27,7 @@ def config(tmp_path: Path) -> RunConfig:
     (run / "checkpoints").mkdir(parents=True)
     words = {"model": {"path": "m"}, "data": {"train": "t"}, "output_dir": str(run)}
     config = RunConfig.model_validate(words)
-    (run / CONFIG_FILE).write_text(configuration.to_yaml(config))
+    (run / "config.yaml").write_text(configuration.to_yaml(config))
     return config
 
 
@@ -49,7 +44,7 @@ def save_step(run: Path, config: RunConfig) -> None:
 
 
 def summarise(run: Path, config: RunConfig) -> None:
-    (run / METRICS_FILE).write_text('{"step": 9, "train_loss": 1.5}\n')
+    (run / "metrics.jsonl").write_text('{"step": 9, "train_loss": 1.5}\n')
 
 
 def export(run: Path, config: RunConfig) -> None:
@@ -63,12 +58,12 @@ RESULTS = [save_step, summarise, export]
 @pytest.mark.parametrize("removed", ["nothing", "checkpoints"])
 def test_an_attempt_that_saved_nothing_stands_in_no_way(config: RunConfig, removed: str):
     run = Path(config.output_dir)
-    (run / METRICS_FILE).write_text('{"step": 1, "loss": 3.0}\n')
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
     (run / "checkpoints" / "5.orbax-checkpoint-tmp-1").mkdir()
     if removed != "nothing":
         shutil.rmtree(run / removed)
     for same in (config, smaller(config)):
-        found = find_resume_point(run, same)
+        found = find_resume_point(same)
         assert found.step == 0 and not found.meta
 
 
@@ -76,29 +71,29 @@ def test_an_attempt_that_saved_nothing_stands_in_no_way(config: RunConfig, remov
 def test_results_are_protected(config: RunConfig, leave):
     run = Path(config.output_dir)
     leave(run, config)
-    assert find_resume_point(run, config).step == (1 if leave is save_step else 0)
+    assert find_resume_point(config).step == (1 if leave is save_step else 0)
     with pytest.raises(ConfigError, match="holds a run with other training.batch_size, expected"):
-        find_resume_point(run, smaller(config))
+        find_resume_point(smaller(config))
 
 
 def test_an_export_elsewhere_is_a_result(config: RunConfig, tmp_path: Path):
     export(tmp_path, config)
     section = config.export.model_copy(update={"path": str(tmp_path / "export")})
     run, old = Path(config.output_dir), config.model_copy(update={"export": section})
-    (run / CONFIG_FILE).write_text(configuration.to_yaml(old))
+    (run / "config.yaml").write_text(configuration.to_yaml(old))
     with pytest.raises(ConfigError, match="with other training.batch_size"):
-        find_resume_point(run, smaller(config))
+        find_resume_point(smaller(config))
 
 
 def test_a_file_of_another_s_that_is_named_like_ours_stays(config: RunConfig):
     run = Path(config.output_dir)
-    (run / CONFIG_FILE).write_text("services: {web: {image: nginx}}\n")
+    (run / "config.yaml").write_text("services: {web: {image: nginx}}\n")
     with pytest.raises(ConfigError, match="whose config.yaml is not one that a run wrote"):
-        find_resume_point(run, config)
+        find_resume_point(config)
 
 
 def test_lines_of_the_attempt_are_not_mixed_with_the_new_ones(tmp_path: Path):
-    file = tmp_path / METRICS_FILE
+    file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "eval_loss": 3.0}\n')
     with MetricsLog(tmp_path, LoggingSection(report_to=[]), 0) as log:
         assert not log.evaluated(2)

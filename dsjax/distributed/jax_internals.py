@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that is used of jax and is not public: a new jax that changes it fails one test first.
+
+In: nothing. Out: jax's launchers, and its client of the coordinator. Each holds as the test beside
+it (`tests/distributed/test_jax_internals.py`) says from jax 0.10, the oldest that is supported. Not
+done here: what is made of them (`launchers`, `processes`).
+"""
+
+from typing import Any
+
+from jax._src.clusters import ClusterEnv
+from jax._src.distributed import global_state
+
+__all__ = ["ClusterEnv", "coordinator_client", "known_clusters"]
+
+
+def known_clusters() -> list[type[ClusterEnv]]:
+    """List the launchers that jax knows, in the order in which it looks for them.
+
+    Private, since `jax.distributed.initialize` looks for them by itself, and connects at once: how
+    many processes there are has to be known before, to wait for those that are late.
+    """
+    return list(ClusterEnv._cluster_types)
+
+
+def coordinator_client() -> Any:
+    """Return this process's client of jax's coordinator, None before `initialize`.
+
+    Private, since jax offers no key-value store; Orbax and others take it from the same place.
+    """
+    return global_state.client
