@@ -7,7 +7,8 @@ Each part runs in a process of its own under a limit of time, so that one that f
 the others their figures; the result file is written after each. Parts:
 
     ceiling    the largest matrix product's rate, and a copy's, of this card
-    kernels    attention: ours, and what jax offers, with the error against float32
+    kernels    attention: the kernel that is chosen, that for Triton, and jax.nn's cuDNN, with the
+               error against float32
     7b         LoRA step of a llama-7B shape of 16 layers: ours, PEFT eager, PEFT compiled
     7b_trace   the same step alone, with its kernels
     qwen7b     LoRA step of Qwen2.5-7B's shape, 2 rows of 4,096, as little as fits computed again
@@ -86,7 +87,7 @@ def kernels() -> list[dict[str, Any]]:
     for name, shape in ATTENTION.items():
         for segments in (1, 5):
             # jax.nn's wants heads of one size.
-            for kernel in ("ours", "cudnn") if shape[4] == shape[5] else ("ours",):
+            for kernel in ("ours", "triton", *(("jax.nn",) if shape[4] == shape[5] else ())):
                 case = {"case": name, "segments": segments, "kernel": kernel}
                 done.append(case | _attention(shape, segments, kernel))
                 print(json.dumps(done), flush=True)
@@ -132,10 +133,20 @@ def _kernel(kernel: str, segment: Any, scale: float) -> Callable[..., Any]:
     import jax
     import jax.numpy as jnp
 
-    from dsjax.models.ops.attention import KERNELS, Tokens, dot_product_attention
+    from dsjax.models.ops.attention import Tokens, dot_product_attention, kernel_for
+    from dsjax.models.ops.attention_cuda import attend_cuda
 
     if kernel == "ours":
-        return lambda q, k, v: KERNELS["gpu"](q, k, v, segment, scale, "kernel")
+        device = jax.devices()[0]
+
+        def ours(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            chosen = kernel_for(device, q.shape[3], v.shape[3])
+            assert chosen is not None
+            return chosen(q, k, v, segment, scale, "kernel")
+
+        return ours
+    if kernel == "triton":
+        return lambda q, k, v: attend_cuda(q, k, v, segment, scale, "kernel")
     if kernel == "plain":
         positions = jnp.broadcast_to(jnp.arange(segment.shape[1]), segment.shape)
         tokens = Tokens(positions, segment)

@@ -15,8 +15,9 @@ from compiled_text import by_tokens, squares
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsjax.models.ops import attention_cuda
-from dsjax.models.ops.attention import Tokens, dot_product_attention
+from dsjax.models.ops.attention import Tokens, dot_product_attention, kernel_for
 from dsjax.models.ops.attention_cuda import attend_cuda
+from dsjax.models.ops.attention_cudnn import attend_cudnn, cuts_of
 from dsjax.models.ops.grouped_matmul import grouped_matmul
 
 pytestmark = pytest.mark.cuda_compiler
@@ -74,6 +75,32 @@ def test_attention_holds_no_scores(name: str, target: str) -> None:
     # The result, its gradient, and two float32 numbers of each query are what there must be.
     queries = heads.length * heads.heads
     assert program.temporaries < 1.1 * queries * (2 * heads.value_size * 2 + 2 * 4)
+
+
+CUDNN = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_hoppers_attention_is_cudnns_and_holds_no_scores(name: str) -> None:
+    """Forward and backward: whole rows, and packed ones in each cut where values are as wide."""
+    heads = HEADS[name]
+    shape = (1, heads.length, heads.heads, heads.size)
+    cuts = cuts_of(shape, heads.kv_heads, heads.value_size)
+    gradients = jax.grad(_sum_of_squares(attend_cudnn, 0.1), (0, 1, 2))
+    program = h100.compiled(h100.lowered(gradients, *heads.arrays("h100_sxm")))
+
+    for target in CUDNN:
+        assert program.text.count(f'custom_call_target="{target}"') == 1 + len(cuts)
+    assert program.kernels() == KERNELS  # rows that no cut fits
+    assert squares(program.shapes(), heads.length) == []
+
+
+@pytest.mark.parametrize(
+    "target, kernel", [("h100_sxm", attend_cudnn), ("a100_sxm_80", attend_cuda)]
+)
+def test_a_compile_only_gpu_has_its_own_kernel(target: str, kernel: Any) -> None:
+    (device,) = h100.devices(1, target)
+    assert kernel_for(device, 128, 128) is kernel
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

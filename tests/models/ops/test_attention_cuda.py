@@ -21,7 +21,7 @@ from dsjax.config import MeshSection
 from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import make_layout
 from dsjax.models.ops import attention, attention_cuda
-from dsjax.models.ops.attention import Tokens, dot_product_attention
+from dsjax.models.ops.attention import KernelFor, Tokens, dot_product_attention
 from dsjax.models.ops.attention_cuda import attend_cuda
 
 SHAPES = {
@@ -106,7 +106,7 @@ def test_every_device_runs_the_kernel_on_its_rows_and_heads(
     shape = Shape(2, 20, 4, 2, 8, 8)
     arrays, segment_BT = arrays_of(shape, jnp.bfloat16), _packed(shape, [6, 18])
     kernel = functools.partial(attend_cuda, interpret=True)
-    monkeypatch.setattr(attention, "KERNELS", {"cpu": kernel})
+    monkeypatch.setattr(attention, "KERNELS", (KernelFor(lambda *_: True, kernel),))
     devices = jax.devices()[: int(np.prod(list(mesh.values())))]
     layout = make_layout(make_mesh(MeshSection(**{"fsdp": 1} | mesh), devices))
     tokens = Tokens(jnp.broadcast_to(jnp.arange(20), (2, 20)), segment_BT)
