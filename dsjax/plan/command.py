@@ -97,7 +97,7 @@ def _own_words(argv: Sequence[str]) -> tuple[set[str], str | None, list[str]]:
 
 
 def _plain(found: Any) -> Any:
-    """What JSON can say: plans as objects, lists as lists."""
+    """Return what JSON can say: plans as objects, lists as lists."""
     if isinstance(found, list):
         return [_plain(item) for item in found]
     return dataclasses.asdict(found)
