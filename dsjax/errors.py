@@ -83,7 +83,7 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def system_fault(error: BaseException, file: Path | str | None = None) -> ConfigError | None:
-    """What to tell of an error that is the system's: no space, a quota, no permission, a bad disk.
+    """Word an error that is the system's: no space, a quota, no permission, a bad disk.
 
     Args:
         error: any; also TensorStore's, which has the system's only in its words.

@@ -124,7 +124,7 @@ def evaluate_model(config: RunConfig) -> dict[str, Any]:
 
 
 def newest_checkpoint(config: RunConfig) -> tuple[int | None, dict[str, Any]]:
-    """The step of the run's newest complete checkpoint, and what was saved beside its state.
+    """Return the step of the run's newest complete checkpoint, and what was saved beside its state.
 
     Raises:
         ConfigError: the run is one of another model or adapter, whose arrays are not this one's.
@@ -185,7 +185,7 @@ def measure(
 
 
 def _told(eval_step: Callable[..., Any], steps: int) -> Callable[..., Any]:
-    """The same step, which says now and then on stderr how many have been done."""
+    """Wrap the step so that it prints now and then on stderr how many have been done."""
     done, said = 0, time.monotonic()
 
     def step(*arguments: Any) -> Any:
@@ -211,7 +211,7 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def _config_of(words: argparse.Namespace) -> RunConfig:
-    """The configuration that the options stand for."""
+    """Return the configuration that the options stand for."""
     devices = jax.device_count()
     default = math.ceil(BATCH_SIZE / devices) * devices
     length = {} if words.max_length is None else {"max_length": words.max_length}
@@ -227,7 +227,7 @@ def _config_of(words: argparse.Namespace) -> RunConfig:
 
 
 def _problems(words: argparse.Namespace) -> list[str]:
-    """A line for every option that is missing, wrong, or at odds with another."""
+    """Return a line for every option that is missing, wrong, or at odds with another."""
     if words.config is not None:
         keys = {option: key for key, option in OPTIONS.items()}
         given = [option for option in keys if vars(words)[option[2:].replace("-", "_")] is not None]

@@ -50,7 +50,7 @@ def installed_pins() -> Pins:
 
 
 def read_pins(text: str) -> dict[str, Pins]:
-    """The pins of both sides of a constraints file, by marker."""
+    """Return the pins of both sides of a constraints file, by marker."""
     sides: dict[str, Pins] = {OLD: {}, NEW: {}}
     for line in text.splitlines():
         found = PIN.fullmatch(line)
@@ -61,7 +61,7 @@ def read_pins(text: str) -> dict[str, Pins]:
 
 
 def pins_text(sides: Mapping[str, Pins]) -> str:
-    """A constraints file: a line without a marker where both sides have the same version."""
+    """Return a constraints file: a line without a marker where both sides have the same version."""
     lines = []
     for name in sorted(sides[OLD].keys() | sides[NEW].keys()):
         versions = {side: pins[name] for side, pins in sides.items() if name in pins}
@@ -73,7 +73,7 @@ def pins_text(sides: Mapping[str, Pins]) -> str:
 
 
 def differences(pinned: Mapping[str, str], installed: Mapping[str, str]) -> list[str]:
-    """A line for each package whose version is not the pinned one."""
+    """Return a line for each package whose version is not the pinned one."""
     return [
         f"{name}: pinned {pinned.get(name, 'nowhere')}, installed {installed.get(name, 'nowhere')}"
         for name in sorted(pinned.keys() | installed.keys())

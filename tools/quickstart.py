@@ -121,7 +121,7 @@ def prepare(world: list[Person], seed: int) -> list[dict]:
 
 
 def words_of(row: dict) -> set[str]:
-    """The words of a conversation, without punctuation."""
+    """Return the words of a conversation, without punctuation."""
     text = " ".join(message["content"] for message in row["messages"])
     return set(text.replace(".", " ").replace("?", " ").split())
 
@@ -170,7 +170,7 @@ def show(rows: Sequence[dict], answers: Sequence[str]) -> None:
 
 
 def python() -> str:
-    """This interpreter, as one would type it here."""
+    """Return this interpreter, as one would type it here."""
     beside = os.path.relpath(sys.executable)
     return sys.executable if beside.startswith("..") else beside
 

@@ -186,7 +186,7 @@ def write_checkpoint(directory: Path, text: Sequence[str], seed: int) -> None:
 
 
 def _start(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """What a tensor holds before any training; routers' biases begin at 0."""
+    """Return what a tensor holds before any training; routers' biases begin at 0."""
     if name.endswith("norm.weight"):
         return np.ones(shape)
     if name.endswith("e_score_correction_bias"):

@@ -61,7 +61,7 @@ def print_text(text: str) -> None:
 _MISTAKES: Sequence[tuple[str, str]] = (
     (r"the following arguments are required: (.*)", r"\1: got nothing, expected a value"),
     (r"unrecognized arguments: (-\S+).*", r"\1: got an option that is not known, expected another"),
-    (r"unrecognized arguments: (.*)", r"\1: got words that nothing asks for, expected none"),
+    (r"unrecognized arguments: (.*)", r"\1: got unrecognized arguments, expected none"),
     (r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", r"\1: got \2, expected \3"),
     (r"argument (\S+): invalid int value: (.*)", r"\1: got \2, expected an integer"),
     (r"argument (\S+): invalid float value: (.*)", r"\1: got \2, expected a number"),

@@ -57,6 +57,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run() -> None:
-    """The entry point of the console script."""
+    """Run the console script."""
     end_at_once()
     run_command(main)

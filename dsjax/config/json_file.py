@@ -20,7 +20,7 @@ class Readable(Protocol):
     """A file on this machine, or one behind a URL."""
 
     def read_bytes(self) -> bytes:
-        """The whole of it."""
+        """Return the whole of it."""
         ...
 
 
@@ -80,7 +80,7 @@ def parse(content: bytes) -> Any:
 
 
 def _children(item: Any) -> Any:
-    """The values inside an object or a list."""
+    """Return the values inside an object or a list."""
     if isinstance(item, dict):
         return item.values()
     return item if isinstance(item, list) else ()

@@ -215,7 +215,7 @@ def export_format(
 
 
 def located(config: RunConfig) -> RunConfig:
-    """The same configuration for a process in any folder: paths of model and adapter absolute.
+    """Make the paths of model and adapter absolute, for a process in any folder.
 
     What is not there as a file or folder, so a hub's id or an address, stays as it is.
     """

@@ -324,7 +324,7 @@ def _other_ending(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def _check_vocabulary(made: list[Example], vocab_size: int | None, origin: str) -> None:
-    """An id beyond the embedding would not fail on the device: JAX clamps it to the last row."""
+    """Refuse an id beyond the embedding: JAX would clamp it to the last row, and say nothing."""
     for example in made:
         for name in ("input_ids", "labels"):
             values = getattr(example, name)

@@ -117,7 +117,7 @@ def parse_row(fields: dict[str, Any], name: str, origin: str, chosen: bool = Fal
 
 
 def _names(fields: dict[str, Any]) -> str:
-    """The keys of a row in one line, whatever characters they have."""
+    """Write the keys of a row in one line, whatever characters they have."""
     return ", ".join(printable(key) for key in sorted(fields)) or "none"
 
 

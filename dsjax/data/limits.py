@@ -95,7 +95,7 @@ def _limited_memory() -> Iterator[None]:
 
 @functools.cache
 def _pages() -> int | None:
-    """The open file in which the system says how large this process is; None if it does not."""
+    """Open the file in which the system says how large this process is; None if it does not."""
     try:
         return os.open("/proc/self/statm", os.O_RDONLY)
     except OSError:

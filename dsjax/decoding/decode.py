@@ -99,7 +99,7 @@ def generate(
 
 
 def request_problems(max_new_tokens: int, sampling: Sampling, seed: int) -> list[str]:
-    """A line for every number of a request that is wrong."""
+    """Return a line for every number of a request that is wrong."""
     problems = sampling_problems(sampling, seed)
     if max_new_tokens < 1:
         problems.append(f"max_new_tokens: got {max_new_tokens}, expected an integer >= 1")
@@ -107,7 +107,7 @@ def request_problems(max_new_tokens: int, sampling: Sampling, seed: int) -> list
 
 
 def prompt_problems(input_ids: Sequence[Sequence[int]], vocab_size: int) -> list[str]:
-    """A line for every prompt that the model cannot read."""
+    """Return a line for every prompt that the model cannot read."""
     problems = []
     for index, ids in enumerate(input_ids):
         # An id beyond the embedding would not fail on the device: JAX clamps it to the last row.
@@ -157,6 +157,6 @@ def _decode(graphdef, state, cache, newest, *, sampling):
 
 
 def _choose(model, hidden_BD, position_B, keys_B, sampling) -> DecodeState:
-    """The token that stands at `position_B`, given the hidden state before it."""
+    """Return the token that stands at `position_B`, given the hidden state before it."""
     draws_B = jax.vmap(jax.random.fold_in)(keys_B, position_B)
     return DecodeState(sample(model.head(hidden_BD), draws_B, sampling), position_B, keys_B)

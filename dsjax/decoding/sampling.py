@@ -29,7 +29,7 @@ class Sampling(NamedTuple):
 
 
 def sampling_problems(sampling: Sampling, seed: int) -> list[str]:
-    """A line for everything that is wrong with a request."""
+    """Return a line for everything that is wrong with a request."""
     temperature, top_k, top_p = sampling
     problems = []
     if not (temperature >= 0 and math.isfinite(temperature)):
@@ -50,7 +50,7 @@ def sampling_problems(sampling: Sampling, seed: int) -> list[str]:
 
 
 def row_keys(seed: int, rows: int) -> jax.Array:
-    """A random key for each row; a row's key does not depend on how many others there are."""
+    """Make a random key for each row, which does not depend on how many others there are."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
 
 

@@ -48,7 +48,7 @@ def is_here(array: Any) -> bool:
 
 
 def host_part(array: Any, index: Index = ()) -> np.ndarray:
-    """The part of an array that integers and slices of step 1 select.
+    """Return the part of an array that integers and slices of step 1 select.
 
     Args:
         array: of jax, whatever its sharding, or of numpy; on every process the same.
@@ -86,7 +86,7 @@ def host_part(array: Any, index: Index = ()) -> np.ndarray:
 
 
 def host_array(array: jax.Array, keep: bool = True) -> np.ndarray | None:
-    """A whole array, brought here piece by piece; None unless `keep`, for the others' sake."""
+    """Bring a whole array here piece by piece; without `keep`, take part for the others: None."""
     if is_here(array):
         return np.asarray(array) if keep else None
     whole = np.empty(array.shape, array.dtype) if keep else None
@@ -105,7 +105,7 @@ def _bounds(index: Sequence[Any], shape: Sequence[int]) -> list[tuple[int, int]]
 
 
 def _sum_of_processes(part: np.ndarray) -> np.ndarray:
-    """The sum of what the processes hold, where at most one of them is not 0."""
+    """Return the sum of what the processes hold, where at most one of them is not 0."""
     mesh = _process_mesh()
     sharding = NamedSharding(mesh, PartitionSpec("process"))
     stacked = jax.make_array_from_callback(

@@ -82,7 +82,7 @@ def refuse_several(command: str, environment: Mapping[str, str]) -> None:
 
 
 def _option_problems(given: Mapping[str, str]) -> Iterator[str]:
-    """A line for every option that is wrong or missing."""
+    """Return a line for every option that is wrong or missing."""
     three = _OPTIONS[:3]
     some = {name: given[name] for name in three if name in given}
     if some and some != {"--processes": "1"}:  # one alone needs nobody's address

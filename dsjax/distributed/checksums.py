@@ -55,7 +55,7 @@ def _checksum(x: Array) -> UInt32[Array, ""]:
 
 
 def _places(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """A hash of every index. It is made of one for each axis: a stack has more than 2^32."""
+    """Return a hash of every index. It is made of one for each axis: a stack has more than 2^32."""
     places = jnp.uint32(0)
     for axis, size in enumerate(shape):
         salt = jnp.uint32(0x9E3779B9 * (axis + 1) % 2**32)
@@ -65,13 +65,13 @@ def _places(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
 
 
 def _mixed(h: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """The last step of MurmurHash3: a bijection in which each bit reaches every other."""
+    """Take MurmurHash3's last step: a bijection in which each bit reaches every other."""
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     return h ^ (h >> 16)
 
 
 def _plain(leaf: jax.Array) -> jax.Array:
-    """A random key as the words that it is made of."""
+    """Return a random key as the words that it is made of."""
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return jax.random.key_data(leaf) if is_key else leaf

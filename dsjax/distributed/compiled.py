@@ -35,7 +35,7 @@ class Memory(NamedTuple):
 
 
 def memory_of(compiled: Any, platform: str) -> Memory:
-    """What the compiler planned.
+    """Return the memory that the compiler planned.
 
     The peak is the sum on CPU and CUDA, whose own figure leaves temporaries out. For TPU it is the
     compiler's, which is what it refuses programs by: it takes some whose sum is above the memory.

@@ -117,7 +117,7 @@ class _Meeting:
         self._selector.register(self.server, selectors.EVENT_READ)
 
     def missing(self) -> list[int]:
-        """The processes that are not there."""
+        """List the processes that are not there."""
         return [number for number in range(1, self.processes) if number not in self.workers]
 
     def look(self, seconds: float) -> None:
@@ -223,12 +223,12 @@ class _Meeting:
 
 
 def greeting(process: int, processes: int) -> dict[str, Any]:
-    """What a process says first."""
+    """Write what a process says first."""
     return {"greeting": GREETING, "process": process, "processes": processes}
 
 
 def _who(data: bytes) -> tuple[int, int] | None:
-    """Number and count of processes that a greeting tells; None if it is none."""
+    """Read number and count of processes from a greeting; None if it is none."""
     message = parse(data)
     process, processes = message.get("process"), message.get("processes")
     if message.get("greeting") != GREETING or type(process) is not int:
@@ -244,7 +244,7 @@ def send(connection: socket.socket, message: Mapping[str, Any]) -> None:
 
 
 def parse(data: bytes) -> dict[str, Any]:
-    """A message; empty if it is something else."""
+    """Return a message; empty if it is something else."""
     try:
         message = json.loads(data)
     except (ValueError, RecursionError):

@@ -89,7 +89,7 @@ _INDEX = "JOB_COMPLETION_INDEX"
 
 
 def detect(environment: Mapping[str, str], seconds: float) -> ProcessSpec | Sign | None:
-    """What a launcher says; None for a process alone.
+    """Return what a launcher says; None for a process alone.
 
     Args:
         environment: of this process. jax reads the same one by itself.
@@ -124,7 +124,7 @@ def detect(environment: Mapping[str, str], seconds: float) -> ProcessSpec | Sign
 
 
 def _clusters(environment: Mapping[str, str]) -> list[type[ClusterEnv]]:
-    """The environments to look for: Kubernetes' in a Job alone, a TPU's not without the TPU."""
+    """List the environments to look for: Kubernetes' in a Job alone, a TPU's not without it."""
     left_out = []
     without_tpu = environment.get("JAX_PLATFORMS") == "cpu"
     if without_tpu:
@@ -156,7 +156,7 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 
 
 def _counted(environment: Mapping[str, str]) -> Sign | None:
-    """A count above one, of a launcher that jax does not know or that says too little."""
+    """Look for a count above one, of a launcher that jax does not know or that says too little."""
     for count, number, launcher, address in _COUNTS:
         processes = _number(environment, count, 1)
         # Names as general as NUM_PROCESSES may mean anything, but not beside the other one.
@@ -193,7 +193,7 @@ def _tpu_hosts(environment: Mapping[str, str]) -> Sign | None:
 
 
 def _indexed(environment: Mapping[str, str]) -> Sign | None:
-    """A pod of an Indexed Job, which says which one it is, and not of how many."""
+    """Look for a pod of an Indexed Job, which says which one it is, and not of how many."""
     if _INDEX in environment and not _on_tpu_host(environment):
         return Sign(
             f"pod {environment[_INDEX]} of a Kubernetes Indexed Job ({_INDEX}), which does not say "

@@ -173,7 +173,7 @@ def _is_at(file: Path, descriptor: int) -> bool:
 
 
 def _boot_id() -> str:
-    """What Linux calls the time since this machine was started; elsewhere nothing."""
+    """Name the time since this machine was started, as Linux does; elsewhere nothing."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
     return ""

@@ -95,7 +95,7 @@ def _working_meshes(section: MeshSection, devices: int) -> str:
 
 
 def normalize_mesh(mesh: Mesh) -> Mesh:
-    """A mesh of the caller's as the rules need it: all axes, those that it lacks of size 1.
+    """Complete a mesh of the caller's for the rules: all axes, those that it lacks of size 1.
 
     Raises:
         ConfigError: it has an axis of another name.
@@ -111,7 +111,7 @@ def normalize_mesh(mesh: Mesh) -> Mesh:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Number of parts that the rows of a batch are dealt into."""
+    """Return the number of parts that the rows of a batch are dealt into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -146,7 +146,7 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
 def process_rows(
     mesh: Mesh, batch_size: int, devices: Iterable[Any] | None = None
 ) -> tuple[int, ...]:
-    """The rows of a batch that a process provides: those that its devices hold, sorted.
+    """List the rows of a batch that a process provides: those that its devices hold, sorted.
 
     Devices along the other axes hold the same rows, also where they belong to several processes;
     each of these then provides them.

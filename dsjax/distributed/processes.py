@@ -51,7 +51,7 @@ class Store(Protocol):
         """Put a value; raises where there is one, unless `allow_overwrite`."""
 
     def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
-        """The keys that begin so, and their values."""
+        """List the keys that begin so, and their values."""
         ...
 
     def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
@@ -168,7 +168,7 @@ class Hosts:
         self._asked = self._asked or number
 
     def reached_preemption(self) -> int | None:
-        """The signal to stop by now; every process asks equally often, and gets the same answer.
+        """Return the signal to stop by now; all processes ask equally often, for the same answer.
 
         Once a process has been asked to stop, the thread of each tells how often this was called,
         and holds the next call up until it knows all numbers: all stop at the call after the

@@ -125,12 +125,12 @@ def check_experts(leaves: Mapping[str, Leaf], mesh: Mesh) -> None:
 
 
 def make_layout(mesh: Mesh) -> Layout:
-    """What a model has to know of the mesh."""
+    """Return what a model has to know of the mesh."""
     return Layout(rows_sharding(mesh), partial(_gather, mesh))
 
 
 def _gather(mesh: Mesh, x: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.Array:
-    """Undo the division by WEIGHT_AXES; gradients are summed into the divided form again."""
+    """Undo the division by FSDP_AXES; gradients are summed into the divided form again."""
     ruled, placed = _ruled(x.shape, axes, mesh), _placed(x.shape, axes, mesh)
     if _size([axis for extra in placed for axis in extra], mesh) == 1 or ruled == placed:
         return x
@@ -159,7 +159,7 @@ def _gathered(
 
 
 def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one dimension of a PartitionSpec."""
+    """Return the mesh axes of one dimension of a PartitionSpec."""
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
@@ -186,7 +186,7 @@ def leaf_sharding(leaf: Leaf, mesh: Mesh) -> NamedSharding:
 
 
 def computed_sharding(leaf: Leaf, mesh: Mesh) -> NamedSharding:
-    """Sharding of one leaf while it is computed with, once what WEIGHT_AXES divide is gathered."""
+    """Sharding of one leaf while it is computed with, once what FSDP_AXES divide is gathered."""
     return _sharding(_ruled(leaf.shape, leaf.axes, mesh), mesh)
 
 
@@ -200,7 +200,7 @@ def _sharding(placed: Placed, mesh: Mesh) -> NamedSharding:
 
 
 def _ruled(shape: Sequence[int], axes: Axes, mesh: Mesh) -> Placed:
-    """What RULES say alone."""
+    """Divide a leaf as RULES say, for computation alone."""
     return [
         (RULES[axis],) if axis in RULES and size % mesh.shape[RULES[axis]] == 0 else ()
         for axis, size in zip(axes, shape, strict=True)
@@ -208,7 +208,7 @@ def _ruled(shape: Sequence[int], axes: Axes, mesh: Mesh) -> Placed:
 
 
 def _placed(shape: Sequence[int], axes: Axes, mesh: Mesh) -> Placed:
-    """What RULES say, and WEIGHT_AXES for a matrix."""
+    """Divide a leaf as RULES say, and a matrix by FSDP_AXES besides."""
     placed = _ruled(shape, axes, mesh)
     for free in _free_groups(axes):
         for i, (axis, size) in enumerate(zip(axes, shape, strict=True)):
@@ -219,7 +219,7 @@ def _placed(shape: Sequence[int], axes: Axes, mesh: Mesh) -> Placed:
 
 
 def _free_groups(axes: Axes) -> list[tuple[str, ...]]:
-    """The groups of WEIGHT_AXES for a matrix, without the axis that experts take."""
+    """List the groups of FSDP_AXES for a matrix, without the axis that experts take."""
     if sum(axis != "layers" for axis in axes) < 2:
         return []
     taken = RULES["experts"] if "experts" in axes else ""
@@ -237,7 +237,7 @@ def leaf_shardings(leaves: Mapping[str, Leaf], mesh: Mesh) -> dict[str, NamedSha
 
 
 def replication_report(leaves: Mapping[str, Leaf], mesh: Mesh) -> list[str]:
-    """A line for everything that is replicated because mesh axes do not divide it."""
+    """Return a line for everything that is replicated because mesh axes do not divide it."""
     lines = []
     for path, leaf in leaves.items():
         placed = _placed(leaf.shape, leaf.axes, mesh)

@@ -115,7 +115,7 @@ def is_too_little(kept: float | None, min_kept: float | None) -> bool:
 
 
 def _contents(folder: Path) -> dict[str, str]:
-    """A digest of each file by its path in the folder, the manifest left out."""
+    """Return a digest of each file by its path in the folder, the manifest left out."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
     names = [path.relative_to(folder).as_posix() for path in files]
     reads = [partial(file_digest, path) for path in files]
@@ -183,7 +183,7 @@ def _sources(config: RunConfig) -> dict[str, str | None]:
 
 
 def _needed(config: RunConfig) -> list[tuple[str, Path]]:
-    """The files and folders that a run reads or writes, with their keys; hub ids left out."""
+    """List the files and folders that a run reads or writes, with their keys; hub ids left out."""
     run, data = RunDir.of(config), config.data
     read = [("model.path", config.model.path), ("adapter.path", config.adapter.path)]
     for key, sources in (("data.train", data.train), ("data.eval", data.eval or [])):

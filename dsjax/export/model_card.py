@@ -215,7 +215,7 @@ TURN_END = (
 
 
 def card_facts(config: RunConfig, setup: Assembly, form: str, step: int, rows: list) -> CardFacts:
-    """What the model card says of a run."""
+    """Return what the model card says of a run."""
     stop = added_stop(setup.source)
     by_parameter = form == "peft" and adapters.uses_target_parameters(setup.model, setup.spec)
     return CardFacts(

@@ -51,5 +51,5 @@ def write_peft(directory: Path, setup: Assembly, trained: Params, primary: bool 
 
 
 def base_name(setup: Assembly) -> str:
-    """What an adapter's config names as its base: the model's path as the user gave it."""
+    """Return what an adapter's config names as its base: the model's path as the user gave it."""
     return setup.section.path

@@ -97,7 +97,7 @@ def prove(
 def _loaded(
     setup: Assembly, section: ModelSection, held: Params, other: Set[str]
 ) -> tuple[Assembly, Params]:
-    """A checkpoint as a user would load it, with the arrays that are there.
+    """Load a checkpoint as a user would, with the arrays that are there.
 
     Args:
         setup: the run's model.
@@ -125,7 +125,7 @@ def kept(
     trained: Float[np.ndarray, "T V"],
     base: Float[np.ndarray, "T V"],
 ) -> float | None:
-    """What is left of what training changed: 1 - |exported - trained| / |trained - base|.
+    """Measure what is left of the training: 1 - |exported - trained| / |trained - base|.
 
     1 is all of it, 0 is as far from the trained model as the base is. Each distance is the middle
     token's (`distance`): of a few tokens that went to other experts, one would decide alone. None
@@ -155,7 +155,7 @@ def _compare(
 
 
 def distance(logits: Float[np.ndarray, "T V"], expected: Float[np.ndarray, "T V"]) -> float:
-    """The median over tokens of |logits - expected| / |expected|.
+    """Return the median over tokens of |logits - expected| / |expected|.
 
     The median, since rounding may change which expert a token goes to: that token then is far off.
     """

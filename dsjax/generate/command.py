@@ -188,7 +188,7 @@ def _converse(speaker: ChatSession, seed: int) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What a user types, up to /exit or the end; empty lines say nothing."""
+    """Yield what a user types, up to /exit or the end; empty lines say nothing."""
     shown = "> " if sys.stdin.isatty() else ""
     print("type a message; /exit or the end of input ends the conversation", file=sys.stderr)
     while True:
@@ -205,7 +205,7 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def _text_problems(words: argparse.Namespace) -> list[str]:
-    """A line for everything that is wrong with the texts of the command line."""
+    """Return a line for everything that is wrong with the texts of the command line."""
     problems = []
     if not words.prompt and not words.chat:
         problems.append("--prompt: got none, expected at least one --prompt TEXT, or --chat")

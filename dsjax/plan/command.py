@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _plain(found: Any) -> Any:
-    """What JSON can say: plans as objects, lists as lists."""
+    """Return what JSON can say: plans as objects, lists as lists."""
     if isinstance(found, list):
         return [_plain(item) for item in found]
     return dataclasses.asdict(found)

@@ -73,7 +73,7 @@ class Plan:
         total_params: of the model with its adapter.
         trainable_params: those that train.
         flops_per_step: that the loss and its gradients need, over all devices.
-        executed_flops_per_step: with what is computed again.
+        executed_flops_per_step: including what rematerialisation computes again.
         collectives: of one step, on one device.
         unknown_loops: loops with collectives that are counted once, for want of their length.
         time: the estimate; None for a device whose figures are not known.
@@ -173,7 +173,7 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
 
 
 def prepare(config: RunConfig, topology: Topology) -> tuple[Assembly, StepConfig]:
-    """A run's setup and step on a topology, nothing compiled.
+    """Assemble a run and its step on a topology; nothing is compiled.
 
     Raises:
         ConfigError: the configuration cannot run on these devices.
@@ -197,7 +197,7 @@ def _experts_in_chunks(model: Model, step: StepConfig, rows: int, length: int) -
 def _compile(
     lowered: jax.stages.Lowered, topology: Topology
 ) -> tuple[Memory | None, Collectives, str | None]:
-    """A program's memory, its collectives, or what the compiler says of too little memory."""
+    """Compile; return memory, collectives, or what the compiler says of too little memory."""
     try:
         compiled = lowered.compile(compiler_options=topology.compiler_options or None)
     except jax.errors.JaxRuntimeError as error:

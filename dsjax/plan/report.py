@@ -13,7 +13,7 @@ _BAR = 40
 
 
 def plan_lines(plan: Plan, verbose: bool) -> list[str]:
-    """The whole of a plan."""
+    """Write out a whole plan."""
     lines = [*_heading(plan), "", *_memory(plan), "", *_work(plan)]
     lines += ["", *plan.replicated] if plan.replicated else []
     return [*lines, "", *_arrays(plan)] if verbose else lines
@@ -61,7 +61,7 @@ def _peak(name: str, size: int, room: int) -> str:
 def _work(plan: Plan) -> list[str]:
     lines = [
         f"a step needs {flops(plan.flops_per_step)}, and computes "
-        f"{flops(plan.executed_flops_per_step)} with what is computed again",
+        f"{flops(plan.executed_flops_per_step)} including recomputation",
     ]
     for kind, count, size in plan.collectives:
         lines.append(f"  {kind:<20}{count:>8} times {gib(size):>12} on a device")
@@ -94,7 +94,7 @@ def _arrays(plan: Plan) -> list[str]:
 
 
 def search_lines(found: Sequence[Found]) -> list[str]:
-    """What a search tried, the choice last."""
+    """Write what a search tried, the choice last."""
     rows = [
         (
             str(f.batch_size),
@@ -118,7 +118,7 @@ def search_lines(found: Sequence[Found]) -> list[str]:
 
 
 def suggestion_lines(found: Sequence[Suggestion]) -> list[str]:
-    """The slices that were tried, smallest first, and of which accelerator none fits."""
+    """Write the slices that were tried, smallest first, and of which accelerator none fits."""
     rows = [
         (
             s.topology,

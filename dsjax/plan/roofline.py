@@ -47,7 +47,7 @@ def estimate(
     collectives: Sequence[Collective],
     tokens: int,
 ) -> Estimate | None:
-    """The roofline of one step; None where a device's figures are not known.
+    """Compute the roofline of one step; None where a device's figures are not known.
 
     Args:
         device_kind: `jax.Device.device_kind`.

@@ -147,7 +147,7 @@ def _kinds(accelerator: str | None) -> Sequence[str]:
 
 
 def _limits(config: RunConfig, topology: Topology) -> dict[str, int]:
-    """What the expert and tensor axes have to divide; 0 for anything."""
+    """Return what the expert and tensor axes have to divide; 0 for anything."""
     lone = config.model_copy(update={"mesh": MeshSection()})
     leaves = assemble(lone, topology.devices[:1], weights=False).partition.leaves.values()
     sizes: dict[str, list[int]] = {"experts": [], "mlp": []}
@@ -161,7 +161,7 @@ def _limits(config: RunConfig, topology: Topology) -> dict[str, int]:
 def _on(
     config: RunConfig, topology: Topology, limits: Mapping[str, int], say: Say
 ) -> Iterator[Suggestion]:
-    """The meshes for one slice until one fits; what cannot fit is not compiled."""
+    """Try meshes for one slice until one fits; what cannot fit is not compiled."""
     for mesh in meshes(config.mesh, len(topology.devices), limits):
         variant, words = _variant(config, mesh)
         batch, room = variant.training.batch_size, topology.memory_bytes
@@ -198,7 +198,7 @@ def _on(
 
 
 def _variant(config: RunConfig, mesh: MeshSection) -> tuple[RunConfig, list[str]]:
-    """The run on a mesh, a row at a time on each device; and the words that ask for it."""
+    """Return the run on a mesh, a row at a time on each device; and the words that ask for it."""
     rows = mesh.data * mesh.fsdp * mesh.expert
     batch = max(rows, config.training.batch_size // rows * rows)
     changes = {"batch_size": batch, "gradient_accumulation_steps": batch // rows}

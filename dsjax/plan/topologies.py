@@ -106,7 +106,7 @@ def open_topology(name: str) -> Topology:
 
 
 def _unknown(name: str) -> str:
-    """What to say of a name; of Google's names (v5p-8, v5litepod-16) what they are here."""
+    """Return what to say of a name; of Google's names (v5p-8, v5litepod-16) what they are here."""
     told = re.fullmatch(r"(v\d\w*?)(?:litepod)?-(\d+)", name)
     if told:
         kind = told[1] + ("e" if "litepod" in name else "")
@@ -121,7 +121,7 @@ def _unknown(name: str) -> str:
 
 
 def _slice_of(kind: str, chips: int) -> str | None:
-    """The usual slice of a number of chips."""
+    """Return the usual slice of a number of chips."""
     slices = [s for s in SLICES.get(kind, ()) if math.prod(map(int, s.split("x"))) == chips]
     return f"{kind}:{slices[0]}" if slices else None
 

@@ -157,7 +157,7 @@ class Checkpointer:
         return self._record(step)["meta"]
 
     def _record(self, step: int) -> dict[str, Any]:
-        """What was saved of the state, proven by its digest."""
+        """Return what was saved of the state, proven by its digest."""
         items = ocp.args.Composite(meta=ocp.args.JsonRestore())
         stored = self._read(step, lambda: dict(self._manager.restore(step, args=items)["meta"]))
         if stored.keys() == EARLIER_META:
@@ -252,7 +252,7 @@ class Checkpointer:
         return self._manager.restore(step, args=items)["state"]
 
     def _removed(self, step: int) -> RemovedError | None:
-        """What to say if a run that is alive has removed a checkpoint, or is about to.
+        """Return what to say if a run that is alive has removed a checkpoint, or is about to.
 
         It does so file by file, and only when it has a newer one.
         """
@@ -267,7 +267,7 @@ class Checkpointer:
         )
 
     def _damaged(self, step: int, reason: str) -> ConfigError:
-        """What to say of a checkpoint that is not read as it was saved."""
+        """Return what to say of a checkpoint that is not read as it was saved."""
         removed = self._removed(step)
         if removed is not None:
             return removed
@@ -287,7 +287,7 @@ class Checkpointer:
 
 
 def half_written(directory: Path) -> list[Path]:
-    """What a killed save left, which a `Checkpointer` removes when it is opened."""
+    """Return what a killed save left, which a `Checkpointer` removes when it is opened."""
     return sorted(directory.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}*"))
 
 

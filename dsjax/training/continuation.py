@@ -78,7 +78,7 @@ def identity(config: RunConfig, contents: Mapping[str, str]) -> str:
 
 
 def _compared_keys() -> list[tuple[str, str]]:
-    """The section and name of each key whose value stays as it is as long as a run does."""
+    """Return the section and name of each key whose value stays as it is as long as a run does."""
     return [
         (section, key)
         for section, inside in rules.keys(RunConfig).items()

@@ -16,7 +16,7 @@ from dsjax.weights.folders import write_atomic
 
 
 def evaluation_manifest(step: int, sums: Mapping[str, float], rows: str) -> dict[str, Any]:
-    """What an evaluation says it is of.
+    """Return what an evaluation says it is of.
 
     Args:
         step: the optimizer step.

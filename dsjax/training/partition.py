@@ -50,11 +50,11 @@ class Partition:
         return tuple(path for path in self.trainable if path not in self.router_biases)
 
     def merge(self, trainable: Params, frozen: Params) -> Model:
-        """The module with its arrays put in."""
+        """Put arrays into the module."""
         return unflatten(self.graphdef, {**frozen, **trainable})
 
     def for_inference(self, dtype: str) -> "Partition":
-        """The same leaves for a model that is only used, base parameters held in `dtype`."""
+        """Return the partition of a model that is only used, base parameters held in `dtype`."""
         wanted = jnp.dtype(dtype)
         held = {
             path: leaf if leaf.pinned or leaf.kind != "base" else replace(leaf, dtype=wanted)
@@ -81,7 +81,7 @@ def unflatten(graphdef: Any, params: Mapping[str, Any]) -> Model:
 
 
 def flatten(model: Model) -> dict[str, Any]:
-    """The arrays of a module by dotted path."""
+    """Return the arrays of a module by dotted path."""
     flat = nnx.to_flat_state(nnx.state(model))
     return {".".join(map(str, path)): variable[...] for path, variable in flat}
 
@@ -193,7 +193,7 @@ def _layer_masks(model: Model, freeze: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def report(partition: Partition) -> list[tuple[str, str, str, int, int]]:
-    """What trains, per module kind: rows of (path, shape, dtype, trainable, all) parameters."""
+    """Tabulate what trains, per module kind: (path, shape, dtype, trainable, all) parameters."""
     rows = []
     for path, leaf in partition.leaves.items():
         if path in partition.trainable:

@@ -37,7 +37,7 @@ class Restored(NamedTuple):
 
 
 def restore_trained(config: RunConfig, setup: Assembly) -> Restored:
-    """The trained arrays of a run's newest complete checkpoint; the run may be alive.
+    """Restore the trained arrays of a run's newest complete checkpoint; the run may be alive.
 
     Raises:
         ConfigError: the run has no complete checkpoint, or one of another model.
@@ -80,7 +80,7 @@ class _Meta(BaseModel, strict=True):
 
 
 def read_meta(checkpointer: Checkpointer, step: int) -> dict[str, Any]:
-    """What a run saved beside its state.
+    """Read what a run saved beside its state.
 
     Raises:
         ConfigError: it is damaged, or is not what this version's runs save.

@@ -60,7 +60,7 @@ class Assembly:
         return leaf_shardings(self.partition.leaves, self.mesh)
 
     def contents(self) -> dict[str, str]:
-        """What tells the model and the adapter on disk from others, by their keys."""
+        """Return what tells the model and the adapter on disk from others, by their keys."""
         adapter = "none"
         if self.adapter_path is not None and self.spec is not None:
             adapter = peft.contents(self.adapter_path, self.spec)
@@ -132,12 +132,12 @@ def silent(done: int, total: int) -> None:
 
 
 def load_frozen(setup: Assembly, seed: int, progress: Progress = silent) -> Params:
-    """The frozen arrays on their devices."""
+    """Load the frozen arrays onto their devices."""
     return _load(setup, setup.partition.frozen, seed, progress)
 
 
 def load_trainable(setup: Assembly, seed: int, progress: Progress = silent) -> Params:
-    """The first values of the trainable arrays on their devices."""
+    """Make the first values of the trainable arrays on their devices."""
     return _load(setup, setup.partition.trainable, seed, progress)
 
 

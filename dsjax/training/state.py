@@ -71,7 +71,7 @@ class StepConfig:
 def step_config(
     config: RunConfig, partition: Partition, mesh: Mesh, total_steps: int
 ) -> StepConfig:
-    """The parts of a run's step."""
+    """Return the parts of a run's step."""
     objective = objective_of(config.objective)
     assert set(objective.batch_fields) <= set(Batch._fields), "the rows lack what it reads"
     schedule = make_schedule(config.optimizer, total_steps)
@@ -94,7 +94,7 @@ def step_config(
 
 
 def abstract_state(config: StepConfig) -> TrainState:
-    """The state's shapes, dtypes and shardings, nothing allocated."""
+    """Return the state's shapes, dtypes and shardings; nothing is allocated."""
     leaves = config.partition.leaves
     trainable = {
         path: jax.ShapeDtypeStruct(leaves[path].shape, leaves[path].dtype)
@@ -109,7 +109,7 @@ def abstract_state(config: StepConfig) -> TrainState:
 
 
 def init_state(trainable: Params, config: StepConfig, seed: int) -> TrainState:
-    """The state before the first step; moments are float32 and sharded like their parameter."""
+    """Make the state before the first step; moments are float32, sharded like their parameter."""
 
     def init(trainable: Params) -> tuple[Any, jax.Array, jax.Array, LossScale]:
         key = jax.random.key_data(jax.random.key(seed))
@@ -134,12 +134,12 @@ def state_shardings(state: Any, config: StepConfig) -> Any:
 
 
 def gradient_params_f32(trainable: Params, partition: Partition) -> Params:
-    """What gradients are taken of, in float32."""
+    """Return the parameters that gradients are taken of, in float32."""
     return {path: trainable[path].astype(jnp.float32) for path in partition.gradient_params}
 
 
 def abstract_frozen(config: StepConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """The frozen arrays' shapes, dtypes and shardings."""
+    """Return the frozen arrays' shapes, dtypes and shardings."""
     leaves, frozen = config.partition.leaves, config.partition.frozen
     shardings = leaf_shardings(leaves, config.mesh)
     return {
@@ -150,7 +150,7 @@ def abstract_frozen(config: StepConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def abstract_batch(rows: int, length: int, mesh: Mesh) -> Batch:
-    """A batch's shapes, dtypes and shardings."""
+    """Return a batch's shapes, dtypes and shardings."""
     sharding = rows_sharding(mesh)
     ids: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=sharding)
     weights: Any = jax.ShapeDtypeStruct((rows, length), jnp.float32, sharding=sharding)

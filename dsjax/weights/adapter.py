@@ -23,7 +23,7 @@ from dsjax.weights import peft
 
 
 def resolve(section: AdapterSection) -> AdapterConfig | None:
-    """What to attach: the adapter at `adapter.path`, or what the YAML says, or nothing.
+    """Return what to attach: the adapter at `adapter.path`, or what the YAML says, or nothing.
 
     Raises:
         ConfigError: a key of the YAML disagrees with the adapter on disk, or that adapter needs
@@ -39,7 +39,7 @@ def resolve(section: AdapterSection) -> AdapterConfig | None:
 def fitted(
     section: AdapterSection, spec: AdapterConfig | None, model: Model
 ) -> tuple[AdapterConfig | None, str]:
-    """An adapter from disk without what is not in this model, as PEFT loads it.
+    """Leave out of an adapter from disk what is not in this model, as PEFT does.
 
     Returns:
         The adapter, and what to tell the user; empty if there is nothing to tell.
@@ -138,5 +138,5 @@ def load_params(
 def peft_tensors(
     model: Model, spec: AdapterConfig, params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The adapter's arrays as the tensors of PEFT's file, by its names."""
+    """Return the adapter's arrays as the tensors of PEFT's file, by its names."""
     return method_of(spec).to_file(model, spec, params)

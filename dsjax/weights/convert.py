@@ -63,7 +63,7 @@ def to_flax(src: str, dst: str, progress: Callable[[int, int], None] = lambda do
 
 
 def _stored_entries(source: Source, model: Model) -> list[Entry]:
-    """What a dsjax checkpoint holds as arrays: the model's tensors, FP8 scales apart."""
+    """Return what a dsjax checkpoint holds as arrays: the model's tensors, FP8 scales apart."""
     entries = entries_of(model)
     scales = [
         replace(entry, hf=entry.hf + fp8.SCALE, path=entry.path + fp8.SCALE)
@@ -74,7 +74,7 @@ def _stored_entries(source: Source, model: Model) -> list[Entry]:
 
 
 def _leaves_as_stored(source: Source, entries: Sequence[Entry]) -> dict[str, Leaf]:
-    """The arrays that hold these tensors exactly; a stack has room for every index up to its last.
+    """Plan arrays that hold these tensors exactly; a stack has room for every index up to its last.
 
     Scales may be there for a part of a stack only.
     """

@@ -110,12 +110,12 @@ def _layout(source: HFSource) -> dict[str, str]:
 
 
 def safetensors_name(file: str) -> str:
-    """The name of the safetensors file that takes a `.bin` file's place."""
+    """Return the name of the safetensors file that takes a `.bin` file's place."""
     return file.replace("pytorch_model", "model").removesuffix(".bin") + ".safetensors"
 
 
 def _index_of(source: HFSource) -> str | None:
-    """The index of `.bin` files, naming their safetensors successors; None for a single file."""
+    """Write the index of `.bin` files with their safetensors successors; None for one file."""
     if len(source.files) == 1:
         return None
     files: dict[str, list[tuple[str, int]]] = {}
@@ -193,7 +193,7 @@ class FlaxSource:
         return infos
 
     def raw_header(self, file: str) -> bytes:
-        """The header of one of the source's weight files."""
+        """Return the header of one of the source's weight files."""
         return self.manifest["files"][file].encode()
 
     def file_headers(self) -> dict[str, bytes]:
@@ -201,11 +201,11 @@ class FlaxSource:
         return {file: self.raw_header(file) for file in self.files}
 
     def index_text(self) -> str | None:
-        """The source's index file, None if it had one weight file."""
+        """Return the source's index file, None if it had one weight file."""
         return self.manifest["index"]
 
     def aux_files(self) -> list[Path]:
-        """The files kept beside the weights."""
+        """List the files kept beside the weights."""
         return _plain(self.directory).aux_files()
 
 
@@ -227,7 +227,7 @@ def open_flax(path: str | Path) -> FlaxSource:
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself, so checked that it can be used as it is."""
+    """Read what a checkpoint says of itself, so checked that it can be used as it is."""
     manifest = read_object(file, "model.path")
     version = manifest.get("format")
     if type(version) is not int:
@@ -260,7 +260,7 @@ def _read_manifest(file: Path) -> dict[str, Any]:
 
 
 def _form_problem(manifest: Mapping[str, Any]) -> str:
-    """What of a manifest is not of the form that `save_flax` writes; empty if all is."""
+    """Say what in a manifest `save_flax` does not write so; empty if all is as it should be."""
     arrays, files = manifest.get("arrays"), manifest.get("files")
     if not isinstance(files, dict) or not files:
         return f"files: {shown(files)}"
@@ -323,7 +323,7 @@ def _array_of(directory: Path, path: str) -> Iterator[None]:
 
 
 def exact_dtype(dtypes: Sequence[np.dtype]) -> np.dtype:
-    """The narrowest dtype that holds the values of all these exactly."""
+    """Return the narrowest dtype that holds the values of all these exactly."""
     kinds = set(dtypes)
     if len(kinds) > 1:  # bfloat16 and float16 hold every float8_e4m3fn
         kinds.discard(FP8)

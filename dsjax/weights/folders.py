@@ -104,7 +104,7 @@ def _disk_of(folder: Path) -> tuple[Path, os.stat_result, Any]:
 
 
 def _bytes_in(folder: Path, device: int) -> int:
-    """What a device gets back when a folder is removed; 0 if there is none."""
+    """Return what a device gets back when a folder is removed; 0 if there is none."""
     size = 0
     for place, _, names in os.walk(folder):
         for name in names:

@@ -158,20 +158,20 @@ class DequantisedSource:
         return values
 
     def aux_files(self) -> list[Path]:
-        """The files to keep beside the weights."""
+        """List the files to keep beside the weights."""
         return self.raw.aux_files()
 
     def file_headers(self) -> dict[str, bytes]:
-        """The safetensors headers."""
+        """Return the safetensors headers."""
         return self.raw.file_headers()
 
     def index_text(self) -> str | None:
-        """The index file."""
+        """Return the index file."""
         return self.raw.index_text()
 
 
 def dequantised(source: Source) -> Source:
-    """A checkpoint's numbers, whatever they are stored as.
+    """Return a checkpoint's numbers, whatever they are stored as.
 
     Raises:
         ConfigError: config.json and tensors disagree on what is quantised, a scale is missing or of
@@ -198,7 +198,7 @@ def dequantised(source: Source) -> Source:
 
 
 def _scale_problem(name: str, source: Source, form: Format) -> str:
-    """What is wrong with a quantised tensor or its scales; empty if nothing is."""
+    """Say what is wrong with a quantised tensor or its scales; empty if nothing is."""
     shape = source.tensors[name].shape
     scale = source.tensors.get(name + SCALE)
     if len(shape) != 2:
@@ -216,7 +216,7 @@ def _scale_problem(name: str, source: Source, form: Format) -> str:
 
 
 def raw_of(source: Source) -> Source:
-    """A checkpoint as its files are: bytes and scales where it is quantised."""
+    """Return a checkpoint as its files are: bytes and scales where it is quantised."""
     return source.raw if isinstance(source, DequantisedSource) else source
 
 
@@ -229,7 +229,7 @@ def is_scale(name: str, source: Source) -> bool:
 def quantise(
     values: Float[np.ndarray, "O I"], form: Format
 ) -> tuple[Shaped[np.ndarray, "O I"], Float[np.ndarray, "o i"]]:
-    """The bytes and scales of a matrix, or of whole rows of blocks of it.
+    """Return the bytes and scales of a matrix, or of whole rows of blocks of it.
 
     A scale is the largest magnitude of its block / 448; with power-of-two scales, the next power of
     two from there.

@@ -32,7 +32,7 @@ class AddedStop(NamedTuple):
 
 
 def stop_tokens(source: Source, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """The tokens that end an answer: those that the files name, and the chat template's.
+    """Return the tokens that end an answer: those that the files name, and the chat template's.
 
     Raises:
         ConfigError: generation_config.json is no such file.
@@ -42,7 +42,7 @@ def stop_tokens(source: Source, tokenizer: PreTrainedTokenizerFast) -> frozenset
 
 
 def added_stop(source: Source) -> AddedStop | None:
-    """What an export has to add; None where nothing is missing, or cannot be known."""
+    """Find what an export has to add; None where nothing is missing, or cannot be known."""
     try:
         tokenizer = find_tokenizer(source.directory, "auto")
         return None if tokenizer is None else _added_stop(source, tokenizer)
@@ -73,7 +73,7 @@ def _added_stop(source: Source, tokenizer: PreTrainedTokenizerFast) -> AddedStop
 
 
 def _named_stops(source: Source, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The tokens of the first that names any: generation_config.json, config.json, tokenizer."""
+    """Read the tokens of the first with any: generation_config.json, config.json, tokenizer."""
     file = source.directory / FILE
     settings = read_object(file, "model.path") if file.is_file() else {}
     named = [

@@ -100,7 +100,7 @@ class HFSource:
         return read_range(self._found.folder.files[info.file], info, offset, length)
 
     def raw_header(self, file: str) -> bytes:
-        """The JSON text of a safetensors file's header, padding included, length bytes not."""
+        """Return a safetensors file's header as JSON text, with its padding, without its length."""
         return self._headers[file]
 
     def file_headers(self) -> dict[str, bytes]:
@@ -108,12 +108,12 @@ class HFSource:
         return dict(self._headers)
 
     def index_text(self) -> str | None:
-        """The text of `model.safetensors.index.json`; None for one file and for `.bin` files."""
+        """Return the text of `model.safetensors.index.json`; None for one file and for `.bin`."""
         index = self._found.folder.files.get(SAFETENSORS_INDEX)
         return storage.read_text(index) if self._headers and index is not None else None
 
     def aux_files(self) -> list[Path]:
-        """The files to keep beside the weights (`model_files`), sorted."""
+        """List the files to keep beside the weights (`model_files`), sorted."""
         return [self.directory / name for name in self._found.kept]
 
 
@@ -182,7 +182,7 @@ def _forms(names: Collection[str]) -> tuple[str, str]:
 
 
 def _weight_names(names: Collection[str]) -> list[str]:
-    """The weight files among the names of a repository's."""
+    """List the weight files among the names of a repository's."""
     safetensors = [name for name in names if _matches(name, _SAFETENSORS_FILES)]
     return safetensors or [name for name in names if _matches(name, _TORCH_FILES)]
 
@@ -235,7 +235,7 @@ def _read_weight_map(path: File) -> dict[str, str]:
 def _read_headers(
     folder: Folder, files: Sequence[str]
 ) -> tuple[dict[str, bytes], list[TensorInfo]]:
-    """The raw headers of the safetensors files, and every file's tensors in order."""
+    """Return the raw headers of the safetensors files, and every file's tensors in order."""
     headers: dict[str, bytes] = {}
     infos: list[TensorInfo] = []
     problems: list[str] = []
@@ -255,7 +255,7 @@ def _read_headers(
 
 
 def _read_header(file: File) -> tuple[bytes | None, list[TensorInfo]] | ConfigError:
-    """The raw header of a safetensors file, and any file's tensors; or what is wrong with it."""
+    """Read the raw header of a safetensors file, any file's tensors; or what is wrong with it."""
     try:
         if file.name.endswith(".safetensors"):
             return read_header(file)
@@ -336,7 +336,7 @@ def shard_names(count: int) -> list[str]:
 
 
 def index_json(files: Mapping[str, Sequence[tuple[str, int]]]) -> str:
-    """The text of `model.safetensors.index.json` for files of (tensor name, bytes)."""
+    """Return the text of `model.safetensors.index.json` for files of (tensor name, bytes)."""
     weight_map = {name: file for file, tensors in files.items() for name, _ in tensors}
     total = sum(size for tensors in files.values() for _, size in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -107,7 +107,7 @@ def check_coverage(source: Source, model: Model) -> list[str]:
 
 
 def _check_tied(source: Source) -> None:
-    """A head beside a tied embedding is carried if it is the embedding."""
+    """Refuse a head beside a tied embedding that is not the embedding."""
     if not _are_same(source, HEAD, EMBEDDING):
         raise ConfigError(
             f"{HEAD}: got a tensor that differs from {EMBEDDING}, expected the same values or "
@@ -117,7 +117,7 @@ def _check_tied(source: Source) -> None:
 
 
 def _copy_problems(source: Source, entries: Sequence[Entry]) -> list[str]:
-    """A second copy of a tensor has to be the tensor: what is computed with is one of them."""
+    """List second copies of a tensor that differ from it: only one of them is computed with."""
     own = {entry.path: entry.hf for entry in entries if not entry.copy}
     return [
         f"{entry.hf}: got a tensor that differs from {own[entry.path]}, expected the same values "
@@ -266,7 +266,7 @@ def _load_parts(
 
 
 def _cut(piece: np.ndarray, bounds: Bounds, hull: Bounds) -> np.ndarray:
-    """What of a piece of the hull belongs to the part within these bounds.
+    """Return what of a piece of the hull belongs to the part within these bounds.
 
     They agree in the stacked axes and the rows, which are whole in both.
     """
@@ -310,7 +310,7 @@ def _pieces(
 def _read_piece(
     read: Read, name: str, index: tuple[slice, ...], start: tuple[int, ...]
 ) -> tuple[tuple[int, ...], np.ndarray]:
-    """A piece with its place."""
+    """Return a piece with its place."""
     piece = read(name, index)
     return start, piece[(None,) * (len(start) - len(index))]
 

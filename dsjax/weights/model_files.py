@@ -56,7 +56,7 @@ _PATTERNS = (
 def kept_names(
     names: Collection[str], config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
 ) -> list[str]:
-    """The files that belong to the model, code apart; sorted.
+    """List the files that belong to the model, code apart; sorted.
 
     Args:
         names: of the files in the folder, and as `folder/name` in `SUBFOLDERS`.
@@ -70,13 +70,13 @@ def kept_names(
 def wanted_names(
     names: Collection[str], config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
 ) -> list[str]:
-    """The files to bring to this machine so that `kept_files` can choose among them."""
+    """List the files to bring to this machine so that `kept_files` can choose among them."""
     kept = kept_names(names, config, tokenizer_config)
     return kept + ([name for name in names if _is_module(name)] if needs_code(config) else [])
 
 
 def kept_files(folder: Folder, config: Mapping[str, Any]) -> list[str]:
-    """The files of a folder that belong to the model, with the code that it cannot do without."""
+    """List a folder's files that belong to the model, with the code that it cannot do without."""
     tokenizer_config = read_tokenizer_config(folder)
     kept = kept_names(folder.files, config, tokenizer_config)
     if not needs_code(config):
@@ -91,7 +91,7 @@ def kept_files(folder: Folder, config: Mapping[str, Any]) -> list[str]:
 
 
 def read_tokenizer_config(folder: Folder) -> dict[str, Any]:
-    """The parsed tokenizer_config.json; empty if there is none, or a damaged one.
+    """Return the parsed tokenizer_config.json; empty if there is none, or a damaged one.
 
     A damaged one is refused by whoever loads the tokenizer.
     """
@@ -109,7 +109,7 @@ def needs_code(config: Mapping[str, Any]) -> bool:
 
 
 def links_out(directory: Path, names: Collection[str]) -> list[str]:
-    """A line for each file that is a link out of the directory, and not into the hub's cache.
+    """List the files that are links out of the directory, and not into the hub's cache.
 
     What is copied into an export would be whatever the link leads to.
     """
@@ -155,7 +155,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _modules(*configs: Mapping[str, Any]) -> list[str]:
-    """The Python files that `auto_map` names; those of other repositories (`--`) left out."""
+    """List the Python files that `auto_map` names; those of other repositories (`--`) left out."""
     classes = [name for config in configs for name in _strings(config.get("auto_map"))]
     return [f"{name.partition('.')[0]}.py" for name in classes if "--" not in name]
 

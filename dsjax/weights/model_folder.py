@@ -182,7 +182,7 @@ def _listed(directory: Path) -> Folder:
 
 
 def some(names: Iterable[str]) -> str:
-    """The first names, and how many more there are."""
+    """Write the first names, and how many more there are."""
     known = sorted(names)
     more = f" and {len(known) - _MOST_NAMES} more" if len(known) > _MOST_NAMES else ""
     return ", ".join(known[:_MOST_NAMES]) + more if known else "nothing"

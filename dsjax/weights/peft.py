@@ -94,7 +94,7 @@ def unknown_fields(path: str) -> list[str]:
 
 
 def contents(path: str, spec: AdapterConfig) -> str:
-    """What tells an adapter from another, wherever it lies: what it is, and all its numbers."""
+    """Digest an adapter, wherever it lies: what it is, and all its numbers."""
     # Checkpoints know it by the names that these classes had first.
     described = repr(spec).replace("Config(", "Spec(", 1)
     return digest([described, file_digest(_open(path).files[TENSORS])])
@@ -151,7 +151,7 @@ def check_tensors(
 
 
 def _base_name(key: str, wanted: Mapping[str, Any]) -> str:
-    """The model's tensor that a saved `base_layer` is a copy of; empty if it is none."""
+    """Return the model's tensor that a saved `base_layer` is a copy of; empty if it is none."""
     module = key.removesuffix(".base_layer.weight")
     if module == key or not any(name.startswith(f"{module}.") for name in wanted):
         return ""
@@ -165,12 +165,12 @@ def _same_weight(copy: np.ndarray, weight: np.ndarray) -> bool:
 def read_params(
     path: str, model: Model, spec: AdapterConfig, leaves: Mapping[str, Leaf]
 ) -> dict[str, np.ndarray]:
-    """The trained arrays of an adapter, stacked as the model's leaves are, in float32."""
+    """Return the trained arrays of an adapter, stacked as the model's leaves are, in float32."""
     return method_of(spec).from_file(model, spec, leaves, _read_all(_open(path)))
 
 
 def _read_all(folder: Folder) -> dict[str, np.ndarray]:
-    """The file's tensors in float32, without copies of the model's own weights."""
+    """Return the file's tensors in float32, without copies of the model's own weights."""
     infos = _tensor_infos(folder)
     wanted = [name for name in infos if not name.endswith(".base_layer.weight")]
     reads = [partial(read_tensor, folder.files[TENSORS], infos[name]) for name in wanted]

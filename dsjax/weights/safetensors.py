@@ -81,7 +81,7 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def lfs_problem(path: File, field: str) -> str:
-    """The message for a git-lfs pointer."""
+    """Write the message for a git-lfs pointer."""
     return (
         f"{field}: got a git-lfs pointer in {path}, expected the file itself; "
         "run `git lfs pull` in that directory, or download the file"
@@ -302,7 +302,7 @@ def _as_dtype(dtype: str | np.dtype) -> np.dtype:
 def _make_header(
     entries: Sequence[tuple[str, np.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> bytes:
-    """The header text that the safetensors library would write for tensors in this order."""
+    """Write the header text that the safetensors library would write for tensors in this order."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, dtype, shape in entries:

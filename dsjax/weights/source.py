@@ -48,15 +48,15 @@ class Source(Protocol):
         ...
 
     def aux_files(self) -> list[Path]:
-        """The files to keep beside the weights."""
+        """List the files to keep beside the weights."""
         ...
 
     def file_headers(self) -> dict[str, bytes]:
-        """The safetensors headers, empty for `.bin` files."""
+        """Return the safetensors headers, empty for `.bin` files."""
         ...
 
     def index_text(self) -> str | None:
-        """The index file, None if there is none."""
+        """Return the index file, None if there is none."""
         ...
 
 
@@ -66,7 +66,7 @@ _SAYS_NOTHING = ("_name_or_path", "transformers_version")
 
 
 def source_digest(source: Source) -> str:
-    """What tells a checkpoint's contents from another's: its config, its tensors, their numbers.
+    """Digest a checkpoint's contents: its config, its tensors, their numbers.
 
     Of the numbers a sample is read, so that it takes seconds for the largest checkpoint and behind
     a URL: up to 64 KB from each of up to 512 tensors, chosen by their names' hashes, which follow
@@ -83,7 +83,7 @@ def source_digest(source: Source) -> str:
 
 
 def _sample(source: Source, name: str) -> np.ndarray:
-    """Some rows of a tensor, which ones its name says."""
+    """Read some rows of a tensor, which ones its name says."""
     info = source.tensors[name]
     if not info.shape or info.nbytes <= SAMPLE_BYTES:
         return source.read(name)

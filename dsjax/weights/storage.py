@@ -83,7 +83,7 @@ class RemoteFile:
         return data
 
     def read_bytes(self) -> bytes:
-        """The whole file, as `Path.read_bytes` reads one on this machine."""
+        """Read the whole file, as `Path.read_bytes` does on this machine."""
         return self.read(0, self.size)
 
 
@@ -180,7 +180,7 @@ def _listed(
 
 
 def _connect(url: str, config_field: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URL, and the folder's path in it."""
+    """Return the file system of a URL, and the folder's path in it."""
     protocol = url.partition("://")[0]
     if protocol in ("http", "https"):
         raise ConfigError(
@@ -216,7 +216,7 @@ def size_of(file: File) -> int:
 
 
 def read_text(file: File) -> str:
-    """The whole of a UTF-8 file.
+    """Read the whole of a UTF-8 file.
 
     Raises:
         UnicodeDecodeError: it is something else.
@@ -246,7 +246,7 @@ def read_at(file: File, offset: int, length: int) -> np.ndarray:
 
 
 def file_digest(file: File) -> str:
-    """The BLAKE2b digest of all bytes of a file."""
+    """Return the BLAKE2b digest of all bytes of a file."""
     whole, size = hashlib.blake2b(digest_size=16), size_of(file)
     for offset in range(0, size, _DIGEST_BYTES):
         whole.update(read_at(file, offset, min(_DIGEST_BYTES, size - offset)).data)

@@ -112,7 +112,7 @@ def write_checkpoint(
 def _outputs(
     source: Source, changes: Mapping[str, Change], quantised: bool
 ) -> dict[str, list[Output]]:
-    """What each file will hold, in the order of the source."""
+    """Return what each file will hold, in the order of the source."""
     raw = fp8.raw_of(source)
     files: dict[str, list[Output]] = {}
     for name, info in raw.tensors.items():
@@ -127,7 +127,7 @@ def _outputs(
 
 
 def _output(source: Source, name: str, dtype: np.dtype, change: Change | None) -> Output:
-    """A tensor as the source has it, or changed."""
+    """Return a tensor as the source has it, or changed."""
     info = source.tensors[name]
     rows = partial(row_pieces, info.shape, info.dtype.itemsize)
     pieces = partial(_pieces, source, name, change, rows)
@@ -144,7 +144,7 @@ def _pieces(
 
 
 def _changed_fp8(source: Source, name: str, change: Change, quantised: bool) -> list[Output]:
-    """What takes the place of a changed FP8 weight, or of its scales."""
+    """Return what takes the place of a changed FP8 weight, or of its scales."""
     assert isinstance(source, fp8.DequantisedSource)
     weight, info = name.removesuffix(fp8.SCALE), source.raw.tensors[name]
     is_scale = name != weight
@@ -165,7 +165,7 @@ def _requantised(
     scales: bool,
     all_rows: Callable[[], Iterator[Rows]],
 ) -> Iterator[np.ndarray]:
-    """The new bytes, or the new scales, of a changed FP8 weight, whole blocks at a time."""
+    """Return the new bytes, or the new scales, of a changed FP8 weight, whole blocks at a time."""
     form, info = source.format, source.raw.tensors[name + fp8.SCALE]
     for rows in all_rows():
         pair = fp8.quantise(change(rows, source.read(name, rows)), form)
@@ -173,7 +173,7 @@ def _requantised(
 
 
 def _header(source: Source, file: str, entries: Sequence[tuple]) -> bytes | None:
-    """The source's header where it still says what the file holds, else None."""
+    """Return the source's header where it still says what the file holds, else None."""
     kept = [
         (info.name, info.dtype, info.shape)
         for info in fp8.raw_of(source).tensors.values()
@@ -220,7 +220,7 @@ def _not_quantised(modules: Sequence[str], all_of_them: bool, config: dict[str, 
 
 
 def _index_text(source: Source, files: Mapping[str, Sequence[Output]]) -> str | None:
-    """The source's index where it still holds, else a new one; None for a single file."""
+    """Return the source's index where it still holds, else a new one; None for a single file."""
     kept = {name: info.dtype for name, info in fp8.raw_of(source).tensors.items()}
     now = {out.name: out.dtype for outs in files.values() for out in outs}
     if kept == now and (source.file_headers() or len(files) == 1):

@@ -34,7 +34,7 @@ def _parser() -> CommandParser:
         (["--run", "x", "--top-p", "most"], ["--top-p: got 'most', expected a number"]),
         (["--run", "x", "--fromat", "peft"], ["--fromat: got an option", "mean --format"]),
         (["--run", "x", "--for", "peft"], ["--for: got an option", "--format"]),
-        (["--run", "x", "there"], ["there: got words", "expected none"]),
+        (["--run", "x", "there"], ["there: got unrecognized arguments", "expected none"]),
         (["--run", "x", "--chat=yes"], ["--chat: got 'yes', expected no value"]),
     ],
 )

@@ -17,7 +17,7 @@ from dsjax.export.folder import check_continues
 from dsjax.training.checkpoint import Checkpointer
 from dsjax.training.metrics_log import MetricsLog, read_metrics
 from dsjax.training.resume import ResumePoint, find_resume_point, split_as_before
-from dsjax.training.run_dir import MANIFEST
+from dsjax.training.run_dir import MANIFEST, RunDir
 
 
 @pytest.fixture
@@ -29,6 +29,18 @@ def config(tmp_path: Path) -> RunConfig:
     config = RunConfig.model_validate(words)
     (run / "config.yaml").write_text(configuration.to_yaml(config))
     return config
+
+
+def test_the_files_of_a_run_have_these_names(config: RunConfig, tmp_path: Path):
+    run = RunDir.of(config)
+    files = (run.config, run.metrics, run.checkpoints, run.tensorboard, run.loss_plot)
+    assert [path.relative_to(config.output_dir).as_posix() for path in files] == [
+        *("config.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "training_loss.png"),
+    ]
+    others = (run.eval_results, run.export, run.lock)
+    names = ["eval_results.json", "export", ".dsjax.lock"]
+    assert [path.name for path in others] == names and {p.parent for p in others} == {run.path}
+    assert RunDir(run.path, str(tmp_path / "out")).export == tmp_path / "out"
 
 
 def smaller(config: RunConfig) -> RunConfig:
