@@ -107,17 +107,24 @@ def test_a_stored_matrix_does_not_train() -> None:
     }
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("variant", ["llama_gqa", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("variant", "mesh", "piece_bytes"),
+    [("llama_gqa", MESHES[0], 4000), ("deepseek_v3", MESHES[1], arrays.PIECE_BYTES)],
+    ids=["llama", "v3"],
+)
 def test_it_is_loaded_in_pieces_and_sharded_as_the_dense_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, mesh: dict[str, int]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variant: str,
+    mesh: dict[str, int],
+    piece_bytes: int,
 ) -> None:
     source = loading.open_checkpoint(str(tiny.build_checkpoint(tmp_path, variant)))
     model = int8_build(source.config, "float32")
     leaves = make_partition(model).leaves
     shardings = leaf_shardings(leaves, _mesh_of(mesh))
     dense = leaf_shardings(make_partition(build(source.config, "float32")).leaves, _mesh_of(mesh))
-    monkeypatch.setattr(arrays, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(arrays, "PIECE_BYTES", piece_bytes)
 
     params = loading.load_base(source, model, leaves, shardings)
 
@@ -169,8 +176,8 @@ def test_training_over_it_is_training_over_the_decoded_numbers(
     run = _start(kind, monkeypatch)
     expected = tiny_steps.two_steps(_start_dense(kind, run))
     tiny_steps.assert_same(tiny_steps.two_steps(run), expected)
-    for mesh in MESHES if kind == "v3" else MESHES[:1]:
-        tiny_steps.assert_same(tiny_steps.two_steps(_start(kind, monkeypatch, mesh=mesh)), expected)
+    mesh = MESHES[1] if kind == "v3" else MESHES[0]
+    tiny_steps.assert_same(tiny_steps.two_steps(_start(kind, monkeypatch, mesh=mesh)), expected)
 
 
 def test_no_stack_is_ever_decoded_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
