@@ -88,8 +88,8 @@ def read_spec(path: str, section: AdapterSection | None = None) -> AdapterConfig
 def unknown_fields(path: str) -> list[str]:
     """Fields of adapter_config.json that PEFT 0.21 has not, and so does not use either."""
     config = _read_config(_open(path))
-    method = ADAPTERS[config["peft_type"]]
-    known = {*_REFUSED, *_WITHOUT_EFFECT, *method.without_effect, *AdapterSection.model_fields}
+    known = {*_REFUSED, *_WITHOUT_EFFECT, *AdapterSection.model_fields}
+    known = known.union(*(method.without_effect for method in ADAPTERS.values()))
     return [name for name, value in config.items() if value and name not in known]
 
 

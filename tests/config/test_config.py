@@ -138,12 +138,12 @@ mesh: 8
         ("model.quantization=nf4", 'got "nf4", which is not built yet, expected null'),
         (
             "adapter.peft_type=BOTTLENECK",
-            'got "BOTTLENECK", which is not built yet, expected LORA, PREFIX_TUNING or null',
+            'got "BOTTLENECK", which is not built yet, expected LORA, IA3, PREFIX_TUNING or null',
         ),
         ("adapter.use_dora=true", "got true, which is not built yet, expected false"),
         ("mesh.sequence=4", "got 4, which is not built yet, expected 1"),
         ("mesh.sequence=2", "got 2, which is not built yet, expected 1"),
-        ("adapter.peft_type=lora", 'got "lora", expected LORA, PREFIX_TUNING or null'),
+        ("adapter.peft_type=lora", 'got "lora", expected LORA, IA3, PREFIX_TUNING or null'),
         ("adapter.r=true", "got true, expected an integer >= 1 and <= 65536"),
         ("adapter.r='8'", 'got "8", expected an integer >= 1 and <= 65536'),
         ("adapter.lora_alpha=0", "got 0, expected a number > 0 and <= 1000000000"),
@@ -208,7 +208,7 @@ def test_a_wrong_value_is_named_with_the_rule(smallest: Path, override: str, mes
         ),
         (
             ["adapter.r=8"],
-            "adapter.peft_type: got nothing beside adapter.r, expected LORA or PREFIX_TUNING, "
+            "adapter.peft_type: got nothing beside adapter.r, expected LORA, IA3, PREFIX_TUNING, "
             "or null for full training",
         ),
         (

@@ -118,7 +118,10 @@ def test_an_adapter_path_without_an_adapter(cli_runner: CliRunner, path: str, pa
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"peft_type": "IA3"}, ["peft_type: got 'IA3'", "expected LORA or PREFIX_TUNING"]),
+        (
+            {"peft_type": "ADALORA"},
+            ["peft_type: got 'ADALORA'", "expected LORA or IA3 or PREFIX_TUNING"],
+        ),
         ({"peft_type": None}, ["peft_type: got None", "expected LORA"]),
         ({"task_type": "SEQ_CLS"}, ["task_type: got 'SEQ_CLS'", "expected CAUSAL_LM"]),
         ({"use_dora": True}, ["use_dora: got True", "not implemented"]),

@@ -161,7 +161,7 @@ def test_a_yaml_file_of_other_bytes(cli_runner: CliRunner):
         (["adapter.r=0"], ["adapter.r: got 0", "an integer >= 1"]),
         (
             ["adapter.peft_type=lora"],
-            ['adapter.peft_type: got "lora"', "LORA, PREFIX_TUNING or null"],
+            ['adapter.peft_type: got "lora"', "LORA, IA3, PREFIX_TUNING or null"],
         ),
         (["adapter.peft_type=BOTTLENECK"], ["adapter.peft_type", "which is not built yet"]),
         (["adapter.use_dora=true"], ["adapter.use_dora: got true, which is not built yet"]),
