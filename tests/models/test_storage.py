@@ -225,12 +225,12 @@ def test_a_run_trains_evaluates_and_exports(
     capsys.readouterr()
     assert evaluate.main(["--config", str(file)]) == 0
 
-    assert json.loads(capsys.readouterr().out)["eval_loss"] == pytest.approx(last, rel=1e-6)
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(last, rel=1e-6)
     adapter = tmp_path / "run/export/adapter_model.safetensors"
     assert adapter.is_file()
     # The same rows over the dense base: near, but not the same numbers.
     monkeypatch.setattr(setup, "build", build)
     words = ["--model", config["model"]["path"], "--adapter", str(adapter.parent)]
     assert evaluate.main([*words, "--data", str(rows), "--dtype", "float32"]) == 0
-    dense = json.loads(capsys.readouterr().out)["eval_loss"]
+    dense = json.loads(capsys.readouterr().out)["loss"]
     assert dense != last and dense == pytest.approx(last, rel=0.02)
