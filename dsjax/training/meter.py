@@ -131,7 +131,9 @@ class Meter:
                 f"{', '.join(wanted)}; finish the run with the version that began it, or choose "
                 "another output_dir"
             )
-        self._since_log, self._run = dict(state["since_log"]), dict(state["run"])
+        # Earlier versions kept apart what the module for multi-token prediction summed up to.
+        ahead = {f"mtp_{name}": value for name, value in state.get("ahead", {}).items()}
+        self._since_log, self._run = {**state["since_log"], **ahead}, dict(state["run"])
         self._untrained = state.get("untrained_steps", 0)
 
 

@@ -271,6 +271,13 @@ def test_steps_without_a_trained_token_have_no_loss_and_are_counted():
         assert each.summary()["train_loss"] == 3.0 and each.summary()["untrained_steps"] == 2
 
 
+def test_what_an_earlier_version_summed_up_ahead_is_gone_on_with():
+    meter = Meter(SFT)
+    add(meter, 2.0, 1.0, 1.0, 8)
+    meter.restore(meter.state() | {"ahead": {"loss": 6.0, "weight": 4.0}})
+    assert meter.values()["mtp_loss"] == 1.5
+
+
 def test_a_run_that_trains_nothing_has_no_loss():
     meter = Meter(SFT)
     add(meter, 0.0, 0.0, 0.0, 8)

@@ -316,7 +316,7 @@ def _device(platform: str, capability: str | None = None) -> Any:
         (_device("tpu"), (128, 128), attend_tpu),
         (_device("cpu"), (128, 128), None),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_the_kernel_is_chosen_by_the_meshs_device(
     device: Any, sizes: tuple[int, int], kernel: Any
