@@ -125,7 +125,7 @@ class Meter:
             ConfigError: another version returned it, whose objective had other sums.
         """
         found, wanted = sorted(state["run"]), sorted(self._zeros)
-        if found != wanted:
+        if found != wanted or not set(wanted) <= set(state["since_log"]):
             raise ConfigError(
                 f"checkpoints: got one with sums of {', '.join(found)}, expected those of "
                 f"{', '.join(wanted)}; finish the run with the version that began it, or choose "

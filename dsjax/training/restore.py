@@ -68,6 +68,7 @@ class _Meter(BaseModel, strict=True, extra="forbid"):
     since_log: dict[str, float]
     run: dict[str, float]
     untrained_steps: int = 0
+    ahead: dict[str, float] = {}  # of earlier versions
 
 
 class _Meta(BaseModel, strict=True):
