@@ -39,7 +39,7 @@ REMAT = {
     "full": _ROUTING,
 }
 """training.gradient_checkpointing -> what a block keeps for its backward pass. A token's experts
-are always kept: a few numbers, which are dear to choose again."""
+are always kept: a few numbers, whose routing is costly to recompute."""
 
 
 class Cache(NamedTuple):

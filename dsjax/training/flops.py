@@ -44,7 +44,7 @@ class TokenFlops(NamedTuple):
 
     Attributes:
         needed: by the loss and the gradients of what trains; MFU counts these.
-        executed: with what is computed again, or for nothing; these take the time.
+        executed: all that run, recomputation and masked-out work included; these take the time.
     """
 
     needed: float

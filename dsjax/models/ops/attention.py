@@ -71,7 +71,7 @@ class SparseMask(NamedTuple):
     """A sparse attention's choice of keys.
 
     Attributes:
-        select: (what a block of queries asks with, the mask of keys that it may see) -> a mask with
+        select: (`query_inputs` of a block of queries, the mask of keys it may see) -> a mask with
             fewer keys.
         query_inputs: arrays [B, T, ...] that `select` is given block by block.
     """
