@@ -13,6 +13,7 @@ import torch
 from peft import (
     IA3Config,
     LoraConfig,
+    PeftConfig,
     PeftModel,
     PrefixTuningConfig,
     TaskType,
@@ -25,25 +26,30 @@ from safetensors.torch import load_file
 def build_lora(checkpoint: Path, directory: Path, seed: int = 5, **fields: Any) -> Path:
     """Save a LoRA adapter whose B is not zero, so that the first step already needs the scaling."""
     config = LoraConfig(task_type=TaskType.CAUSAL_LM, **fields)
-    model = get_peft_model(tiny.reference_model(checkpoint), config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0.0, 0.1, generator=generator)
-    model.save_pretrained(directory)
-    return directory
+    return _build(checkpoint, directory, config, "lora_", (0.0, 0.1), seed)
 
 
 def build_ia3(checkpoint: Path, directory: Path, seed: int = 5, **fields: Any) -> Path:
     """Save an IA3 adapter whose vectors are not ones."""
     config = IA3Config(task_type=TaskType.CAUSAL_LM, **fields)
+    return _build(checkpoint, directory, config, "ia3_l", (1.0, 0.3), seed)
+
+
+def _build(
+    checkpoint: Path,
+    directory: Path,
+    config: PeftConfig,
+    part: str,
+    normal: tuple[float, float],
+    seed: int,
+) -> Path:
+    """Save an adapter with normal draws, of a mean and a spread, where a name holds `part`."""
     model = get_peft_model(tiny.reference_model(checkpoint), config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "ia3_l" in name:
-                parameter.normal_(1.0, 0.3, generator=generator)
+            if part in name:
+                parameter.normal_(*normal, generator=generator)
     model.save_pretrained(directory)
     return directory
 
