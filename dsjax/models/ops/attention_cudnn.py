@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from dsjax.distributed.jax_internals import cudnn_attention
 from dsjax.models.ops import attention_cuda
 
 MOST_SEGMENTS = 8
@@ -32,10 +32,6 @@ MOST_BYTES = 2**30
 PIECES = (1, 2, 4)
 """Into how many pieces rows may be cut. The more there are, the more segments have room in the same
 memory, each of a piece's length at most. A segment may begin anywhere."""
-
-_LOWERING = inspect.signature(cudnn._dot_product_attention_fwd_cuda_lowering).parameters
-_UNUSED = {name: None for name in ("score_mod_name", "score_mod_jaxpr") if name in _LOWERING}
-"""Parameters of jax's primitives from 0.12 on: a function of the scores, which we have not."""
 
 
 class Segments(NamedTuple):
@@ -259,22 +255,18 @@ def _gradients_by_triton(arrays, segment_BT, *, scale):
 
 def _fused_forward(qkv, segments, scale):
     """The attended values, and the logarithm of each query's sum over the keys it sees."""
-    return _fused(cudnn._dot_product_attention_fwd_p, qkv, (), segments, scale)
+    return _fused("fwd", qkv, (), segments, scale)
 
 
 def _fused_backward(arrays, segments, scale):
     """The gradients of queries, keys and values."""
     *qkv, out, log, dout = arrays
-    return _fused(cudnn._dot_product_attention_bwd_p, qkv, (log, out, dout), segments, scale)
+    return _fused("bwd", qkv, (log, out, dout), segments, scale)
 
 
-def _fused(primitive, qkv, more, segments, scale):
-    """Call cuDNN by way of jax, below what jax makes public.
-
-    The public function wants values as wide as keys. The private one above these primitives asks
-    the default device what it can do, which need not be the one to compile for, and places packed
-    values by the keys' strides, of the queries' number of heads before jax 0.11.
-    """
+def _fused(way, qkv, more, segments, scale):
+    """Bind jax's primitive of cuDNN's attention, `fwd` or `bwd` (`cudnn_attention` says why)."""
+    cudnn = cudnn_attention()
     q_BTNH, k_BTKH, _ = qkv
     none = jnp.zeros(0, q_BTNH.dtype)
     lengths = offsets = (none, none)
@@ -286,10 +278,13 @@ def _fused(primitive, qkv, more, segments, scale):
         place_S = jnp.concatenate([segments.start_S, end_S]).reshape(rows, -1)
         offsets = tuple(place_S * math.prod(x.shape[2:]) for x in (q_BTNH, k_BTKH))
     forward = {} if more else {"is_training": True}
-    outputs = primitive.bind(
+    # From jax 0.12 on the primitives take a function of the scores, which we have not.
+    rule = inspect.signature(cudnn._dot_product_attention_fwd_cuda_lowering).parameters
+    unused = {name: None for name in ("score_mod_name", "score_mod_jaxpr") if name in rule}
+    outputs = getattr(cudnn, f"_dot_product_attention_{way}_p").bind(
         *qkv, none, *lengths, *offsets, none, none, *more,
         scale=scale, seed=0, dropout_rate=0.0, variadic_args=(False, False),
         mask_type=cudnn.MaskType.CAUSAL if segments is None else cudnn.MaskType.PADDING_CAUSAL,
-        layout=cudnn.AttentionLayout.BTNH.value, sliding_window_length=None, **forward, **_UNUSED,
+        layout=cudnn.AttentionLayout.BTNH.value, sliding_window_length=None, **forward, **unused,
     )  # fmt: skip
     return tuple(outputs)

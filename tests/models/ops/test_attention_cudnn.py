@@ -21,13 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from dsjax.distributed.jax_internals import cudnn_attention
 from dsjax.models.ops import attention_cuda, attention_cudnn
 from dsjax.models.ops.attention import kernel_for
 from dsjax.models.ops.attention_cuda import attend_cuda
 from dsjax.models.ops.attention_cudnn import attend_cudnn, cuts_of, find_segments, route
 from dsjax.models.ops.attention_tpu import attend_tpu
 
-PRIVATE = attention_cudnn.cudnn
+PRIVATE = cudnn_attention()
 
 ROOM = 70
 
