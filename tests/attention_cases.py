@@ -5,14 +5,12 @@ In: the sizes of rows and heads. Out: random arrays, and results with the gradie
 and values. Not here: the kernels, which segments rows have.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tiny_steps
 
 from dsjax.models.ops.attention import Tokens, dot_product_attention
 
@@ -44,7 +42,7 @@ def with_gradients(function: Any, q: Any, k: Any, v: Any, dout: Any) -> Arrays:
     return out, *pull(dout.astype(out.dtype))
 
 
-@functools.partial(jax.jit, compiler_options=tiny_steps.QUICK_COMPILE)
+@jax.jit
 def expected(arrays: Arrays, segment_BT: jax.Array) -> Arrays:
     """What `dot_product_attention` gives for rows that see themselves."""
     scale = arrays[0].shape[-1] ** -0.5

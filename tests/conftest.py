@@ -35,12 +35,14 @@ os.environ |= {
     "JAX_COMPILATION_CACHE_DIR": str(CACHE),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     # XLA lets a device's independent collectives run at once, and each holds a thread of one pool
-    # until all devices have come to it. Of as many threads as simulated devices, those of some may
-    # hold all, and the others never come. NPROC is how XLA is told the size of that pool.
-    "NPROC": "32",
-    # It aborts the process where a device keeps the others waiting for a minute; on a busy machine
-    # eight simulated ones wait for two cores.
-    "XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    # until all devices have come to it. With few threads, those of some devices may hold all, and
+    # the others never come. NPROC is how XLA is told the size of that pool.
+    "NPROC": "256",
+    # Compiling is most of the tests' work, and of that what LLVM does for speed. XLA aborts the
+    # process where a device keeps the others waiting for a minute; on a busy machine eight
+    # simulated ones wait for two cores.
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=300",
 }
 
 # Commands that tests start hear SIGINT, also where the tests themselves run in the background.

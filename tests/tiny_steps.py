@@ -79,9 +79,6 @@ PLAIN_ADAMW: dict[str, Any] = {
     "adam_epsilon": 1e-3,
 }
 
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Halves the time of XLA's CPU compiler, where most of these tests' time goes."""
-
 
 @dataclass
 class Run:
@@ -102,7 +99,7 @@ class Run:
 
     def compile(self, batch: Batch) -> "Run":
         """Compile the step for batches of this shape; returns the run."""
-        self.compiled = self.lower(batch).compile(compiler_options=QUICK_COMPILE)
+        self.compiled = self.lower(batch).compile()
         return self
 
     def lower(self, batch: Batch) -> jax.stages.Lowered:

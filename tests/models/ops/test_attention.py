@@ -77,7 +77,7 @@ def test_blocks_of_queries_give_the_whole_row(
         lowered = jax.jit(jax.value_and_grad(lambda *x: run(*x), (0, 1, 2), has_aux=True)).lower(
             q, k, v
         )
-        return lowered.compile(tiny_steps.QUICK_COMPILE)(q, k, v)
+        return lowered.compile()(q, k, v)
 
     whole = both()
     monkeypatch.setattr(attention, "QUERY_BLOCK", 4)  # 10 queries: two blocks and a half
@@ -116,7 +116,7 @@ def _loss_and_gradients(run: Run, batch: Batch) -> tuple[jax.Array, dict[str, ja
         return sft_sums(model, batch, Forward(), ObjectiveSection())["loss"]
 
     compiled = jax.jit(jax.value_and_grad(loss)).lower(run.state.trainable, batch)
-    return compiled.compile(tiny_steps.QUICK_COMPILE)(run.state.trainable, batch)
+    return compiled.compile()(run.state.trainable, batch)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -41,7 +41,7 @@ def _packed(shape: Shape, ends: list[int]) -> jax.Array:
     return jnp.asarray(rows, jnp.int32)
 
 
-@functools.partial(jax.jit, compiler_options=tiny_steps.QUICK_COMPILE)
+@jax.jit
 def _ours(arrays: tuple[jax.Array, ...], segment_BT: jax.Array) -> tuple[jax.Array, ...]:
     scale = arrays[0].shape[-1] ** -0.5
 
@@ -115,7 +115,7 @@ def test_every_device_runs_the_kernel_on_its_rows_and_heads(
         return dot_product_attention(q, k, v, tokens, tokens, None, 8**-0.5, layout=layout)
 
     run = functools.partial(with_gradients, by_kernel)
-    ours = jax.jit(run, compiler_options=tiny_steps.QUICK_COMPILE)(*arrays)
+    ours = jax.jit(run)(*arrays)
     for got, want in zip(ours, _ours(arrays, segment_BT), strict=True):
         got, want = (np.asarray(x, np.float32) for x in (got, want))
         # A kv head's gradients, if several devices have it, are rounded before they are summed.
@@ -194,7 +194,7 @@ def test_a_remat_policy_that_keeps_the_name_runs_the_kernel_once() -> None:
 
     def loops(keep: list[str]) -> int:
         gradient = jax.jit(jax.grad(functools.partial(loss, keep), (0, 1, 2)))
-        compiled = gradient.lower(*arrays).compile(tiny_steps.QUICK_COMPILE)
+        compiled = gradient.lower(*arrays).compile()
         return compiled.as_text().count(" while(")
 
     assert loops(["kept"]) < loops(["another"])

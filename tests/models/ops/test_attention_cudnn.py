@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_steps
 from attention_cases import Shape, arrays_of, expected, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,9 +41,7 @@ def _rows(lengths: list[list[int]], tokens: int) -> np.ndarray:
 # ---- Segments and the choice between branches
 
 
-_find_segments = jax.jit(
-    functools.partial(find_segments, room=ROOM), compiler_options=tiny_steps.QUICK_COMPILE
-)
+_find_segments = jax.jit(functools.partial(find_segments, room=ROOM))
 
 
 @settings(max_examples=200)
@@ -153,7 +150,7 @@ def _write(shape: tuple[int, ...], place_S: Any, length_S: Any, values: jax.Arra
     return memory.reshape(shape)
 
 
-@functools.partial(jax.jit, static_argnames="scale", compiler_options=tiny_steps.QUICK_COMPILE)
+@functools.partial(jax.jit, static_argnames="scale")
 def _dense(qkv: Any, place: Any, length_S: jax.Array, more: Any, scale: float) -> Any:
     """Causal attention inside each segment, or its gradients if there is something `more`."""
     (q, _, v), tokens, group = qkv, qkv[0].shape[1], qkv[0].shape[2] // qkv[1].shape[2]
@@ -231,9 +228,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(PRIVATE, f"_dot_product_attention_{way}_p", _StandIn())
     for name, scale in (("forward", 4), ("backward", 7)):
         interpreted = functools.partial(getattr(attention_cuda, name), interpret=True)
-        compiled = jax.jit(
-            interpreted, static_argnums=scale, compiler_options=tiny_steps.QUICK_COMPILE
-        )
+        compiled = jax.jit(interpreted, static_argnums=scale)
         monkeypatch.setattr(attention_cuda, name, compiled)
 
 
