@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluate: the loss of a model over files, exact to the token, as JSON on stdout.
 
-    python -m dsjax.evaluate --config FILE [section.key=value ...]
+    python -m dsjax.evaluate FILE.yaml [section.key=value ...]
     python -m dsjax.evaluate --model DIR [--adapter DIR] --data FILE [--data FILE ...]
 
-With `--config`: `data.eval`, with the newest checkpoint of the run in `output_dir` if it has one,
-else with the model as configured; stderr says which. Not done here: the sums
-(`training.evaluation`), generation.
+With FILE.yaml (or `--config FILE`): `data.eval`, with the newest checkpoint of the run in
+`output_dir` if it has one, else with the model as configured; stderr says which. Not done here: the
+sums (`training.evaluation`), generation.
 """
 
 if __name__ == "__main__":
@@ -43,7 +43,7 @@ from dsjax.config import (
     TrainingSection,
     load_config,
 )
-from dsjax.config.evaluate_options import make_parser
+from dsjax.config.evaluate_options import parse_words
 from dsjax.data import Examples, load_evaluation
 from dsjax.distributed.bootstrap import refuse_several
 from dsjax.distributed.sharding import Params
@@ -78,7 +78,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate what the command line names."""
-    words = make_parser().parse_intermixed_args(argv)
+    words = parse_words(argv)
     raise_all(_problems(words))
     refuse_several("dsjax.evaluate", os.environ)
     if words.config is not None:
@@ -232,17 +232,17 @@ def _problems(words: argparse.Namespace) -> list[str]:
         keys = {option: key for key, option in OPTIONS.items()}
         given = [option for option in keys if vars(words)[option[2:].replace("-", "_")] is not None]
         return [
-            f"{option}: got it beside --config, expected one of the two; "
-            f"with --config write {keys[option]}=..."
+            f"{option}: got it beside {words.config}, expected one of the two; "
+            f"beside a configuration write {keys[option]}=..."
             for option in given
         ]
     problems = []
     if not words.model:
-        problems.append("--model: got nothing, expected a checkpoint; or --config FILE")
+        problems.append("--model: got nothing, expected a checkpoint; or FILE.yaml of a run")
     if not words.data or "" in words.data:
         problems.append("--data: got nothing, expected at least one file or hub dataset")
     for word in words.overrides:
-        problems.append(f"{word}: got an override without --config, expected options")
+        problems.append(f"{word}: got an override without FILE.yaml, expected options")
     for option, value, least in (
         ("--max-length", words.max_length, 2),
         ("--batch-size", words.batch_size, 1),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train: from a YAML file to an exported model. Read this file first.
 
-    python -m dsjax.train --config FILE [section.key=value ...]
+    python -m dsjax.train FILE.yaml [section.key=value ...]
 
 Several processes, one a host, run it together (`distributed`). The run in ten stages: devices,
 model, data, earlier run, announcement, step, parameters, state, loop, results. Nothing is written

@@ -159,13 +159,21 @@ def test_what_json_cannot_hold_is_null(capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], ["--model: got nothing, expected a checkpoint; or --config FILE", "--data: got noth"]),
-        (["--config", "c.yaml", "--model", "m"], ["--model: got it beside --config, expected one"]),
+        (
+            [],
+            [
+                "--model: got nothing, expected a checkpoint; or FILE.yaml of a run",
+                "--data: got noth",
+            ],
+        ),
+        (["--config", "c.yaml", "--model", "m"], ["--model: got it beside c.yaml, expected one"]),
         (["--config", "c.yaml", "--batch-size", "4"], ["write training.batch_size=..."]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml: got No such file"]),
+        (["nowhere.yaml", "data.eval=f"], ["nowhere.yaml: got No such file"]),
+        (["a.yaml", "--config", "b"], ["--config: got b and a.yaml, expected one YAML file"]),
         (["--model", "m", "--data", "f", "--max-length", "1"], ["--max-length: got 1, expected"]),
         (["--model", "m", "--data", "f", "--batch-size", "0"], ["--batch-size: got 0, expected"]),
-        (["--model", "m", "--data", "f", "a.b=1"], ["a.b=1: got an override without --config"]),
+        (["--model", "m", "--data", "f", "a.b=1"], ["a.b=1: got an override without FILE.yaml"]),
         (["--model", "/nowhere", "--data", "f"], ["--model: got '/nowhere', expected a directory"]),
     ],
 )

@@ -7,11 +7,15 @@ printed. Not done here: `--config` with overrides (`yaml_file`), what the values
 
 import argparse
 import os
+import platform
 import re
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
+import dsjax
 from dsjax.errors import ConfigError, nearest
 
 
@@ -57,6 +61,15 @@ def print_text(text: str) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
 
+
+def versions() -> str:
+    """Name the versions that a report of a fault needs; nothing is imported for it."""
+    names = [name for name in _STANDS_ON if find_spec(name)]
+    installed = ", ".join(f"{name} {version(name)}" for name in names)
+    return f"dsjax {dsjax.__version__} (Python {platform.python_version()}, {installed})"
+
+
+_STANDS_ON = ("jax", "jaxlib", "flax", "optax", "transformers")
 
 _MISTAKES: Sequence[tuple[str, str]] = (
     (r"the following arguments are required: (.*)", r"\1: got nothing, expected a value"),

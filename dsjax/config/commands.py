@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from dsjax.config.command_line import versions
 from dsjax.errors import ConfigError, nearest, run_command
 from dsjax.signals import end_at_once
 
@@ -32,7 +33,13 @@ def usage() -> str:
     """List the commands."""
     lines = [f"  {name:10}{purpose}" for name, (_, purpose) in COMMANDS.items()]
     return "\n".join(
-        ["usage: dsjax COMMAND ...", "", *lines, "", "dsjax COMMAND --help says more of one."]
+        [
+            "usage: dsjax COMMAND ...",
+            "",
+            *lines,
+            "",
+            "dsjax COMMAND --help says more of one; dsjax --version.",
+        ]
     )
 
 
@@ -46,6 +53,9 @@ def main(argv: Sequence[str]) -> int:
         print(usage())
         return 0
     name = argv[0]
+    if name == "--version":
+        print(versions())
+        return 0
     if name not in COMMANDS:
         raise ConfigError(
             f"command: got {name!r}, expected one of {', '.join(COMMANDS)}; "

@@ -5,19 +5,22 @@ In: the words of its command line. Out: their parser, and its help. Not done her
 (`evaluate`).
 """
 
+import argparse
 from collections.abc import Sequence
 from typing import get_args
 
 from dsjax.config.command_line import CommandParser
 from dsjax.config.sections import DataSection
+from dsjax.config.yaml_file import is_config_file
+from dsjax.errors import ConfigError
 
 USAGE = """Evaluate: the loss of a model over files, exact to the token, as JSON on stdout.
 
-    python -m dsjax.evaluate --config FILE [section.key=value ...]
+    python -m dsjax.evaluate FILE.yaml [section.key=value ...]
     python -m dsjax.evaluate --model DIR [--adapter DIR] --data FILE [--data FILE ...]
 
-With --config: data.eval, with the newest checkpoint of the run in output_dir if it has one, else
-with the model as configured; stderr says which.
+With FILE.yaml (or --config FILE): data.eval, with the newest checkpoint of the run in output_dir
+if it has one, else with the model as configured; stderr says which.
 """
 
 
@@ -26,8 +29,8 @@ def make_parser() -> CommandParser:
     parser = CommandParser("python -m dsjax.evaluate", USAGE)
     formats = get_args(DataSection.model_fields["format"].annotation)
     add = parser.add_argument
-    add("--config", help="configuration of a run (YAML)")
-    add("overrides", nargs="*", help="section.key=value, with --config")
+    add("--config", help="configuration of a run (YAML), if its name ends otherwise")
+    add("overrides", nargs="*", help="FILE.yaml, and section.key=value for it")
     add("--model", help="checkpoint: a directory or a hub id")
     add("--adapter", help="PEFT adapter: a directory")
     add("--data", action="append", help="file or hub dataset; may be repeated")
@@ -36,6 +39,22 @@ def make_parser() -> CommandParser:
     add("--batch-size", type=int, help="rows at a time, over all devices (8)")
     add("--dtype", choices=("bfloat16", "float32", "float16"), help="of the computation (bfloat16)")
     return parser
+
+
+def parse_words(argv: Sequence[str]) -> argparse.Namespace:
+    """Read a command line; the configuration may stand among its bare words.
+
+    Raises:
+        ConfigError: an option is wrong, or there are two configurations.
+    """
+    words = make_parser().parse_intermixed_args(argv)
+    files = [word for word in words.overrides if is_config_file(word)]
+    configs = [word for word in (words.config, *files) if word is not None]
+    if len(configs) > 1:
+        raise ConfigError(f"--config: got {' and '.join(configs)}, expected one YAML file")
+    words.config = configs[0] if configs else None
+    words.overrides = [word for word in words.overrides if word not in files]
+    return words
 
 
 def show_help(argv: Sequence[str]) -> bool:

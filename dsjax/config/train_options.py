@@ -8,14 +8,16 @@ done here: reading a configuration (`load`), what the options mean (`distributed
 import json
 from collections.abc import Sequence
 
-from dsjax.config.command_line import print_text
+from dsjax.config.command_line import print_text, versions
 from dsjax.config.load import describe, json_schema, recipes
 
-USAGE = """usage: python -m dsjax.train --config FILE [section.key=value ...]
+USAGE = """usage: python -m dsjax.train FILE.yaml [section.key=value ...]
 
---config FILE     YAML of the sections below; words `section.key=value` override it
+FILE.yaml         the sections below; words `section.key=value` override it
+--config FILE     the same, for a file whose name ends otherwise
 --print-config    print the resolved configuration, and stop
 --schema          print its JSON schema, for editors, and stop
+--version         print the versions of dsjax and of what it stands on, and stop
 --help            print this, and stop
 
 Several processes find each other by what a TPU VM, GKE, Slurm or Open MPI tells them, or by
@@ -28,9 +30,12 @@ Several processes find each other by what a TPU VM, GKE, Slurm or Open MPI tells
 
 
 def show_text(argv: Sequence[str]) -> bool:
-    """Print what `--help`, `-h` or `--schema` asks for; False if none of them is there."""
+    """Print what `--help`, `-h`, `--version` or `--schema` asks for; False if none is there."""
     if "--help" in argv or "-h" in argv:
         print_text(f"{USAGE}Recipes to begin with: {recipes()}/*.yaml\n\n{describe()}")
+        return True
+    if "--version" in argv:
+        print_text(versions())
         return True
     if "--schema" in argv:
         print_text(json.dumps(json_schema(), indent=2))

@@ -19,9 +19,9 @@ from yaml.constructor import ConstructorError
 from yaml.scanner import ScannerError
 
 from dsjax.config.rules import meant
-from dsjax.errors import ConfigError, raise_all
+from dsjax.errors import ConfigError, nearest, raise_all
 
-FLAGS = ("--help", "--print-config", "--schema")
+FLAGS = ("--help", "--version", "--print-config", "--schema")
 
 _FLOAT_TAG = "tag:yaml.org,2002:float"
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
@@ -218,8 +218,8 @@ def _path_problem(path: str, keys: Mapping[str, list[str]]) -> str | None:
 def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str], frozenset[str]]:
     """Split a command line into its config file, its overrides and its flags.
 
-    `--config FILE` (or `--config=FILE`) stands anywhere; every word that is not an option is an
-    override. A command with options of its own takes them out first.
+    The file is a word that ends in .yaml or .yml, or follows `--config`, anywhere; every other word
+    that is not an option is an override. A command with options of its own takes them out first.
 
     Returns:
         (config file or None, overrides in order, those of `FLAGS` that were given).
@@ -236,12 +236,23 @@ def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str], frozens
         elif word in (*FLAGS, "-h"):
             flags.add("--help" if word == "-h" else word)
         elif word.startswith("-"):
-            known = ", ".join(("--config", *FLAGS))
-            fix = "every other setting is a bare section.key=value"
-            raise ConfigError(f"{name}: got an unknown option, expected one of {known}; {fix}")
+            raise unknown_option(name, ("--config", *FLAGS))
+        elif is_config_file(word):
+            configs.append(word)
         else:
             overrides.append(word)
     if len(configs) > 1 or "" in configs:
         got = " and ".join(filter(None, configs)) or "no file"
         raise ConfigError(f"--config: got {got}, expected one YAML file")
     return (configs[0] if configs else None), overrides, frozenset(flags)
+
+
+def is_config_file(word: str) -> bool:
+    """Whether a bare word of a command line names a configuration, and is no override."""
+    return "=" not in word and word.endswith((".yaml", ".yml"))
+
+
+def unknown_option(name: str, known: Sequence[str]) -> ConfigError:
+    """Make the error of a command whose settings are bare words and that has few options."""
+    expected = "expected one of the options, or a setting as section.key=value"
+    return ConfigError(f"{name}: got an unknown option, {expected}; {nearest(name, known)}")

@@ -8,13 +8,15 @@ command (`command`), `--config` with overrides (`config.yaml_file`).
 from collections.abc import Sequence
 
 from dsjax.config.command_line import print_text
+from dsjax.config.yaml_file import unknown_option
 from dsjax.errors import ConfigError
 
 USAGE = """Plan: whether a run fits on devices that are not here, by their own compiler.
 
-    python -m dsjax.plan --config FILE --topology v5p:2x4x4 [section.key=value ...]
+    python -m dsjax.plan FILE.yaml --topology v5p:2x4x4 [section.key=value ...]
 
---config FILE      the run's configuration; of the model its config.json is enough, of data nothing
+FILE.yaml          the run's configuration (--config FILE, if its name ends otherwise); of the model
+                   its config.json is enough, of data nothing
 --topology NAME    v5p:2x4x4 (also v4, v5e, v6e), h100:8, h200:8x4 (also a100, l40s), cpu:8
 --json             print the plan as JSON on stdout, and nothing else there
 --verbose          also list every array: shape, sharding, bytes on a device
@@ -50,10 +52,7 @@ def split_words(argv: Sequence[str]) -> tuple[set[str], str | None, list[str]]:
         elif word in _SWITCHES:
             switches.add(word)
         elif word.startswith("-") and name not in _OPTIONS:
-            raise ConfigError(
-                f"{name}: got an unknown option, expected one of {', '.join(_OPTIONS[:-1])}; every "
-                "other setting is a bare section.key=value"
-            )
+            raise unknown_option(name, _OPTIONS[:-1])
         else:
             rest.append(word)
     if len(topologies) > 1:

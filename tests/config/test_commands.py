@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The console script runs the modules, and says what it knows without importing them."""
 
+import platform
 import resource
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -47,10 +49,12 @@ def test_the_exit_code_is_the_command_s(name: str):
 
 TEXTS = [
     "--help",
+    "--version",
     *(f"{name} --help" for name in COMMANDS),
     "train -h",
     "plan -h",
     "train --schema",
+    "train --version",
 ]
 
 
@@ -67,6 +71,12 @@ def test_a_text_is_there_at_once(words: str):
     assert (done.returncode, done.stderr) == (0, "") and done.stdout
 
 
+def test_the_version_names_what_a_report_needs():
+    shown = dsjax("--version").stdout
+    assert shown.startswith(f"dsjax {version('dsjax')} (Python {platform.python_version()}, jax ")
+    assert shown.endswith(f", transformers {version('transformers')})\n")
+
+
 @pytest.mark.parametrize("module", [module for module, _ in COMMANDS.values()])
 def test_help_takes_less_than_seven_tenths_of_a_second(module: str):
     """Of a processor, so that a busy machine does not count; the least of three."""
@@ -81,7 +91,7 @@ def _seconds(command: list[str]) -> float:
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
-@pytest.mark.parametrize("words", TEXTS[1:])
+@pytest.mark.parametrize("words", [words for words in TEXTS if " " in words])
 def test_a_reader_may_leave_before_the_end(words: str):
     name, option = words.split()
     command = [sys.executable, "-m", COMMANDS[name][0], option]

@@ -200,13 +200,19 @@ def test_arguments_are_split_wherever_they_stand():
     words = ["a.b=1", "--config", "run.yaml", "c.d=-1", "--print-config", "-h"]
     expected = ("run.yaml", ["a.b=1", "c.d=-1"], frozenset({"--print-config", "--help"}))
     assert split_arguments(words) == expected
-    assert split_arguments(["--config=run.yaml"]) == ("run.yaml", [], frozenset())
+    for words in (["--config=run.yaml"], ["run.yaml"]):
+        assert split_arguments(words) == ("run.yaml", [], frozenset())
+    words = ["data.train=rows.yaml", "a b/run.yml", "--schema"]
+    assert split_arguments(words) == ("a b/run.yml", words[:1], frozenset({"--schema"}))
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--lr=1"], "--lr: got an unknown option, expected one of --config, --help, "),
+        (["--lr=1"], "--lr: got an unknown option, expected one of the options, or a setting as "),
+        (["--confg=a.yaml"], "--confg: got an unknown option, "),
+        (["a.yaml", "b.yml"], "--config: got a.yaml and b.yml, expected one YAML file"),
+        (["--config", "a", "b.yaml"], "--config: got a and b.yaml, expected one YAML file"),
         (["--config"], "--config: got no file, expected one YAML file"),
         (["--config="], "--config: got no file, expected one YAML file"),
         (["--config", "a=1.yaml", "--config", "b"], "--config: got a=1.yaml and b, expected one"),
