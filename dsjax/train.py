@@ -129,8 +129,8 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
 
     # ---- 5. Announcement: what will happen, before it takes long
     table = announce(run) if hosts.primary else ""
-    rows = data.eval_fingerprint
-    complete = partial(is_complete, config, rows, form, earlier, total, contents)
+    eval_rows = data.eval_fingerprint
+    complete = partial(is_complete, config, eval_rows, form, earlier, total, contents)
     if hosts.broadcast_from_primary(complete):
         if hosts.primary and not run.directory.loss_plot.is_file():
             plot_loss(run.directory.path)
@@ -138,11 +138,11 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
         return 0
 
     # ---- 6. The step: one function, compiled before there is anything to hold
-    step = step_config(config, setup.partition, setup.mesh, total)
-    check_disk(config, setup, step, form, start < total, hosts)
+    step_cfg = step_config(config, setup.partition, setup.mesh, total)
+    check_disk(config, setup, step_cfg, form, start < total, hosts)
     programs = Programs(
-        compile_step(step, data.train, hosts) if start < total else None,
-        compile_evaluation(step, data.eval, hosts) if data.eval else None,
+        compile_step(step_cfg, data.train, hosts) if start < total else None,
+        compile_evaluation(step_cfg, data.eval, hosts) if data.eval else None,
     )
 
     # ---- 7. Parameters: from the files onto the devices
@@ -156,13 +156,13 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
     # ---- 8. State: the newest complete checkpoint's, or the first
     make_for_all(run.directory.checkpoints, hosts)
     checkpointer = Checkpointer(run.directory.checkpoints, config.checkpoint)
-    meter = Meter(run.objective, *speed_limits(setup, config, data.train))
+    meter = Meter(run.objective, *mfu_inputs(setup, config, data.train))
     if start:
-        state = checkpointer.restore(start, abstract_state(step))
+        state = checkpointer.restore(start, abstract_state(step_cfg))
         meter.restore(checkpointer.meta(start)["meter"])
         hosts.log_once(f"resuming after step {start} of {total}")
     else:
-        state = init_state(trainable, step, seed)
+        state = init_state(trainable, step_cfg, seed)
     del trainable
     if primary:
         write_atomic(run.directory.config, configuration.to_yaml(configuration.located(config)))
@@ -188,13 +188,13 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
     # ---- 10. Results: the export, which nothing before it may prevent, and the picture
     try:
         if form is not None:
-            check_disk(config, setup, step, form, False, hosts)  # others write there too
+            check_disk(config, setup, step_cfg, form, False, hosts)  # others write there too
             output = Output(config, form, total, sums, contents)
             failures.append(export_run(output, Trained(setup, state.trainable, frozen), hosts))
     finally:
         if primary:
             plot_loss(run.directory.path)
-    hosts.barrier()  # what follows ends all
+    hosts.barrier()  # an error that is raised from here on ends the other processes
     raise_failures(failures)
     return 0
 
@@ -245,7 +245,7 @@ def export_form(config: RunConfig, setup: Assembly) -> str | None:
     return form
 
 
-def speed_limits(setup: Assembly, config: RunConfig, loader: Loader) -> tuple[float, float | None]:
+def mfu_inputs(setup: Assembly, config: RunConfig, loader: Loader) -> tuple[float, float | None]:
     """FLOPs that a training token needs, and the devices' peak, None if unknown."""
     remat = config.training.gradient_checkpointing
     flops = token_flops(setup.model, setup.partition, loader.sequence_length, remat)

@@ -2,7 +2,10 @@
 """Adapters: what is attached to a model, from the YAML or from a PEFT adapter on disk.
 
 In: the `adapter` section and an abstract model. Out: the model with its slots filled, the first
-values of the new arrays, and the same arrays as PEFT's tensors. Not done here: deciding what trains
+values of the new arrays, and the same arrays as PEFT's tensors. The parts: `method` (the record of
+a kind of adapter), `targets` (which modules); LoRA is `lora` and `expert_lora` (the update),
+`lora_method` (its record), `lora_peft` (PEFT's config) and `lora_tensors` (PEFT's tensors); `ia3`;
+`prefix`; `idle` (what of an adapter has no effect). Not done here: deciding what trains
 (`training.partition`), writing an export.
 """
 

@@ -94,7 +94,11 @@ class LoraConfig:
         return alpha / (math.sqrt(share) if self.use_rslora else share)
 
     def scaling_of(self, module: str) -> float:
-        """What the update of one module is multiplied by: alpha / r, or alpha / sqrt(r)."""
+        """Factor of one module's update: alpha / r, or alpha / sqrt(r) with `use_rslora`.
+
+        Both as PEFT counts them: routed experts' gate_proj and up_proj under `target_parameters`
+        share one r, twice `rank_of`.
+        """
         rank, alpha, _ = self.peft_rank_alpha(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 

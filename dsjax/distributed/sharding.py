@@ -91,12 +91,13 @@ RULES = {
     "kv_heads": "tensor",
     "mlp": "tensor",
 }
-"""Logical axis -> the mesh axis that divides it."""
+"""Logical axis -> the mesh axis that shards it. No rule shards the others (`embed`, `layers`,
+None), but `FSDP_AXES` may. Models name the axes of their parameters in their constructors."""
 
 FSDP_AXES = (("fsdp", "expert"), ("fsdp",), ("expert",))
-"""Mesh axes that divide a matrix besides, for memory alone: the first group that fits is taken. It
-divides the first dimension that it can, since XLA for CUDA would hold a transposed copy of a whole
-stack if it had to gather another one; never the vocabulary, which logits are computed by."""
+"""Mesh axes that shard a matrix as well, only to save memory: the first group that fits is taken.
+It shards the first dimension that it can, since XLA for CUDA would hold a transposed copy of a
+whole stack if it had to gather another one; never the vocabulary, which logits are computed by."""
 
 
 def check_experts(leaves: Mapping[str, Leaf], mesh: Mesh) -> None:

@@ -86,7 +86,7 @@ class Metric(NamedTuple):
 
 
 class Gauge(NamedTuple):
-    """A number of a single step, that of a logged line.
+    """A number of a single training step, that of a logged line; evaluation has none.
 
     Attributes:
         sum: the sum that it reads; steps without have no such number.

@@ -3,7 +3,7 @@
 
 In: facts and values that the run has already computed. Out: text on stderr, and nothing on stdout.
 Where stderr is no terminal, the text has no control characters and the bar becomes plain lines.
-Not done here: files (metrics.py) and deciding which process prints (callers pass `primary`).
+Not done here: files (`metrics_log`) and deciding which process prints (callers pass `primary`).
 """
 
 import sys

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of a run on disk: metrics.jsonl, TensorBoard, the loss picture; and their sums.
+"""The numbers of a run on disk: metrics.jsonl and TensorBoard.
 
-In: sums and texts that the run has already computed. Out: `metrics.jsonl`, `tensorboard/` and
-`training_loss.png` in the output directory. Not done here: computing a loss, printing to the
-terminal (terminal.py), the model card (model_card.py), and deciding which process reports (callers
-pass `primary`).
+In: values and texts that the run has already computed. Out: `metrics.jsonl` and `tensorboard/` in
+the output directory. Not done here: sums (`meter`), the loss picture (`loss_plot`), the terminal
+(`console`), and deciding which process reports (callers pass `primary`).
 
 Order that a caller keeps: the lines of step s are logged before the checkpoint of step s is saved,
 and `Meter.state()` is saved with it. Then a resumed run neither loses nor repeats a line.

@@ -33,8 +33,8 @@ class Partition:
         frozen: all other paths.
         layer_masks: for a trained stack of which a part is frozen, which layers (and experts)
             train.
-        balanced: those trainable paths that move by the experts' loads, and have neither gradient
-            nor optimizer state.
+        router_biases: those trainable paths that move by the experts' loads, and have neither
+            gradient nor optimizer state.
     """
 
     graphdef: Any
