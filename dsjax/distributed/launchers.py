@@ -184,11 +184,11 @@ def _tpu_hosts(environment: Mapping[str, str]) -> Sign | None:
         hosts = len(environment.get(name, "").split(","))
         if hosts > 1:
             found = f"{hosts} hosts of a TPU slice ({name}), whose chips jax does not see"
-            return Sign(found, "them to be seen: pip install 'dsjax[tpu]'", name)
+            return Sign(found, "them to be seen: pip install 'jax[tpu]'", name)
     slices = _number(environment, "MEGASCALE_NUM_SLICES", 1)
     if slices > 1:
         found = f"{slices} TPU slices (MEGASCALE_NUM_SLICES), whose chips jax does not see"
-        return Sign(found, "them to be seen: pip install 'dsjax[tpu]'", "MEGASCALE_NUM_SLICES")
+        return Sign(found, "them to be seen: pip install 'jax[tpu]'", "MEGASCALE_NUM_SLICES")
     return None
 
 

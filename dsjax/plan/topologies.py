@@ -2,7 +2,7 @@
 """Devices to compile for that are not there: TPU slices, GPU clusters, and simulated CPUs.
 
 In: a name such as `v5p:2x4x4`, `h100:8x2` or `cpu:8`. Out: devices that a mesh can be made of, and
-what their compiler is told. The compilers come with `dsjax[tpu]` and `dsjax[cuda]`. Not done here:
+what their compiler is told. The compilers come with `jax[tpu]` and `jax[cuda13]`. Not done here:
 compiling, what the devices can do (`distributed.devices`).
 """
 
@@ -195,7 +195,7 @@ def _gpu(name: str, accelerator: str, count: int, hosts: int) -> Topology:
             topology=f"1x{hosts}x{count}",
         )
     except NotImplementedError as error:  # jax's word for an absent plug-in
-        raise ConfigError(_missing(name, "CUDA", "cuda", error)) from error
+        raise ConfigError(_missing(name, "CUDA", "cuda13", error)) from error
     memory = re.search(r"device_memory_size: (\d+)", target)
     assert memory is not None
     usable = int(int(memory[1]) * GPU_MEMORY_SHARE)
@@ -208,5 +208,5 @@ def _missing(name: str, compiler: str, extra: str, error: Exception) -> str:
     reason = str(error).strip().split("\n")[0]
     return (
         f"--topology: got {name}, but the {compiler} compiler cannot be used here ({reason}), "
-        f"expected it; pip install 'dsjax[{extra}]'"
+        f"expected it; pip install 'jax[{extra}]'"
     )

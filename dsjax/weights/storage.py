@@ -28,8 +28,10 @@ from dsjax.errors import ConfigError, files_of
 
 READS_AHEAD = 8
 """Reads of remote files that are under way at a time: one alone mostly waits for its answer."""
-_EXTRAS: Mapping[str, str] = MappingProxyType({"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"})
-"""Protocol -> the extra of this package that installs its library."""
+_LIBRARIES: Mapping[str, str] = MappingProxyType(
+    {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}
+)
+"""Protocol -> the library that reads it."""
 _DROP_PAGES_FROM = 1 << 23
 _DIGEST_BYTES = 1 << 24
 
@@ -191,8 +193,8 @@ def _connect(url: str, config_field: str) -> tuple[fsspec.AbstractFileSystem, st
     try:
         system, root = fsspec.core.url_to_fs(url)
     except ImportError as error:
-        extra = _EXTRAS.get(protocol)
-        fix = f"pip install 'dsjax[{extra}]'" if extra else _reason(error)
+        library = _LIBRARIES.get(protocol)
+        fix = f"pip install {library}" if library else _reason(error)
         raise ConfigError(
             f"{config_field}: got {url!r}, expected the library that reads {protocol}://, which is "
             f"not installed; {fix}"

@@ -32,7 +32,7 @@ from dsjax.plan.topologies import open_topology
         ("h100:9", "got h100:9, expected at most 8 GPUs of a host; h100:8x2 are those of"),
         ("h100:0", "got h100:0, expected ACCELERATOR:SHAPE"),
         ("h100:8x", "got h100:8x, expected ACCELERATOR:SHAPE"),
-        ("h100:8", "the CUDA compiler cannot be used here .*pip install 'dsjax\\[cuda\\]'"),
+        ("h100:8", "the CUDA compiler cannot be used here .*pip install 'jax\\[cuda13\\]'"),
         ("cpu:9", "got cpu:9, expected at most cpu:8 here"),
     ],
 )

@@ -141,8 +141,8 @@ def test_an_unknown_protocol() -> None:
 @pytest.mark.parametrize(
     ("url", "library", "fix"),
     [
-        ("gs://bucket/a", "gcsfs", "; pip install 'dsjax[gcs]'"),
-        ("s3://bucket/a", "s3fs", "; pip install 'dsjax[s3]'"),
+        ("gs://bucket/a", "gcsfs", "; pip install gcsfs"),
+        ("s3://bucket/a", "s3fs", "; pip install s3fs"),
         ("abfs://bucket/a", "adlfs", "; ImportError: Install adlfs"),
     ],
 )
