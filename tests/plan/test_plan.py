@@ -346,7 +346,7 @@ def test_the_compiler_of_tpus_refuses_what_is_too_large(
         (["--topology"], "--topology: got nothing, expected ACCELERATOR:SHAPE"),
         (
             ["--topologie=cpu:8"],
-            "--topologie: got an unknown option, expected .*--topology, --json",
+            r"--topologie: got an unknown option, expected .*; did you mean --topology\?",
         ),
         (["--schema"], "--schema: got an unknown option"),
         (["--topology=cpu:8", "model.path=nowhere"], "model.path: got 'nowhere'"),
