@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any, NoReturn
 
 import dsjax
@@ -64,8 +63,7 @@ def print_text(text: str) -> None:
 
 def versions() -> str:
     """Name the versions that a report of a fault needs; nothing is imported for it."""
-    names = [name for name in _STANDS_ON if find_spec(name)]
-    installed = ", ".join(f"{name} {version(name)}" for name in names)
+    installed = ", ".join(f"{name} {version(name)}" for name in _STANDS_ON)
     return f"dsjax {dsjax.__version__} (Python {platform.python_version()}, {installed})"
 
 

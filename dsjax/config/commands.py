@@ -32,15 +32,8 @@ _HELP = ("-h", "--help")
 def usage() -> str:
     """List the commands."""
     lines = [f"  {name:10}{purpose}" for name, (_, purpose) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: dsjax COMMAND ...",
-            "",
-            *lines,
-            "",
-            "dsjax COMMAND --help says more of one; dsjax --version.",
-        ]
-    )
+    more = "dsjax COMMAND --help says more of one; dsjax --version names the versions."
+    return "\n".join(["usage: dsjax COMMAND ...", "", *lines, "", more])
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,8 +11,7 @@ from typing import get_args
 
 from dsjax.config.command_line import CommandParser
 from dsjax.config.sections import DataSection
-from dsjax.config.yaml_file import is_config_file
-from dsjax.errors import ConfigError
+from dsjax.config.yaml_file import is_config_file, one_config
 
 USAGE = """Evaluate: the loss of a model over files, exact to the token, as JSON on stdout.
 
@@ -49,10 +48,7 @@ def parse_words(argv: Sequence[str]) -> argparse.Namespace:
     """
     words = make_parser().parse_intermixed_args(argv)
     files = [word for word in words.overrides if is_config_file(word)]
-    configs = [word for word in (words.config, *files) if word is not None]
-    if len(configs) > 1:
-        raise ConfigError(f"--config: got {' and '.join(configs)}, expected one YAML file")
-    words.config = configs[0] if configs else None
+    words.config = one_config([word for word in (words.config, *files) if word is not None])
     words.overrides = [word for word in words.overrides if word not in files]
     return words
 

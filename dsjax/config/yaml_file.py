@@ -241,10 +241,19 @@ def split_arguments(argv: Sequence[str]) -> tuple[str | None, list[str], frozens
             configs.append(word)
         else:
             overrides.append(word)
+    return one_config(configs), overrides, frozenset(flags)
+
+
+def one_config(configs: Sequence[str]) -> str | None:
+    """Return the configuration of a command line, None if it names none.
+
+    Raises:
+        ConfigError: it names two, or `--config` without a file.
+    """
     if len(configs) > 1 or "" in configs:
         got = " and ".join(filter(None, configs)) or "no file"
         raise ConfigError(f"--config: got {got}, expected one YAML file")
-    return (configs[0] if configs else None), overrides, frozenset(flags)
+    return configs[0] if configs else None
 
 
 def is_config_file(word: str) -> bool:

@@ -92,7 +92,7 @@ def test_several_are_refused_with_the_fix(name: str, set_all):
     with pytest.raises(ConfigError) as error:
         detect_process({}, environment)
     assert str(error.value).startswith(f"processes: got {found}")
-    assert "--coordinator" in str(error.value) or "jax[tpu]" in str(error.value)
+    assert "--coordinator" in str(error.value) or " 'jax[tpu]'" in str(error.value)
     sign = detect(environment, 1.0)
     assert isinstance(sign, Sign)
     with pytest.raises(ConfigError, match=f"dsjax.export runs as one .*env -u {sign.variable}"):
