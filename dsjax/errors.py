@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dsjax import signals
 
@@ -137,15 +137,42 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
     for name in ("absl", "asyncio"):  # Orbax tells of its own workings, and raises what matters
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with signals.sent_to(signals.end):
-        try:
-            with files_of("a file"):
-                code = main(sys.argv[1:])
-            with files_of("standard output"), suppress(BrokenPipeError):  # who reads has enough
-                sys.stdout.flush()
-        except ConfigError as error:
-            with suppress(OSError):  # it may go to the disk that is full
-                print(f"error: {error}", file=sys.stderr)
-            code = 2
+        code = _exit_code(main)
+    _exit(code)
+
+
+def answer_early(answered: Callable[[Sequence[str]], bool]) -> None:
+    """Exit, as `run_command` does, where the command line needs no more than `answered`.
+
+    An entry point calls it before its imports, which take seconds: a text is printed, a mistake is
+    named (ConfigError, exit code 2); else it returns.
+    """
+    done = False
+
+    def main(argv: Sequence[str]) -> int:
+        nonlocal done
+        done = answered(argv)
+        return 0
+
+    code = _exit_code(main)
+    if done or code:
+        _exit(code)
+
+
+def _exit_code(main: Callable[[Sequence[str]], int]) -> int:
+    try:
+        with files_of("a file"):
+            code = main(sys.argv[1:])
+        with files_of("standard output"), suppress(BrokenPipeError):  # who reads has enough
+            sys.stdout.flush()
+    except ConfigError as error:
+        with suppress(OSError):  # it may go to the disk that is full
+            print(f"error: {error}", file=sys.stderr)
+        code = 2
+    return code
+
+
+def _exit(code: int) -> NoReturn:
     _give_up(sys.stdout)
     _give_up(sys.stderr)
     sys.exit(code)

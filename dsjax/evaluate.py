@@ -10,16 +10,14 @@ sums (`training.evaluation`), generation.
 """
 
 if __name__ == "__main__":
-    import sys
-
     from dsjax.signals import end_at_once
 
     end_at_once()  # what is imported below takes seconds
 
-    from dsjax.config.evaluate_options import show_help
+    from dsjax.config.evaluate_options import answered
+    from dsjax.errors import answer_early
 
-    if show_help(sys.argv[1:]):
-        sys.exit()
+    answer_early(answered)
 
 import argparse
 import json

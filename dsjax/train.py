@@ -10,16 +10,16 @@ missing.
 """
 
 if __name__ == "__main__":
-    import sys
-
     from dsjax.signals import end_at_once
 
     end_at_once()  # what is imported below takes seconds
 
-    from dsjax.config.train_options import show_text
+    import os
 
-    if show_text(sys.argv[1:]):
-        sys.exit()
+    from dsjax.config.train_options import answered
+    from dsjax.errors import answer_early
+
+    answer_early(lambda argv: answered(argv, os.environ))
 
 import os
 import shlex
@@ -35,9 +35,9 @@ from absl import flags
 import dsjax
 from dsjax import config as configuration
 from dsjax.config import RunConfig, load_config, split_arguments
-from dsjax.config.train_options import show_text
+from dsjax.config.train_options import split_process_options
 from dsjax.data import Loader
-from dsjax.distributed.bootstrap import detect_process, split_process_options
+from dsjax.distributed.bootstrap import detect_process
 from dsjax.distributed.devices import GPU_MEMORY_SHARE, peak_flops
 from dsjax.distributed.processes import Hosts, process_group
 from dsjax.errors import run_command
@@ -71,14 +71,9 @@ from dsjax.weights.folders import write_atomic
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what was asked for, or run."""
-    if show_text(argv):
-        return 0
+    """Run what the command line names; its other questions are answered before."""
     given, words = split_process_options(argv)
-    path, overrides, wanted = split_arguments(words)
-    if "--print-config" in wanted:
-        print(configuration.to_yaml(load_config(path, overrides)), end="")
-        return 0
+    path, overrides, _ = split_arguments(words)
     with process_group(detect_process(given, os.environ)) as hosts:
         code = train(load_config(path, overrides), hosts)
         if code:

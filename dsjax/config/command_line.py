@@ -34,13 +34,25 @@ class CommandParser(argparse.ArgumentParser):
         """Print the description and the options."""
         print_text(self.format_help().rstrip())
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Name an option that is not known before one that is missing, for which it may stand."""
+        for word in args or ():
+            if word == "--":
+                break
+            option = word.partition("=")[0]
+            if word.startswith("--") and " " not in option and option not in self._options():
+                self.error(f"unrecognized arguments: {option}")
+        return super().parse_known_args(args, namespace)
+
+    def _options(self) -> list[str]:
+        return [option for action in self._actions for option in action.option_strings]
+
     def error(self, message: str) -> NoReturn:
         """Tell of a mistake in the words of `errors`.
 
         Raises:
             ConfigError: always.
         """
-        known = [option for action in self._actions for option in action.option_strings]
         for pattern, told in _MISTAKES:
             found = re.fullmatch(pattern, message, re.DOTALL)
             if found:
@@ -49,7 +61,7 @@ class CommandParser(argparse.ArgumentParser):
         else:
             line = f"command line: got {message}, expected the usage that --help shows"
         unknown = re.match(r"(--?\S+): got an option that", line)
-        hint = nearest(unknown[1], known) if unknown else "--help lists all options"
+        hint = nearest(unknown[1], self._options()) if unknown else "--help lists all options"
         raise ConfigError(f"{line}; {hint}")
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `dsjax.evaluate` can be told, without the seconds that its imports take.
+"""What `dsjax.evaluate` can be told, and what it answers before its imports, which take seconds.
 
-In: the words of its command line. Out: their parser, and its help. Not done here: the command
-(`evaluate`).
+In: the words of its command line. Out: their parser, its help, their mistakes. Not done here: the
+command (`evaluate`).
 """
 
 import argparse
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 from dsjax.config.command_line import CommandParser
+from dsjax.config.load import load_config
 from dsjax.config.sections import DataSection
 from dsjax.config.yaml_file import is_config_file, one_config
 
@@ -53,9 +54,16 @@ def parse_words(argv: Sequence[str]) -> argparse.Namespace:
     return words
 
 
-def show_help(argv: Sequence[str]) -> bool:
-    """Print what `--help` or `-h` asks for; False if neither is there."""
+def answered(argv: Sequence[str]) -> bool:
+    """Print the help that is asked for; False if there is something to evaluate.
+
+    Raises:
+        ConfigError: an option is wrong, or the configuration.
+    """
     if "--help" in argv or "-h" in argv:
         make_parser().print_help()
         return True
+    words = parse_words(argv)
+    if words.config is not None:
+        load_config(words.config, words.overrides)
     return False

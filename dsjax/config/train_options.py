@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `dsjax.train` prints about itself, without the seconds that its imports take.
+"""What `dsjax.train` answers before its imports, which take seconds.
 
-In: the words of its command line. Out: its usage with every key, or the schema of its file. Not
-done here: reading a configuration (`load`), what the options mean (`distributed.bootstrap`).
+In: the words of its command line. Out: its usage with every key, the schema of its file, the
+mistakes of its configuration. Not done here: reading one (`load`), what the options of several
+processes mean (`distributed.bootstrap`).
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 
 from dsjax.config.command_line import print_text, versions
-from dsjax.config.load import describe, json_schema, recipes
+from dsjax.config.load import describe, json_schema, load_config, recipes, to_yaml
+from dsjax.config.yaml_file import split_arguments
 
 USAGE = """usage: python -m dsjax.train FILE.yaml [section.key=value ...]
 
@@ -29,15 +33,59 @@ Several processes find each other by what a TPU VM, GKE, Slurm or Open MPI tells
 """
 
 
-def show_text(argv: Sequence[str]) -> bool:
-    """Print what `--help`, `-h`, `--version` or `--schema` asks for; False if none is there."""
-    if "--help" in argv or "-h" in argv:
+PROCESS_OPTIONS = ("--coordinator", "--processes", "--process", "--wait")
+
+_OF_LAUNCHERS = re.compile(
+    "(SLURM|OMPI|PMI|PMIX|MV2|JSM|FLUX|LWS|MEGASCALE|SKYPILOT|KUBERNETES|JOB|TPU_WORKER|TPU_PROCESS)_"
+    "|(WORLD_SIZE|JAX_COORDINATOR_ADDRESS|JAX_NUM_PROCESSES|NUM_PROCESSES)$"
+)
+"""Variables that launchers set, most of them also for a process alone."""
+
+
+def split_process_options(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Take the options of several processes out of a command line: (given options, other words)."""
+    given: dict[str, str] = {}
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in PROCESS_OPTIONS:
+            given[name] = value if equals else next(words, "")
+        else:
+            rest.append(word)
+    return given, rest
+
+
+def answered(argv: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Print the text that is asked for; False if there is a run to begin.
+
+    Raises:
+        ConfigError: an option is wrong; or the configuration, where no other process could wait
+            for this one. Else it is read once all are there, and each hears what is wrong.
+    """
+    given, words = split_process_options(argv)
+    if "--help" in words or "-h" in words:
         print_text(f"{USAGE}Recipes to begin with: {recipes()}/*.yaml\n\n{describe()}")
-        return True
-    if "--version" in argv:
+    elif "--version" in words:
         print_text(versions())
-        return True
-    if "--schema" in argv:
+    elif "--schema" in words:
         print_text(json.dumps(json_schema(), indent=2))
-        return True
-    return False
+    else:
+        path, overrides, wanted = split_arguments(words)
+        if "--print-config" in wanted:
+            print_text(to_yaml(load_config(path, overrides)).rstrip())
+            return True
+        if not given and not may_be_several(environment):
+            load_config(path, overrides)
+        return False
+    return True
+
+
+def may_be_several(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher, or a TPU, may have started other processes of this run.
+
+    It says yes too often: to be sure takes jax (`distributed.launchers`), whose import takes
+    seconds.
+    """
+    on_tpu = environment.get("JAX_PLATFORMS") != "cpu" and find_spec("libtpu") is not None
+    return on_tpu or any(_OF_LAUNCHERS.match(name) for name in environment)

@@ -10,36 +10,22 @@ done here: process 0's side of it (`coordinator`), what they do together (`proce
 
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
+from dsjax.config.train_options import PROCESS_OPTIONS
 from dsjax.distributed.coordinator import GRACE, PAUSE, greeting, parse, receive, send
 from dsjax.distributed.launchers import WAIT, ProcessSpec, Sign, detect
 from dsjax.errors import ConfigError, raise_all
 
-_OPTIONS = ("--coordinator", "--processes", "--process", "--wait")
 _MOST_BYTES = 2**16
-
-
-def split_process_options(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Take the options of this module out of a command line: (given options, other words)."""
-    given: dict[str, str] = {}
-    rest: list[str] = []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name in _OPTIONS:
-            given[name] = value if equals else next(words, "")
-        else:
-            rest.append(word)
-    return given, rest
 
 
 def detect_process(given: Mapping[str, str], environment: Mapping[str, str]) -> ProcessSpec | None:
     """Which process of how many this is; None if it is alone.
 
     Args:
-        given: options of the command line, from `split_process_options`.
+        given: options of the command line, from `config.train_options`.
         environment: of this process.
 
     Raises:
@@ -83,7 +69,7 @@ def refuse_several(command: str, environment: Mapping[str, str]) -> None:
 
 def _option_problems(given: Mapping[str, str]) -> Iterator[str]:
     """Return a line for every option that is wrong or missing."""
-    three = _OPTIONS[:3]
+    three = PROCESS_OPTIONS[:3]
     some = {name: given[name] for name in three if name in given}
     if some and some != {"--processes": "1"}:  # one alone needs nobody's address
         for name in three:

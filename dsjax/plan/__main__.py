@@ -8,12 +8,12 @@ end_at_once()  # what is imported below takes seconds
 from collections.abc import Sequence  # noqa: E402
 
 from dsjax.errors import run_command  # noqa: E402
-from dsjax.plan.options import show_help  # noqa: E402
+from dsjax.plan.options import answered  # noqa: E402
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the help, or name a mistake, before the imports that take seconds; then the command."""
-    if show_help(argv):
+    if answered(argv):
         return 0
     from dsjax.plan.command import main as command
 

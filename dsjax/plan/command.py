@@ -16,7 +16,7 @@ from typing import Any
 from dsjax.config import load_config, split_arguments
 from dsjax.errors import ConfigError
 from dsjax.plan import report, search
-from dsjax.plan.options import show_help, split_words
+from dsjax.plan.options import split_words
 from dsjax.plan.plan import make_plan
 from dsjax.plan.topologies import open_topology
 
@@ -31,9 +31,7 @@ COMPILE_ONLY = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what was asked for."""
-    if show_help(argv):
-        return 0
+    """Print the plan that is asked for."""
     os.environ |= COMPILE_ONLY | dict(os.environ)
     switches, topology, rest = split_words(argv)
     path, overrides, _ = split_arguments(rest)

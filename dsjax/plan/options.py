@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `dsjax.plan` can be told, without the seconds that its imports take.
+"""What `dsjax.plan` can be told, and what it answers before its imports, which take seconds.
 
-In: the words of its command line. Out: its usage, or the words by what they are. Not done here: the
-command (`command`), `--config` with overrides (`config.yaml_file`).
+In: the words of its command line. Out: its usage, their mistakes, or the words by what they are.
+Not done here: the command (`command`), `--config` with overrides (`config.yaml_file`).
 """
 
 from collections.abc import Sequence
 
 from dsjax.config.command_line import print_text
-from dsjax.config.yaml_file import unknown_option
+from dsjax.config.load import load_config
+from dsjax.config.yaml_file import split_arguments, unknown_option
 from dsjax.errors import ConfigError
 
 USAGE = """Plan: whether a run fits on devices that are not here, by their own compiler.
@@ -33,11 +34,17 @@ _SWITCHES = ("--json", "--verbose", "--search", "--suggest")
 _OPTIONS = ("--config", "--topology", *_SWITCHES, "--help", "-h")
 
 
-def show_help(argv: Sequence[str]) -> bool:
-    """Print what `--help` or `-h` asks for; False if neither is there."""
+def answered(argv: Sequence[str]) -> bool:
+    """Print the help that is asked for; False if there is something to plan.
+
+    Raises:
+        ConfigError: an option is wrong, or the configuration.
+    """
     if "--help" in argv or "-h" in argv:
         print_text(USAGE)
         return True
+    path, overrides, _ = split_arguments(split_words(argv)[2])
+    load_config(path, overrides)
     return False
 
 

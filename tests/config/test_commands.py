@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The console script runs the modules, and says what it knows without importing them."""
 
+import os
 import platform
 import resource
 import subprocess
@@ -58,17 +59,59 @@ TEXTS = [
 ]
 
 
+def run_light(words: str, **environment: str) -> tuple[int, str, str, set[str]]:
+    """Exit code, both outputs, and which libraries that take seconds were imported for them."""
+    code = (
+        "import sys\nfrom dsjax.config.commands import main\n"
+        f"try: main({words.split()})\n"
+        f"finally: print(*{HEAVY} & set(sys.modules), sep=',', file=open(3, 'w'))"
+    )
+    read, write = os.pipe()
+    done = subprocess.run(
+        ["bash", "-c", f'exec "$0" -c "$1" 3>&{write}', sys.executable, code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        pass_fds=[write],
+        env=os.environ | environment,
+    )
+    os.close(write)
+    with open(read) as imported:
+        return done.returncode, done.stdout, done.stderr, set(imported.read().strip().split(",")) - {""}
+
+
 @pytest.mark.parametrize("words", TEXTS)
 def test_a_text_is_there_at_once(words: str):
     """None of the libraries is imported for it that take seconds."""
-    code = (
-        "import sys\nfrom dsjax.config.commands import main\n"
-        f"try: main({words.split()})\nexcept SystemExit as end: assert not end.code\n"
-        f"for name in {HEAVY} & set(sys.modules): print(name, file=sys.stderr)"
-    )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and done.stdout
+    code, shown, complaint, imported = run_light(words)
+    assert (code, complaint, imported) == (0, "", set()) and shown
+
+
+MISTAKES = {
+    "train none.yaml": "none.yaml: got No such file",
+    "train configs/quickstart.yaml training.batch_sise=1": "training.batch_sise: got an unknown",
+    "train configs/quickstart.yaml training.batch_size=0": "training.batch_size: got 0",
+    "train --schem": "--schem: got an unknown option",
+    "evaluate none.yaml": "none.yaml: got No such file",
+    "evaluate configs/quickstart.yaml data.val_size=x": "data.val_size: got",
+    "plan none.yaml --topology cpu:8": "none.yaml: got No such file",
+    "plan configs/quickstart.yaml --topolgy cpu:8": "--topolgy: got an unknown option",
+    "export --rum x": "--rum: got",
+    "generate --promt x": "--promt: got",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_is_named_at_once(words: str):
+    code, shown, complaint, imported = run_light(words)
+    assert (code, shown, imported) == (2, "", set())
+    assert complaint.startswith(f"error: {MISTAKES[words]}")
+
+
+def test_where_others_may_wait_a_wrong_configuration_is_told_to_all():
+    """So not before they are met, for which jax is needed."""
+    code, _, complaint, imported = run_light("train none.yaml", SLURM_JOB_ID="1")
+    assert code == 2 and complaint.startswith("error: none.yaml: got No") and "jax" in imported
 
 
 def test_the_version_names_what_a_report_needs():

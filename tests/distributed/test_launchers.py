@@ -6,8 +6,9 @@ from types import ModuleType
 
 import pytest
 
+from dsjax.config.train_options import may_be_several, split_process_options
 from dsjax.distributed import launchers
-from dsjax.distributed.bootstrap import detect_process, refuse_several, split_process_options
+from dsjax.distributed.bootstrap import detect_process, refuse_several
 from dsjax.distributed.launchers import ProcessSpec, Sign, detect
 from dsjax.errors import ConfigError
 
@@ -89,6 +90,7 @@ def set_all(monkeypatch: pytest.MonkeyPatch):
 def test_several_are_refused_with_the_fix(name: str, set_all):
     environment, found = SEVERAL[name]
     set_all(environment)
+    assert may_be_several(environment)
     with pytest.raises(ConfigError) as error:
         detect_process({}, environment)
     assert str(error.value).startswith(f"processes: got {found}")
@@ -109,6 +111,12 @@ def test_one_alone_is_not_refused(name: str, set_all):
     set_all(ALONE[name])
     assert detect_process({}, ALONE[name]) is None
     refuse_several("dsjax.export", ALONE[name])
+
+
+@pytest.mark.parametrize("names", launchers._COUNTS, ids=lambda names: names[0])
+def test_any_launcher_s_count_may_mean_several(names: tuple[str, str, str, str]):
+    assert may_be_several({"JAX_PLATFORMS": "cpu", names[0]: "2"})
+    assert not may_be_several({"JAX_PLATFORMS": "cpu", "HOME": "/root"})
 
 
 def test_the_options_name_the_launchers_variables():

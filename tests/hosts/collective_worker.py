@@ -15,10 +15,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsjax.config import DataSection, MeshSection
+from dsjax.config.train_options import split_process_options
 from dsjax.data import Batch, Example, Loader
 from dsjax.data.store import ExampleStore
 from dsjax.distributed.arrays import host_array, host_part
-from dsjax.distributed.bootstrap import detect_process, split_process_options
+from dsjax.distributed.bootstrap import detect_process
 from dsjax.distributed.mesh import make_mesh, process_rows, replicated
 from dsjax.distributed.processes import Hosts, process_group
 from dsjax.errors import run_command

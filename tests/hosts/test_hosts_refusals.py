@@ -11,7 +11,8 @@ import pytest
 import small_run
 
 from dsjax import evaluate
-from dsjax.distributed.bootstrap import detect_process, split_process_options, wait_for_all
+from dsjax.config.train_options import split_process_options
+from dsjax.distributed.bootstrap import detect_process, wait_for_all
 from dsjax.distributed.launchers import ProcessSpec
 from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
