@@ -48,6 +48,7 @@ from dsjax.training import optimizer
 from dsjax.training.announcement import announce
 from dsjax.training.checkpoint import Checkpointer
 from dsjax.training.compilation import compile_evaluation, compile_step
+from dsjax.training.conclusion import conclude
 from dsjax.training.console import Loading, Progress
 from dsjax.training.eval_results import evaluation_manifest
 from dsjax.training.flops import token_flops
@@ -59,7 +60,7 @@ from dsjax.training.restore import check_frozen, frozen_sums
 from dsjax.training.resume import find_resume_point
 from dsjax.training.run import Programs, Run
 from dsjax.training.run_data import read_as_before
-from dsjax.training.run_dir import RunDir, locked_run_dir, make_for_all
+from dsjax.training.run_dir import RunDir, fresh_path, locked_run_dir, make_for_all
 from dsjax.training.setup import Assembly, assemble, load_frozen, load_trainable
 from dsjax.training.state import (
     TrainState,
@@ -73,20 +74,26 @@ from dsjax.weights.folders import write_atomic
 def main(argv: Sequence[str]) -> int:
     """Run what the command line names; its other questions are answered before."""
     given, words = split_process_options(argv)
-    path, overrides, _ = split_arguments(words)
+    path, overrides, wanted = split_arguments(words)
     with process_group(detect_process(given, os.environ)) as hosts:
-        code = train(load_config(path, overrides), hosts)
+        config = load_config(path, overrides)
+        if "--fresh" in wanted:
+            config = beside_earlier(config, hosts)
+        code = train(config, hosts, dry_run="--dry-run" in wanted)
         if code:
-            hosts.log_once(f"to go on: {shlex.join(sys.orig_argv)}")
+            place = f"output_dir={config.output_dir}"
+            again = [place if word == "--fresh" else word for word in sys.orig_argv]
+            hosts.log_once(f"to go on: {shlex.join(again)}")
         return code
 
 
-def train(config: RunConfig, hosts: Hosts | None = None) -> int:
+def train(config: RunConfig, hosts: Hosts | None = None, *, dry_run: bool = False) -> int:
     """Run a configuration to its end, or to where SIGTERM stops it.
 
     Args:
         config: what to run.
         hosts: this process among those of the run; None for a process alone.
+        dry_run: check, announce and compile only: no weights are read, nothing is written.
 
     Returns:
         The exit code: 0, or 128 + the signal that stopped the run.
@@ -97,11 +104,12 @@ def train(config: RunConfig, hosts: Hosts | None = None) -> int:
     hosts = hosts or Hosts()
     hosts.assert_equal(launch_fingerprint(config))
     check_outputs(config)
-    with locked_run_dir(RunDir.of(config), hosts):  # nobody else changes what is looked at
-        return _train(config, hosts)
+    # Locked, so that nobody else changes what is looked at.
+    with locked_run_dir(RunDir.of(config), hosts, keep=not dry_run):
+        return _train(config, hosts, dry_run)
 
 
-def _train(config: RunConfig, hosts: Hosts) -> int:
+def _train(config: RunConfig, hosts: Hosts, dry_run: bool) -> int:
     """The stages of a run, alone in its output directory."""
     seed, primary = config.training.seed, hosts.primary
     # ---- 1. Devices and 2. model: the checkpoint against its config.json, the adapter, what trains
@@ -139,6 +147,9 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
         compile_step(step_cfg, data.train, hosts) if start < total else None,
         compile_evaluation(step_cfg, data.eval, hosts) if data.eval else None,
     )
+    if dry_run:
+        hosts.log_once("dry run: everything fits together; no weights were read, nothing written")
+        return 0
 
     # ---- 7. Parameters: from the files onto the devices
     frozen = load_frozen(setup, seed, Loading(primary=primary))
@@ -177,7 +188,8 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
         sums = meter.run_sums()
         manifest = evaluation_manifest(total, sums, data.eval_fingerprint)
         failures = [finish_evaluation(loop, state, manifest)]
-        log.log_summary(total, meter.summary())
+        summary = meter.summary()
+        log.log_summary(total, summary)
     del loop, programs  # they take room on the devices too
 
     # ---- 10. Results: the export, which nothing before it may prevent, and the picture
@@ -191,6 +203,8 @@ def _train(config: RunConfig, hosts: Hosts) -> int:
             plot_loss(run.directory.path)
     hosts.barrier()  # an error that is raised from here on ends the other processes
     raise_failures(failures)
+    if primary:
+        conclude(run, summary, form)
     return 0
 
 
@@ -215,6 +229,14 @@ def raise_failures(failures: Sequence[Exception | None]) -> None:
         raise ExceptionGroup("evaluation and proof", found)
     if found:
         raise found[0]
+
+
+def beside_earlier(config: RunConfig, hosts: Hosts) -> RunConfig:
+    """Give a run a new output directory if there is one of its name: `--fresh`."""
+    new = hosts.broadcast_from_primary(lambda: fresh_path(config.output_dir))
+    if new != config.output_dir:
+        hosts.log_once(f"output_dir: {new}, since {config.output_dir} is there")
+    return config.model_copy(update={"output_dir": new})
 
 
 def launch_fingerprint(config: RunConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from yaml.scanner import ScannerError
 from dsjax.config.rules import meant
 from dsjax.errors import ConfigError, nearest, raise_all
 
-FLAGS = ("--help", "--version", "--print-config", "--schema")
+FLAGS = ("--help", "--version", "--print-config", "--schema", "--dry-run", "--fresh")
 
 _FLOAT_TAG = "tag:yaml.org,2002:float"
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")

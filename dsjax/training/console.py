@@ -101,8 +101,7 @@ class Progress:
 
     def _eta(self, step: int) -> str:
         done = max(step - self._start, 1)
-        seconds = round((time.monotonic() - self._began) / done * max(self._total - step, 0))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        return clock((time.monotonic() - self._began) / done * max(self._total - step, 0))
 
 
 class Loading:
@@ -165,6 +164,12 @@ def _console() -> Console:
         highlight=False,
         emoji=False,
     )
+
+
+def clock(seconds: float) -> str:
+    """Write seconds as hours, minutes and seconds: 1:02:03."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 def banner(facts: Mapping[str, object], title: str = "dsjax") -> None:

@@ -7,11 +7,13 @@ contents (`checkpoint`, `metrics_log`, `eval_results`, `export`), an earlier run
 """
 
 import json
+import os.path
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,14 @@ class RunDir:
         return self.path / LOCK_FILE
 
 
+def fresh_path(path: str) -> str:
+    """Return the first of `path`, `path-2`, `path-3` and so on that is not there."""
+    named = os.path.basename(path.rstrip("/")) not in ("", ".", "..")
+    base = os.path.normpath(path) if named else os.path.abspath(path)
+    beside = (f"{base}-{number}" for number in count(2))
+    return next(place for place in chain([path], beside) if not os.path.lexists(place))
+
+
 def run_config(run: RunDir) -> RunConfig:
     """Read the resolved configuration of a run."""
     if not run.config.is_file():
@@ -155,11 +165,16 @@ def check_shared(run: RunDir, hosts: Hosts, within: float = SHARED_WITHIN) -> No
 
 
 @contextmanager
-def locked_run_dir(run: RunDir, hosts: Hosts | None = None) -> Iterator[None]:
+def locked_run_dir(run: RunDir, hosts: Hosts | None = None, keep: bool = True) -> Iterator[None]:
     """Make the output directory and lock it, before anything in it is looked at, to the end.
 
     Of several processes the first does so, for all. A run that is refused leaves no folder that was
     not there before.
+
+    Args:
+        run: the run's files.
+        hosts: this process among those of the run; None for a process alone.
+        keep: False leaves no such folder either where nothing is refused.
 
     Raises:
         ConfigError: another process is training there, or no folder can be made.
@@ -181,17 +196,20 @@ def locked_run_dir(run: RunDir, hosts: Hosts | None = None) -> Iterator[None]:
     )
     checkpoints = [run.checkpoints] if made else []
     with (
-        _removed_if_refused(made),
+        _removed_if_refused(made, keep),
         locked(run.lock, refusal),
-        _removed_if_refused(checkpoints),  # while it is locked: they could be another's
+        _removed_if_refused(checkpoints, keep),  # while it is locked: they could be another's
     ):
         hosts.barrier()
         yield
 
 
 @contextmanager
-def _removed_if_refused(folders: Sequence[Path]) -> Iterator[None]:
-    """Remove folders, as far as they are empty, if an error or a signal ends the block."""
+def _removed_if_refused(folders: Sequence[Path], keep: bool) -> Iterator[None]:
+    """Remove folders, as far as they are empty, if an error or a signal ends the block.
+
+    Or whatever ends it, unless they are to be kept.
+    """
 
     def remove() -> None:
         with suppress(OSError):  # one that is not empty stays, and so do those above it
@@ -204,6 +222,8 @@ def _removed_if_refused(folders: Sequence[Path]) -> Iterator[None]:
     except Exception:
         remove()
         raise
+    if not keep:
+        remove()
 
 
 def make_for_all(folder: Path, hosts: Hosts) -> None:

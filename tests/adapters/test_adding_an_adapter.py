@@ -26,6 +26,7 @@ def page(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return SimpleNamespace(**defined)
 
 
+@pytest.mark.slow
 def test_it_trains_alike_on_a_mesh(page: SimpleNamespace) -> None:
     config = page.ScaleConfig(["o_proj", "kv_b_proj"])
     one = tiny_steps.two_steps(tiny_steps.start(tiny_steps.V3, config))

@@ -137,25 +137,27 @@ def _one_device(recipe: str) -> tiny_steps.Outcome:
     return tiny_steps.two_steps(tiny_steps.start(**RECIPES[recipe]))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["qwen2", pytest.param("v3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_a_mesh_gives_the_result_of_one_device(recipe: str, mesh: dict[str, int]) -> None:
     run = tiny_steps.start(**RECIPES[recipe], mesh=mesh)
     tiny_steps.assert_same(tiny_steps.two_steps(run), _one_device(recipe))
 
 
+@pytest.mark.slow
 def test_experts_over_devices_give_the_result_of_one() -> None:
     run = tiny_steps.start(**RECIPES["v3"], mesh={"fsdp": 2, "tensor": 2, "expert": 2})
     tiny_steps.assert_same(tiny_steps.two_steps(run), _one_device("v3"))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["qwen2", pytest.param("v3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("policy", ["full", "dots", "names"])
 def test_rematerialisation_changes_nothing(recipe: str, policy: str) -> None:
     run = tiny_steps.start(**RECIPES[recipe], training={"gradient_checkpointing": policy})
     tiny_steps.assert_same(tiny_steps.two_steps(run), _one_device(recipe))
 
 
+@pytest.mark.slow
 def test_portions_change_nothing() -> None:
     training = {"batch_size": 8, "gradient_accumulation_steps": 4}
     run = tiny_steps.start(**RECIPES["v3"], training=training)

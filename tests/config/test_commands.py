@@ -77,7 +77,12 @@ def run_light(words: str, **environment: str) -> tuple[int, str, str, set[str]]:
     )
     os.close(write)
     with open(read) as imported:
-        return done.returncode, done.stdout, done.stderr, set(imported.read().strip().split(",")) - {""}
+        return (
+            done.returncode,
+            done.stdout,
+            done.stderr,
+            set(imported.read().strip().split(",")) - {""},
+        )
 
 
 @pytest.mark.parametrize("words", TEXTS)

@@ -327,6 +327,7 @@ def test_the_token_that_ends_turns_stops_generation_after_the_export(tmp_path: P
         assert f"Turns end with `</think>` (token {ending})" in card and str(stops) in card
 
 
+@pytest.mark.slow
 def test_a_run_with_relative_paths_is_exported_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

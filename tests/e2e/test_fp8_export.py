@@ -49,6 +49,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_only_the_attention_changes_and_becomes_bfloat16(config: Path) -> None:
     assert train.main(["--config", str(config)]) == 0
     source, out = (tensors(config.parent / name) for name in ("model", "run/export"))
@@ -98,6 +99,7 @@ def test_fp8_is_not_made_of_what_was_none(config: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_fp8_that_loses_most_of_a_small_update_is_refused(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

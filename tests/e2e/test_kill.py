@@ -76,6 +76,7 @@ def kill_after(config: Path, said: str, seconds: float) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_run_ends_like_an_undisturbed_one(tmp_path: Path):
     config = small_run.write_inputs(tmp_path, "lora", training={"max_steps": 40})
     whole, run = tmp_path / "whole", tmp_path / "run"

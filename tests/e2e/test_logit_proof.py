@@ -34,7 +34,10 @@ WRONG = {
 WITH_UPDATE = lora_method._with_update
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+@pytest.fixture(
+    scope="module",
+    params=["llama_gqa", pytest.param("deepseek_v3_fp8_mtp_hub", marks=pytest.mark.slow)],
+)
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of LoRA on a checkpoint in 16 bits or fewer; its export passed the proof."""
     folder = tmp_path_factory.mktemp("proof")
@@ -73,6 +76,7 @@ def test_a_wrong_merge_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_float64_checkpoint_passes(tmp_path: Path) -> None:
     config = small_run.write_inputs(
         tmp_path, "lora", training={"max_steps": 1, "eval_steps": None}, data={"eval": None}
@@ -168,6 +172,7 @@ def test_an_export_that_cannot_be_read_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_proof_has_the_room_of_the_optimizer_and_ends_the_run_by_what_it_lacks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +218,10 @@ def test_a_failed_evaluation_and_a_failed_proof_are_both_told() -> None:
     assert raised.value.exceptions == (evaluation, NO_MEMORY)
 
 
-@pytest.mark.parametrize(("dtype", "rate"), [("float32", 1e-12), ("bfloat16", 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "rate"),
+    [pytest.param("float32", 1e-12, marks=pytest.mark.slow), ("bfloat16", 1e-5)],
+)
 def test_what_is_lost_is_refused_and_nothing_is_said_so(
     dtype: str, rate: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,6 +47,7 @@ def export(config: Path) -> Path:
     return config.parent / "run/export"
 
 
+@pytest.mark.slow
 def test_everything_that_trains_is_written(config: Path, export: Path) -> None:
     source, out = tensors(config.parent / "model"), tensors(export)
     weights = {name for name in source if not name.endswith("_scale_inv")}
@@ -100,6 +101,7 @@ def test_a_resumed_run_is_the_unbroken_one(config: Path, export: Path, tmp_path:
     assert {name for name in whole if not same(out[name], whole[name])} == set()
 
 
+@pytest.mark.slow
 def test_without_the_options_neither_is_touched(config: Path, tmp_path: Path) -> None:
     words = ["objective.mtp_loss_weight=0", "objective.bias_update_speed=0"]
     run = [*words, "training.max_steps=1", f"output_dir={tmp_path / 'run'}"]

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """logging.profile_steps: a run traces the steps that it was asked for."""
 
+import pytest
 import small_run
 from small_run import traced_steps
 
 from dsjax import train
 
 
+@pytest.mark.slow
 def test_a_run_traces_the_steps_that_it_was_asked_for(tmp_path, capsys) -> None:
     config = small_run.write_inputs(
         tmp_path,

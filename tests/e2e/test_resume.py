@@ -22,6 +22,7 @@ from dsjax.errors import ConfigError
 from dsjax.training import run_data
 
 
+@pytest.mark.slow
 def test_resumes_on_another_mesh(again, run: Path, finished: Path):
     unfinish(run)
     said = again("mesh.data=2", "mesh.fsdp=4")
@@ -42,6 +43,7 @@ def test_more_steps_continue_a_finished_run(again, run: Path):
     assert yaml.safe_load((run / "config.yaml").read_text())["training"]["max_steps"] == 14
 
 
+@pytest.mark.slow
 def test_the_same_contents_may_lie_elsewhere(again, run: Path, finished: Path, tmp_path: Path):
     """Moved to another disk, with a config.json that was saved again by another version."""
     unfinish(run)
@@ -53,6 +55,7 @@ def test_the_same_contents_may_lie_elsewhere(again, run: Path, finished: Path, t
     assert f"resuming after step 10 of {TOTAL}" in said
 
 
+@pytest.mark.slow
 def test_what_changes_no_number_may_change(again, run: Path, finished: Path):
     """Above all what troubleshooting.md advises to a run that is out of memory."""
     unfinish(run)
@@ -66,6 +69,7 @@ def test_what_changes_no_number_may_change(again, run: Path, finished: Path):
     assert losses == pytest.approx(original, rel=LOSS_BOUND)
 
 
+@pytest.mark.slow
 def test_more_epochs_go_on(again, run: Path):
     said = again("training.max_steps=null", "training.num_train_epochs=7")
     assert f"resuming after step {TOTAL} of " in said

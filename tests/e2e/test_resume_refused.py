@@ -17,6 +17,7 @@ from dsjax.training import setup
 from dsjax.weights.safetensors import read_header
 
 
+@pytest.mark.slow
 def test_fewer_steps_than_done_are_refused(again, run: Path):
     (run / "checkpoints" / "7.orbax-checkpoint-tmp-1").mkdir()
     before = small_run.states(run)
@@ -75,6 +76,7 @@ def test_other_weights_of_the_same_shapes_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_changed_number_beside_the_sample_is_found_on_the_devices(
     again, run: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -89,6 +91,7 @@ def test_a_changed_number_beside_the_sample_is_found_on_the_devices(
     assert "expected the same weights" in message
 
 
+@pytest.mark.slow
 def test_an_adapter_may_be_moved_and_not_be_another(
     again, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

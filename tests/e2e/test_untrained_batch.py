@@ -49,6 +49,7 @@ def test_batches_without_a_trained_token_have_no_loss(config, capsys):
     assert summary["train_loss"] == pytest.approx((steps[0]["loss"] + steps[3]["loss"]) / 2)
 
 
+@pytest.mark.slow
 def test_a_window_is_the_mean_of_what_trains(config, capsys, tmp_path):
     rows = tmp_path / "rows.jsonl"
     write_batches(rows, [TOKENS, IDLE, IDLE])

@@ -145,6 +145,7 @@ def test_the_port_is_taken():
             wait_for_all(ProcessSpec(f"localhost:{port}", 2, 0, wait=0.5))
 
 
+@pytest.mark.slow
 def test_processes_that_disagree_are_refused(config: Path):
     own = [["training.seed=1"], ["training.seed=2", "mesh.data=2"]]
     began = time.monotonic()

@@ -78,6 +78,7 @@ def newest(run: Path) -> int:
     return max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(lora: Path, undisturbed: Path):
     alone = lora.parent / "alone"
     multi_process.finish(lora, f"output_dir={alone}", processes=1, devices=4)
@@ -93,6 +94,7 @@ def test_devices_talk_once_all_have_read_the_weights(lora: Path, tmp_path: Path)
     assert run.codes() == [0, 0], [run.said(i)[-3000:] for i in range(2)]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_at_the_same_step(lora: Path, undisturbed: Path):
     folder = lora.parent / "stopped"
     run = multi_process.train(lora, f"output_dir={folder}", processes=2, devices=2)

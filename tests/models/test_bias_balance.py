@@ -62,6 +62,7 @@ def test_experts_at_the_mean_and_batches_without_tokens_move_nothing() -> None:
     np.testing.assert_array_equal(run.trainable()[BIAS], before)
 
 
+@pytest.mark.slow
 def test_optimizer_decay_and_norm_do_not_know_of_it() -> None:
     optimizer = {"weight_decay": 0.5, "adam_epsilon": 0.0, "max_grad_norm": 0.1}
     run, plain = _start(optimizer=optimizer), tiny_steps.start(tiny_steps.V3, optimizer=optimizer)
@@ -80,7 +81,12 @@ def test_optimizer_decay_and_norm_do_not_know_of_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "pieces"), [(None, 4), ({"data": 2}, 2), ({"expert": 2, "data": 2, "tensor": 2}, 1)]
+    ("mesh", "pieces"),
+    [
+        (None, 4),
+        pytest.param({"data": 2}, 2, marks=pytest.mark.slow),
+        pytest.param({"expert": 2, "data": 2, "tensor": 2}, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_loads_are_those_of_the_whole_batch(mesh: dict[str, int] | None, pieces: int) -> None:
     training = {"batch_size": 8, "gradient_accumulation_steps": pieces}
@@ -104,6 +110,7 @@ def _scale(scale: float) -> LossScale:
     return LossScale(jnp.float32(scale), jnp.int32(0), jnp.int32(0))
 
 
+@pytest.mark.slow
 def test_a_skipped_float16_step_moves_nothing() -> None:
     run = _start(model={"dtype": "float16"})
     before = run.trainable()[BIAS]
@@ -117,6 +124,7 @@ def test_a_skipped_float16_step_moves_nothing() -> None:
     np.testing.assert_array_equal(run.trainable()[BIAS], _expected(before, loads))
 
 
+@pytest.mark.slow
 def test_a_frozen_layer_keeps_its_bias() -> None:
     run = _start(training={"freeze": ["model.layers.1.mlp.gate.e_score_correction_bias"]})
     before = run.trainable()[BIAS]

@@ -56,11 +56,19 @@ def _one_device(recipe: str) -> tiny_steps.Outcome:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param("expert 8", marks=pytest.mark.slow),
+        pytest.param("expert 4, fsdp 2", marks=pytest.mark.slow),
+        "expert 2, tensor 2, data 2",
+    ],
+)
 def test_a_mesh_gives_the_result_of_one_device(mesh: str, recipe: str) -> None:
     tiny_steps.assert_same(_two_steps(recipe, MESHES[mesh]), _one_device(recipe))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "mesh", "size"),
     [

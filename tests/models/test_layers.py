@@ -210,7 +210,13 @@ def test_blocks_of_queries_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) ->
     assert tiny_steps.distance(of_values(4), whole) < 2**-8
 
 
-@pytest.mark.parametrize("shape", [{}, tiny_steps.V3], ids=["dense", "experts"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param({}, id="dense"),
+        pytest.param(tiny_steps.V3, id="experts", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(("mesh", "pieces"), [(None, 8), ({"data": 8}, 1), ({"fsdp": 4}, 2)])
 def test_in_bfloat16_portions_and_devices_add_up_in_float32(
     shape: dict[str, Any], mesh: dict[str, int] | None, pieces: int

@@ -22,8 +22,14 @@ Params = dict[str, jax.Array]
 
 @pytest.mark.parametrize(
     "adapter",
-    [LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "o_proj"], lora_dropout=0.3), None],
-    ids=["dropout", "full"],
+    [
+        pytest.param(
+            LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "o_proj"], lora_dropout=0.3),
+            id="dropout",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(None, id="full"),
+    ],
 )
 def test_rematerialisation_changes_no_number(adapter: LoraConfig | None) -> None:
     run = tiny_steps.start(adapter=adapter)

@@ -169,7 +169,7 @@ def _start_dense(kind: str, stored: tiny_steps.Run) -> tiny_steps.Run:
     return tiny_steps.start(SHAPES[kind], LORA[kind], values=values)
 
 
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind", ["llama", pytest.param("v3", marks=pytest.mark.slow)])
 def test_training_over_it_is_training_over_the_decoded_numbers(
     monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -197,6 +197,7 @@ def test_no_stack_is_ever_decoded_as_a_whole(monkeypatch: pytest.MonkeyPatch) ->
     assert before - held == 5 * (3 * numbers - 4 * rows)
 
 
+@pytest.mark.slow
 def test_a_run_trains_evaluates_and_exports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

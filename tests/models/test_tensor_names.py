@@ -48,7 +48,13 @@ RENAMES: dict[str, Callable[[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", RENAMES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind == "lacks model." else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in RENAMES
+    ],
+)
 def test_ninety_thousand_names_take_seconds_and_few_lines(r1: SimpleNamespace, kind: str) -> None:
     found = {RENAMES[kind](name): shape for name, shape in r1.wanted.items()}
     found |= {f"{name}_scale_inv": () for name in found}
@@ -63,6 +69,7 @@ def test_ninety_thousand_names_take_seconds_and_few_lines(r1: SimpleNamespace, k
         assert lines[0].startswith("model.path: got 45,394 tensors whose names lack 'model.' (")
 
 
+@pytest.mark.slow
 def test_an_adapter_with_as_many_names(
     r1: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

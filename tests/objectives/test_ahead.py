@@ -76,12 +76,13 @@ def _compiled() -> tiny_steps.Run:
     return _start().compile(tiny_steps.batch())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "pieces"),
     [
         ({"expert": 2, "data": 2}, 2),
-        pytest.param(None, 4, marks=pytest.mark.slow),
-        pytest.param({"fsdp": 2, "tensor": 2}, 1, marks=pytest.mark.slow),
+        (None, 4),
+        ({"fsdp": 2, "tensor": 2}, 1),
     ],
 )
 def test_a_mesh_and_portions_give_the_result_of_one_device(

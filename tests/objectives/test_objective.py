@@ -119,6 +119,7 @@ def test_an_evaluation_sums_the_same_names(mesh: Mapping[str, int], portions: in
         assert float(found[name]) == pytest.approx(float(value), rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_a_run_logs_shows_resumes_and_evaluates_its_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

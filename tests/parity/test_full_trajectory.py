@@ -26,8 +26,8 @@ FREEZE = {
     ("variant", "frozen", "pieces"),
     [
         ("qwen2", "nothing", 1),
-        ("llama_gqa", "embedding and norms", 2),
-        ("llama_tied_bin_head_copy", "nothing", 1),
+        pytest.param("llama_gqa", "embedding and norms", 2, marks=pytest.mark.slow),
+        pytest.param("llama_tied_bin_head_copy", "nothing", 1, marks=pytest.mark.slow),
         pytest.param("llama_tied", "nothing", 2, marks=pytest.mark.slow),
         pytest.param("qwen3", "first layers and heads", 1, marks=pytest.mark.slow),
         pytest.param("llama_biases", "nothing", 1, marks=pytest.mark.slow),

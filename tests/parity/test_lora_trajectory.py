@@ -96,9 +96,9 @@ def _check_merged_export(checkpoint: Path, adapter: Path, merged: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "pieces"),
     [
-        ("llama_all_linear", 1),
+        pytest.param("llama_all_linear", 1, marks=pytest.mark.slow),
         ("qwen2_q_v", 2),
-        ("qwen3_patterns", 1),
+        pytest.param("qwen3_patterns", 1, marks=pytest.mark.slow),
         pytest.param("llama_all_linear", 2, marks=pytest.mark.slow),
         pytest.param("qwen2_q_v", 1, marks=pytest.mark.slow),
         pytest.param("qwen3_patterns", 4, marks=pytest.mark.slow),
@@ -150,6 +150,7 @@ def test_a_fresh_adapter_loads_in_peft_as_the_yaml_says(
     trajectory.assert_same_logits(ours(jnp.asarray(ids)), peft_adapters.logits(model, ids))
 
 
+@pytest.mark.slow
 def test_a_bfloat16_source_is_merged_in_float32_and_rounded_once(
     run_cli: runs.RunCli, tmp_path: Path
 ) -> None:

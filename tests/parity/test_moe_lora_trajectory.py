@@ -83,8 +83,8 @@ def _config(checkpoint: Path, adapter: Path, data: Path, steps: int, pieces: int
 @pytest.mark.parametrize(
     ("case", "pieces"),
     [
-        ("v2_lite_feed_forward", 1),
-        ("v3_attention", 2),
+        pytest.param("v2_lite_feed_forward", 1, marks=pytest.mark.slow),
+        pytest.param("v3_attention", 2, marks=pytest.mark.slow),
         ("v3_feed_forward", 1),
         pytest.param("v2_lite_attention", 1, marks=pytest.mark.slow),
         pytest.param("v3_feed_forward", 2, marks=pytest.mark.slow),
@@ -183,12 +183,9 @@ def _save(model: torch.nn.Module, directory: Path, fields: Mapping[str, Any]) ->
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("variant", "rslora"),
-    [
-        ("deepseek_v3", True),
-        pytest.param("deepseek_v2_groups", False, marks=pytest.mark.slow),
-    ],
+    ("variant", "rslora"), [("deepseek_v3", True), ("deepseek_v2_groups", False)]
 )
 def test_routed_experts_train_as_in_torch(
     variant: str, rslora: bool, run_cli: runs.RunCli, tmp_path: Path

@@ -18,9 +18,9 @@ TOKENS = 5
 @pytest.mark.parametrize(
     ("variant", "pieces", "remat"),
     [
-        ("llama_mha", 1, "none"),
+        pytest.param("llama_mha", 1, "none", marks=pytest.mark.slow),
         ("qwen2", 2, "full"),
-        ("llama_mqa", 1, "full"),
+        pytest.param("llama_mqa", 1, "full", marks=pytest.mark.slow),
         pytest.param("qwen3", 1, "none", marks=pytest.mark.slow),
         pytest.param("llama_head_dim", 1, "dots", marks=pytest.mark.slow),
         pytest.param("qwen2_window", 1, "none", marks=pytest.mark.slow),

@@ -133,6 +133,7 @@ def test_the_dsjax_form_holds_arrays_and_not_the_source_files(convert: Any, tmp_
         assert weight not in path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_training_from_either_form_is_the_same(
     convert: Any, run_cli: runs.RunCli, tmp_path: Path
 ) -> None:

@@ -72,7 +72,7 @@ def _held(tree: Any, device: Any) -> int:
     ("kind", "variant", "mesh"),
     [
         ("lora", "llama_gqa", {"fsdp": 4, "tensor": 2}),
-        ("full", "deepseek_v3_hub", {"fsdp": 2, "expert": 4}),
+        pytest.param("full", "deepseek_v3_hub", {"fsdp": 2, "expert": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_a_plan_is_what_the_run_then_needs(
@@ -125,6 +125,7 @@ def test_the_table_is_for_people(
     assert "model.layers.self_attn.q_proj.weight" in out and "fsdp x expert" in out
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_planned_in_the_portions_of_the_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +149,7 @@ def test_an_evaluation_is_planned_in_the_portions_of_the_training(
     assert out.startswith("does not fit") and re.search(r"evaluation's peak .* too much", out)
 
 
+@pytest.mark.slow
 def test_a_search_marks_the_largest_batch_that_fits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +260,7 @@ def _small_slices(monkeypatch: pytest.MonkeyPatch, memory: int) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_suggestion_is_the_smallest_slice_that_fits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,11 @@ def assert_portions_change_nothing(shape: dict, mesh: dict, portions: list[int],
 
 
 @pytest.mark.parametrize(
-    ("shape", "mesh"), [({}, {"fsdp": 2}), (tiny_steps.V3, {"fsdp": 2, "expert": 2})]
+    ("shape", "mesh"),
+    [
+        ({}, {"fsdp": 2}),
+        pytest.param(tiny_steps.V3, {"fsdp": 2, "expert": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_portions_change_no_sum(shape: dict, mesh: dict) -> None:
     assert_portions_change_nothing(shape, mesh, [2, 8], 0)

@@ -20,6 +20,7 @@ from dsjax.training.partition import make_partition
 
 POLICIES = ("none", "dots", "names", "full")
 OTHERS = ("none", "dots", "full")
+TAKE_LONG = ("v3_lora_on_latents", "v3_lora_in_one_layer", "v3_ahead", "v32")
 ALL = LoraConfig(r=4, lora_alpha=8)
 QV = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
 QKV_LATENTS = LoraConfig(r=4, lora_alpha=8, target_modules=["q_a_proj", "kv_a_proj_with_mqa"])
@@ -89,7 +90,13 @@ def assert_executed(case: Case, length: int, remat: str, chunks: bool = False) -
     assert flops(case, 2 * length, remat, chunks).executed == pytest.approx(found, 1e-12)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] * (name in TAKE_LONG))
+        for name, case in CASES.items()
+    ],
+)
 def test_executed_flops_are_those_of_the_traced_step(case):
     assert_executed(case, 24, "names")
 
@@ -113,7 +120,7 @@ def test_long_rows_compute_their_scores_again(name, remat):
 @pytest.mark.parametrize(
     ("name", "remat"),
     [
-        ("v3_lora_on_experts", "none"),
+        pytest.param("v3_lora_on_experts", "none", marks=pytest.mark.slow),
         ("v2_lora", "names"),
         pytest.param("v3", "none", marks=pytest.mark.slow),
         pytest.param("v3", "full", marks=pytest.mark.slow),

@@ -135,6 +135,7 @@ def test_a_signal_during_the_last_exchange_ends_the_run(
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
+@pytest.mark.slow
 def test_the_share_of_lost_updates_is_logged(tmp_path: Path):
     brief = {"max_steps": 2, "eval_steps": None, "gradient_accumulation_steps": 1}
     config = small_run.write_inputs(tmp_path, "full", training=brief, data={"eval": None})

@@ -251,6 +251,7 @@ def test_picture(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_picture_of_a_long_run_takes_little_memory(tmp_path):
     lines = [json.dumps({"step": step, "loss": 2.0 + step % 2}) for step in range(1, 20_001)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")

@@ -25,7 +25,10 @@ def _bytes(arrays: dict[str, Any]) -> dict[str, bytes]:
     return {path: np.asarray(array).tobytes() for path, array in arrays.items()}
 
 
-@pytest.mark.parametrize(("mesh", "counts"), [(None, (1, 2, 4)), ({"data": 2}, (1, 4))])
+@pytest.mark.parametrize(
+    ("mesh", "counts"),
+    [(None, (1, 2, 4)), pytest.param({"data": 2}, (1, 4), marks=pytest.mark.slow)],
+)
 def test_accumulation_gives_the_update_of_the_big_batch(
     mesh: dict[str, int] | None, counts: tuple[int, ...]
 ) -> None:
@@ -277,7 +280,8 @@ def _falls(param_dtype: str, steps: int) -> tuple[list[float], Any]:
     return losses, reports[-1].updates_lost
 
 
-@pytest.mark.parametrize("steps", [150, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [150, 500])
 def test_parameters_in_bfloat16_learn_as_those_in_float32_do(steps: int) -> None:
     wide, nothing = _falls("float32", steps)
     narrow, lost = _falls("bfloat16", steps)
@@ -301,6 +305,7 @@ def test_rounding_of_parameters_differs_by_step_and_comes_back() -> None:
     assert _bytes(run.trainable()) != _bytes(later.trainable())
 
 
+@pytest.mark.slow
 def test_the_share_of_lost_updates_counts_what_trains() -> None:
     run = tiny_steps.start(
         model={"param_dtype": "bfloat16"},

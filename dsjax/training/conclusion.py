@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a finished run was, where its results lie, and what can be done with them next.
+
+In: the run and its summary. Out: text on stderr. Not done here: the results.
+"""
+
+import shlex
+import sys
+from collections.abc import Mapping
+
+from dsjax.config.sections import UNMERGED
+from dsjax.training.console import banner, clock
+from dsjax.training.run import Run
+
+
+def conclude(run: Run, summary: Mapping[str, float | None], form: str | None) -> None:
+    """Print the end of a run, with the commands that a user may want next.
+
+    Args:
+        run: the run.
+        summary: the closing line of its metrics.
+        form: of its export; None if there is none.
+    """
+    files, loss = run.directory, summary["train_loss"]
+    facts = {
+        "train loss": "none: no token was trained" if loss is None else f"{loss:.4f}",
+        "runtime": f"{clock(summary['train_runtime'] or 0)}, "
+        f"{summary['train_tokens_per_second'] or 0:,.0f} tokens/s",
+        "losses": f"{files.loss_plot}, {files.metrics.name}, {files.tensorboard.name}/",
+        "checkpoints": files.checkpoints,
+    }
+    if form is not None:
+        facts["export"] = f"{files.export} ({form})"
+    banner(facts, "done")
+    for purpose, command in _next_commands(run, form).items():
+        print(f"{purpose}: python -m dsjax.{shlex.join(command)}", file=sys.stderr)
+
+
+def _next_commands(run: Run, form: str | None) -> dict[str, list[str]]:
+    """What for -> the words of the command."""
+    files, data = run.directory, run.config.data
+    exported, kind = str(files.export), run.setup.spec.peft_type if run.setup.spec else None
+    commands = {}
+    if form == "merged":
+        commands["to try it"] = ["generate", "--model", exported, "--prompt", "TEXT"]
+    elif form == "peft":
+        model = ["--model", run.config.model.path, "--adapter", exported]
+        commands["to try it"] = ["generate", *model, "--prompt", "TEXT"]
+    if form != "merged" and kind not in UNMERGED:
+        out = str(files.path / "merged")
+        merged = ["export", "--run", str(files), "--format", "merged", "--out", out]
+        commands["as one model"] = merged
+    if data.eval is None and data.val_size is None:
+        commands["to measure it"] = ["evaluate", str(files.config), "data.eval=FILE"]
+    return commands
