@@ -73,6 +73,11 @@ def print_text(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
 
 
+def say_start(what: str) -> None:
+    """Say on stderr that a command has begun, before its imports, which take seconds."""
+    print(f"dsjax {dsjax.__version__}: {what}", file=sys.stderr, flush=True)
+
+
 def versions() -> str:
     """Name the versions that a report of a fault needs; nothing is imported for it."""
     installed = ", ".join(f"{name} {version(name)}" for name in _STANDS_ON)

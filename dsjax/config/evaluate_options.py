@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 from typing import get_args
 
-from dsjax.config.command_line import CommandParser
+from dsjax.config.command_line import CommandParser, say_start
 from dsjax.config.load import load_config
 from dsjax.config.sections import DataSection
 from dsjax.config.yaml_file import is_config_file, one_config
@@ -66,4 +66,5 @@ def answered(argv: Sequence[str]) -> bool:
     words = parse_words(argv)
     if words.config is not None:
         load_config(words.config, words.overrides)
+    say_start(f"evaluate {words.config or words.model or ''}".rstrip())
     return False

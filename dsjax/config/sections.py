@@ -242,8 +242,8 @@ class CheckpointSection(Section):
 class LoggingSection(Section):
     """What is reported besides metrics.jsonl."""
 
-    logging_steps: Positive = 10
-    """Steps between two lines of metrics."""
+    logging_steps: Positive | Literal["auto"] = "auto"
+    """Steps between two lines of metrics; auto: 10, or a tenth of a run of less than 100 steps."""
     report_to: Reporters = ["tensorboard"]
     """Where metrics also go; []: nowhere."""
     profile_steps: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None

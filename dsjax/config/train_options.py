@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 
-from dsjax.config.command_line import print_text, versions
+from dsjax.config.command_line import print_text, say_start, versions
 from dsjax.config.load import describe, json_schema, load_config, recipes, to_yaml
 from dsjax.config.yaml_file import split_arguments
 
@@ -80,6 +80,7 @@ def answered(argv: Sequence[str], environment: Mapping[str, str]) -> bool:
             return True
         if not given and not may_be_several(environment):
             load_config(path, overrides)
+        say_start(f"train {path}")
         return False
     return True
 

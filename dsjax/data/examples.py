@@ -8,7 +8,7 @@ dropped, or refused, and counted. Not here: order, packing, batches (`packing`, 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -94,6 +94,13 @@ def _formats(forms: Counter[str]) -> str:
     return "formats " + ", ".join(f"{form} ({rows:,})" for form, rows in forms.items())
 
 
+Progress = Callable[[str, int], None]
+
+
+def silent(name: str, rows: int) -> None:
+    """Tell nobody."""
+
+
 class Examples(ExampleStore):
     """Tokenised examples on disk, with the report of how they came about."""
 
@@ -109,6 +116,7 @@ def load_examples(
     vocab_size: int | None = None,
     name: str = "data.train",
     kept: Bool[np.ndarray, " N"] | None = None,
+    progress: Progress = silent,
 ) -> Examples:
     """Read, tokenise and check all rows of several sources, in order.
 
@@ -119,12 +127,13 @@ def load_examples(
       vocab_size: rows of the model's embedding; every token must lie below it.
       name: config path of `sources`, for messages.
       kept: which of all rows to load; None: all.
+      progress: told `name` and the rows so far.
 
     Raises:
       ConfigError: a source or row is wrong (several rows in one message), or nothing is left.
     """
     examples = Examples(name)
-    sink = _RowEncoder(section, tokenizer, vocab_size, examples, kept)
+    sink = _RowEncoder(section, tokenizer, vocab_size, examples, kept, progress)
     columns = Columns(section.column_mapping)
     for source in open_sources(sources, section, name, columns):
         sink.read(source)
@@ -161,8 +170,9 @@ class _RowEncoder:
         vocab_size: int | None,
         examples: Examples,
         kept: Bool[np.ndarray, " N"] | None,
+        progress: Progress,
     ) -> None:
-        self._section, self._examples = section, examples
+        self._section, self._examples, self._progress = section, examples, progress
         self._kept, self._number = kept, 0  # of rows, over all sources
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self.problems: list[str] = []
@@ -179,6 +189,7 @@ class _RowEncoder:
                 if not self._is_kept(self._number - 1):
                     continue
                 report.rows += 1
+                self._progress(report.name, report.rows)
                 self._add(fields, forms, origin)
                 if len(self.problems) == SHOWN_PROBLEMS:
                     break

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dsjax.config import DataSection
 from dsjax.data.columns import Columns
-from dsjax.data.examples import Examples, load_examples
+from dsjax.data.examples import Examples, Progress, load_examples, silent
 from dsjax.data.sources import open_sources
 from dsjax.errors import ConfigError
 
@@ -25,18 +25,25 @@ def load_training(
     seed: int,
     tokenizer: PreTrainedTokenizerFast | None,
     vocab_size: int | None = None,
+    progress: Progress = silent,
 ) -> tuple[Examples, Examples | None]:
-    """Load what is trained on, and what is evaluated on, if anything.
+    """Load what is trained on, and what is evaluated on, if anything; see `load_examples`.
 
     Raises:
       ConfigError: a source or row is wrong, or nothing is left on one side.
     """
     if section.val_size is None:
-        train = load_examples(section.train, section, tokenizer, vocab_size, "data.train")
-        return train, load_evaluation(section, seed, tokenizer, vocab_size)
+        train = load_examples(
+            section.train, section, tokenizer, vocab_size, "data.train", None, progress
+        )
+        return train, load_evaluation(section, seed, tokenizer, vocab_size, progress)
     held = held_out_rows(section, seed)
-    train = load_examples(section.train, section, tokenizer, vocab_size, "data.train", ~held)
-    evaluation = load_examples(section.train, section, tokenizer, vocab_size, "data.val_size", held)
+    train = load_examples(
+        section.train, section, tokenizer, vocab_size, "data.train", ~held, progress
+    )
+    evaluation = load_examples(
+        section.train, section, tokenizer, vocab_size, "data.val_size", held, progress
+    )
     if train.report.rows + evaluation.report.rows != len(held):
         raise ConfigError(
             f"data.train: got {train.report.rows + evaluation.report.rows:,} rows after "
@@ -50,14 +57,19 @@ def load_evaluation(
     seed: int,
     tokenizer: PreTrainedTokenizerFast | None,
     vocab_size: int | None = None,
+    progress: Progress = silent,
 ) -> Examples | None:
     """Load what is evaluated on: `data.eval`, or what `data.val_size` holds out."""
     if section.eval is not None:
-        return load_examples(section.eval, section, tokenizer, vocab_size, "data.eval")
+        return load_examples(
+            section.eval, section, tokenizer, vocab_size, "data.eval", None, progress
+        )
     if section.val_size is None:
         return None
     held = held_out_rows(section, seed)
-    return load_examples(section.train, section, tokenizer, vocab_size, "data.val_size", held)
+    return load_examples(
+        section.train, section, tokenizer, vocab_size, "data.val_size", held, progress
+    )
 
 
 def held_out_rows(section: DataSection, seed: int) -> Bool[np.ndarray, " N"]:

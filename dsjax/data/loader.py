@@ -57,6 +57,7 @@ class Loader:
       sequence_length: T of every batch: `max_length` with packing; else the longest example,
         rounded up to a multiple of 8, at most `max_length`.
       rows_in_epoch: packed rows, the same in every epoch.
+      sequences: examples in an epoch, one or more in a row.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Loader:
         rows: Sequence[int] | None = None,
     ) -> None:
         self._examples = examples
+        self.sequences = len(examples)
         self.batch_size = batch_size
         self.rows = tuple(range(batch_size) if rows is None else rows)
         self.sequence_length = _sequence_length(examples, section)

@@ -7,7 +7,7 @@ Not done here: the command (`command`), `--config` with overrides (`config.yaml_
 
 from collections.abc import Sequence
 
-from dsjax.config.command_line import print_text
+from dsjax.config.command_line import print_text, say_start
 from dsjax.config.load import load_config
 from dsjax.config.yaml_file import split_arguments, unknown_option
 from dsjax.errors import ConfigError
@@ -45,6 +45,7 @@ def answered(argv: Sequence[str]) -> bool:
         return True
     path, overrides, _ = split_arguments(split_words(argv)[2])
     load_config(path, overrides)
+    say_start(f"plan {path}")
     return False
 
 

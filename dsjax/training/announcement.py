@@ -39,18 +39,17 @@ def announce(run: Run) -> str:
         "mesh": ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items() if size > 1)
         or "1 device",
         "memory": f"{held / 2**20:,.1f} MiB per device, gradients and activations apart",
-        "rows": f"{loader.rows_in_epoch:,} of {loader.sequence_length:,} tokens per epoch",
-        "batch": f"{training.batch_size} rows in {portions_of(training, setup)} portions",
+        "rows": _rows_text(loader),
+        "batch": _batch_text(training.batch_size, portions_of(training, setup)),
         "evaluation": _evaluation_text(data.eval),
-        "steps": f"{total:,} ({loader.epoch(total):.2f} epochs)",
+        "steps": f"{total:,} ({loader.epoch(total):.2f} epochs of {loader.rows_in_epoch:,} rows, "
+        f"{training.batch_size} a step)",
         "output": config.output_dir,
     }
-    banner(facts)
-    few = (
-        []
-        if training.max_steps
-        else optimizer.few_steps(total, loader.rows_in_epoch, training.batch_size)
-    )
+    few = []
+    if not training.max_steps:
+        rows, sequences = loader.rows_in_epoch, loader.sequences
+        few = optimizer.few_steps(total, rows, training.batch_size, sequences)
     for line in (
         data.lines
         + adapters.notes(setup.model, setup.spec)
@@ -77,7 +76,21 @@ def announce(run: Run) -> str:
     if unused:
         print(f"not used by this kind of training: {', '.join(unused)}", file=sys.stderr)
     print(f"one row, the trained part marked:\n{data.sample}", file=sys.stderr)
-    return trainable_table(report(setup.partition), everything)
+    table = trainable_table(report(setup.partition), everything)
+    banner(facts)  # last: what follows fits beside it on a small screen
+    return table
+
+
+def _rows_text(loader: Loader) -> str:
+    rows, length = loader.rows_in_epoch, loader.sequence_length
+    if loader.sequences == rows:
+        return f"{rows:,}, a sequence each, padded to {length:,} tokens"
+    return f"{loader.sequences:,} sequences packed into {rows:,} rows of {length:,} tokens"
+
+
+def _batch_text(batch_size: int, portions: int) -> str:
+    rows = f"{batch_size} rows over all devices"
+    return rows if portions == 1 else f"{rows}, in {portions} portions one after the other"
 
 
 def _evaluation_text(loader: Loader | None) -> str:

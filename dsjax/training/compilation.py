@@ -13,6 +13,7 @@ import jax
 from dsjax.data import Loader
 from dsjax.distributed.compiled import memory_of
 from dsjax.distributed.processes import Hosts
+from dsjax.training.console import working
 from dsjax.training.evaluation import lower_eval_step
 from dsjax.training.state import (
     StepConfig,
@@ -44,7 +45,8 @@ def _compiled(lowered: Any, name: str, beside: int, hosts: Hosts) -> Any:
         hosts: who says it.
     """
     began = time.monotonic()
-    compiled = lowered.compile()
+    with working(f"compiling {name}", hosts.primary):
+        compiled = lowered.compile()
     peak = beside + memory_of(compiled, jax.devices()[0].platform).peak
     hosts.log_once(
         f"compiled {name} in {time.monotonic() - began:.1f} s; it needs {peak / 2**30:.2f} GiB "

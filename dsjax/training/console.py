@@ -7,13 +7,23 @@ Not done here: files (`metrics_log`) and deciding which process prints (callers 
 """
 
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, repeat
 
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
@@ -37,6 +47,9 @@ _UNTRAINED = (
     "{:,} of the steps so far had a batch without one trained token: nothing is added to the loss, "
     "and the optimizer steps with a gradient of 0; later lines count them as `untrained`"
 )
+PAUSES = (2.0, 8.0, 20.0, 30.0)
+"""Seconds between two lines of what takes long; the last of them for ever after."""
+
 _IN_THE_BAR = ("loss", "tokens_per_second", "mfu")
 
 
@@ -123,6 +136,57 @@ class Loading:
         text = f"{self._verb}: {done / unit:.2f} of {total / unit:.2f} {name}, {rate:,.0f} MiB/s"
         end = "\r" if terminal and done < total else "\n"
         print(text, end=end, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def working(text: str, primary: bool = True) -> Iterator[Callable[[str], None]]:
+    """Say what is done until the block ends, with a clock: in place on a terminal, else in lines.
+
+    Yields:
+        A function that is told how far it is, in a few words.
+    """
+    console = _console()
+    if not primary:
+        yield lambda far: None
+    elif console.is_terminal and not console.is_dumb_terminal:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with RichProgress(
+            *columns, console=console, transient=True, redirect_stdout=False
+        ) as shown:
+            task = shown.add_task(text)
+            yield lambda far: shown.update(task, description=f"{text}: {far}")
+    else:
+        with _LinesNowAndThen(text) as lines:
+            yield lines.tell
+
+
+class _LinesNowAndThen:
+    """A line at once, and others ever more seldom, from a thread: the work may be a compiler's."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self._far = text, ""
+        self._began, self._ended = time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._say, name=text, daemon=True)
+
+    def tell(self, far: str) -> None:
+        """Take how far it is; the next line says so."""
+        self._far = f": {far}"
+
+    def _say(self) -> None:
+        for pause in chain(PAUSES, repeat(PAUSES[-1])):
+            if self._ended.wait(pause):
+                return
+            passed = clock(time.monotonic() - self._began)
+            print(f"{self._text}{self._far} ({passed})", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "_LinesNowAndThen":
+        print(self._text, file=sys.stderr, flush=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
 
 
 def _forms(objective: Objective) -> dict[str, str]:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from dsjax import signals
-from dsjax.config import RunConfig
+from dsjax.config import LoggingSection, RunConfig
 from dsjax.distributed.processes import Hosts
 from dsjax.distributed.sharding import Params
 from dsjax.errors import ConfigError, first_line
@@ -40,6 +40,13 @@ enough to stop soon."""
 
 SAME_SIGNAL = 0.3
 """Seconds within which signals count as one: `timeout` sends its to the process and its group."""
+
+
+def logging_interval(section: LoggingSection, total: int) -> int:
+    """Return the steps between two lines: `auto` leaves a short run enough for a picture."""
+    return (
+        max(1, min(10, total // 10)) if section.logging_steps == "auto" else section.logging_steps
+    )
 
 
 class StepsInFlight:
@@ -150,7 +157,10 @@ class Loop:
         self, state: TrainState, start: int, profile: Profile, stop: Stop
     ) -> TrainState:
         """Run the steps until the last, or until all processes stop for a signal."""
-        meter, every = self.reporting.meter, self.run.config.logging.logging_steps
+        meter, every = (
+            self.reporting.meter,
+            logging_interval(self.run.config.logging, self.run.total),
+        )
         in_flight, train = StepsInFlight(meter, self.reporting.progress), self.run.data.train
         meter.start()
         # A signal may have cut off the evaluation that belongs to the step before.

@@ -109,19 +109,21 @@ def check_rates(section: OptimizerSection, total_steps: int, moves_biases: bool 
         )
 
 
-def few_steps(total_steps: int, rows: int, batch_size: int) -> list[str]:
+def few_steps(total_steps: int, rows: int, batch_size: int, sequences: int) -> list[str]:
     """Say of a short run that it is one, and what makes it longer.
 
     Args:
         total_steps: what the data came to.
         rows: of an epoch, packed.
         batch_size: rows of a step.
+        sequences: that the rows hold.
     """
     if total_steps >= FEW_STEPS:
         return []
+    apart = f", or data.packing=false ({sequences:,} rows)" if sequences > rows else ""
     return [
         f"only {total_steps} step{'s' * (total_steps > 1)}: {rows:,} rows, {batch_size} in each "
-        f"step; for more, {MORE_STEPS}"
+        f"step; for more, {MORE_STEPS}{apart}"
     ]
 
 

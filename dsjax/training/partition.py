@@ -193,11 +193,28 @@ def _layer_masks(model: Model, freeze: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def report(partition: Partition) -> list[tuple[str, str, str, int, int]]:
-    """Tabulate what trains, per module kind: (path, shape, dtype, trainable, all) parameters."""
-    rows = []
-    for path, leaf in partition.leaves.items():
+    """Tabulate what trains: (module or array, shapes, dtype, trainable, all) parameters.
+
+    A row for each kind of module that has an adapter, and for each other array; where layers are
+    stacked, the shapes begin with how many there are.
+    """
+    rows: dict[tuple[str, str], list[tuple[str, Leaf, int]]] = {}
+    for path in partition.leaves:
         if path in partition.trainable:
-            shape = " x ".join(map(str, leaf.shape))
-            count = partition.trainable_count(path)
-            rows.append((path, shape, leaf.dtype.name, count, leaf.count))
-    return rows
+            leaf, count = partition.leaves[path], partition.trainable_count(path)
+            module, _, name = path.partition(".adapter.")
+            rows.setdefault((module, leaf.dtype.name), []).append((name, leaf, count))
+    return [
+        (
+            module,
+            ", ".join(f"{name} {_shape(leaf)}".lstrip() for name, leaf, _ in parts),
+            dtype,
+            sum(count for *_, count in parts),
+            sum(leaf.count for _, leaf, _ in parts),
+        )
+        for (module, dtype), parts in rows.items()
+    ]
+
+
+def _shape(leaf: Leaf) -> str:
+    return " x ".join(map(str, leaf.shape))

@@ -8,6 +8,7 @@ words, and what tells them from others. Not done here: reading and tokenising (`
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerFast
@@ -16,6 +17,7 @@ from dsjax.config import RunConfig, TrainingSection
 from dsjax.data import Examples, Loader, decode_sample, find_tokenizer, load_training
 from dsjax.distributed.mesh import check_batch, portions, process_rows
 from dsjax.distributed.processes import Hosts
+from dsjax.training.console import working
 from dsjax.training.resume import ResumePoint, split_as_before
 from dsjax.training.setup import Assembly
 
@@ -69,14 +71,18 @@ def make_loader(config: RunConfig, setup: Assembly, examples: Examples, shuffle:
     return Loader(examples, section, training.batch_size, training.seed, rows)
 
 
-def read_data(config: RunConfig, setup: Assembly, today: datetime) -> Data:
+def read_data(config: RunConfig, setup: Assembly, today: datetime, primary: bool = True) -> Data:
     """Tokenise all rows, as of the run's first day, and plan their order.
+
+    The `primary` process says how far it is.
 
     Raises:
         ConfigError: a row, a file, or a batch that the devices do not divide.
     """
     pieces = portions_of(config.training, setup)
-    (examples, held_out), tokenizer = read_rows(config, setup, today, load_training, pieces)
+    with working("reading rows", primary) as tell:
+        load = partial(load_training, progress=lambda name, rows: tell(f"{rows:,} of {name}"))
+        (examples, held_out), tokenizer = read_rows(config, setup, today, load, pieces)
     train = make_loader(config, setup, examples, config.data.shuffle)
     lines, evaluation, other = examples.report.lines(), None, ""
     if held_out is not None:
@@ -91,7 +97,7 @@ def read_as_before(
 ) -> tuple[RunConfig, Data]:
     """`read_data` as the run began; return the configuration by which it was read as well."""
     split = split_as_before(config, earlier, hosts)
-    data = read_data(split, setup, today)
+    data = read_data(split, setup, today, hosts.primary)
     return split, data if split is config else replace(data, eval=None, eval_fingerprint="")
 
 

@@ -110,6 +110,7 @@ def test_what_the_yaml_does_not_say_is_the_down_proj_among_the_targets(
     assert ia3.from_section(section).feedforward_modules == inputs
 
 
+@pytest.mark.slow
 def test_the_start_leaves_the_model_as_it_is() -> None:
     plain = tiny_steps.start(shape=tiny_steps.V3)
     scaled = tiny_steps.start(shape=tiny_steps.V3, adapter=EVERYWHERE, values=_ones_or_random)

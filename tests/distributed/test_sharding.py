@@ -100,7 +100,7 @@ def _dropped(recipe: str) -> tiny_steps.Outcome:
 @pytest.mark.parametrize(
     ("recipe", "mesh", "pieces"),
     [
-        ("dense", None, 4),
+        pytest.param("dense", None, 4, marks=pytest.mark.slow),
         ("dense", {"data": 2, "fsdp": 2, "tensor": 2}, 2),
         ("head", {"fsdp": 4}, 2),
         pytest.param("v3", {"expert": 2, "data": 2}, 2, marks=pytest.mark.slow),
@@ -116,9 +116,8 @@ def test_dropout_is_the_same_on_every_mesh_and_in_any_number_of_portions(
     tiny_steps.assert_same(tiny_steps.two_steps(run), _dropped(recipe))
 
 
-@pytest.mark.parametrize(
-    "mesh", [{"fsdp": 8}, pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_dropout_sends_nothing(mesh: dict[str, int]) -> None:
     sent = {}
     for p in (0.0, 0.5):

@@ -43,13 +43,12 @@ def test_a_dry_run_a_run_and_a_fresh_one(tmp_path: Path, capsys: pytest.CaptureF
     assert f"to measure it: python -m dsjax.evaluate {run}/config.yaml data.eval=FILE\n" in said
     finished = files_of(run)
 
-    assert train.main([*words, "training.max_steps=3", "--dry-run", "--fresh"]) == 0
-    assert f"output_dir: {run}-2, since {run} is there\n" in capsys.readouterr().err
-    assert not (tmp_path / "run-2").exists()
     assert train.main([*words, "optimizer.learning_rate=2e-2", "--fresh"]) == 0
-    assert f"evaluate {run}-2/config.yaml data.eval=FILE" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith(f"output_dir: {run}-2, since {run} is there\n")
+    assert f"evaluate {run}-2/config.yaml data.eval=FILE" in said
     assert files_of(run) == finished
-    assert files_of(tmp_path / "run-2").keys() == finished.keys()
+    assert (tmp_path / "run-2/export/adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -308,6 +308,7 @@ def test_no_run_and_no_checkpoint_are_refused(trained: Path, tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
 
 
+@pytest.mark.slow
 def test_the_token_that_ends_turns_stops_generation_after_the_export(tmp_path: Path):
     """The template ends turns with another token than the one at which the checkpoint stops."""
     limits = {"max_steps": 1, "eval_steps": None}

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from dsjax import train
 from dsjax.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 VARIANT = "deepseek_v3_fp8_mtp_hub"
 ATTENTION = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
 TOUCHED = re.compile(
@@ -49,7 +51,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.slow
 def test_only_the_attention_changes_and_becomes_bfloat16(config: Path) -> None:
     assert train.main(["--config", str(config)]) == 0
     source, out = (tensors(config.parent / name) for name in ("model", "run/export"))
@@ -99,7 +100,6 @@ def test_fp8_is_not_made_of_what_was_none(config: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_fp8_that_loses_most_of_a_small_update_is_refused(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

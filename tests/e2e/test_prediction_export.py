@@ -18,6 +18,8 @@ from test_fp8_export import same, tensors
 import dsjax
 from dsjax import evaluate, train
 
+pytestmark = pytest.mark.slow
+
 VARIANT, SPEED = "deepseek_v3_fp8_mtp_hub", 0.125
 BIAS = "mlp.gate.e_score_correction_bias"
 MODULE = "model.layers.3."
@@ -47,7 +49,6 @@ def export(config: Path) -> Path:
     return config.parent / "run/export"
 
 
-@pytest.mark.slow
 def test_everything_that_trains_is_written(config: Path, export: Path) -> None:
     source, out = tensors(config.parent / "model"), tensors(export)
     weights = {name for name in source if not name.endswith("_scale_inv")}
@@ -92,7 +93,6 @@ def test_evaluation_leaves_the_module_out(
     assert any(path.endswith(BIAS) for path in seen[0].partition.trainable)
 
 
-@pytest.mark.slow
 def test_a_resumed_run_is_the_unbroken_one(config: Path, export: Path, tmp_path: Path) -> None:
     words = ["--config", str(config), f"output_dir={tmp_path / 'run'}", "logging.logging_steps=3"]
     assert train.main([*words, "training.max_steps=1", "export.format=null"]) == 0
@@ -101,7 +101,6 @@ def test_a_resumed_run_is_the_unbroken_one(config: Path, export: Path, tmp_path:
     assert {name for name in whole if not same(out[name], whole[name])} == set()
 
 
-@pytest.mark.slow
 def test_without_the_options_neither_is_touched(config: Path, tmp_path: Path) -> None:
     words = ["objective.mtp_loss_weight=0", "objective.bias_update_speed=0"]
     run = [*words, "training.max_steps=1", f"output_dir={tmp_path / 'run'}"]

@@ -131,9 +131,8 @@ class Several(Hosts):
         return [text]
 
 
-@pytest.mark.parametrize(
-    "key", [pytest.param("data.eval", marks=pytest.mark.slow), "data.val_size"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["data.eval", "data.val_size"])
 def test_a_training_whose_evaluation_always_fails_ends_without_it(
     again, run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys, key: str
 ):

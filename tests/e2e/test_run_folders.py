@@ -34,7 +34,8 @@ def waits_to_write(config: Path, *overrides: str) -> Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("state", [pytest.param("new", marks=pytest.mark.slow), "unfinished"])
+@pytest.mark.slow
+@pytest.mark.parametrize("state", ["new", "unfinished"])
 def test_a_run_beside_one_that_has_looked_is_refused(
     again, run: Path, finished: Path, tmp_path: Path, state: str
 ):

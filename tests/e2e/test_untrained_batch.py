@@ -34,6 +34,7 @@ def config(tmp_path_factory) -> Path:
     return config
 
 
+@pytest.mark.slow
 def test_batches_without_a_trained_token_have_no_loss(config, capsys):
     assert train.main(["--config", str(config)]) == 0
     said = capsys.readouterr().err

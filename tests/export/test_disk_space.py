@@ -92,6 +92,7 @@ def test_what_is_counted_is_what_is_written(
     assert tensor_bytes(out) == expected
 
 
+@pytest.mark.slow
 def test_the_command_asks_for_room_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_run.write_inputs(
         tmp_path,

@@ -80,13 +80,9 @@ def test_optimizer_decay_and_norm_do_not_know_of_it() -> None:
         assert array.tobytes() == run.trainable()[path].tobytes(), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "pieces"),
-    [
-        (None, 4),
-        pytest.param({"data": 2}, 2, marks=pytest.mark.slow),
-        pytest.param({"expert": 2, "data": 2, "tensor": 2}, 1, marks=pytest.mark.slow),
-    ],
+    ("mesh", "pieces"), [(None, 4), ({"data": 2}, 2), ({"expert": 2, "data": 2, "tensor": 2}, 1)]
 )
 def test_loads_are_those_of_the_whole_batch(mesh: dict[str, int] | None, pieces: int) -> None:
     training = {"batch_size": 8, "gradient_accumulation_steps": pieces}

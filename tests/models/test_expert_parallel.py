@@ -55,7 +55,10 @@ def _one_device(recipe: str) -> tiny_steps.Outcome:
     return _two_steps(recipe, None)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [name if name == "lora" else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES],
+)
 @pytest.mark.parametrize(
     "mesh",
     [

@@ -107,12 +107,9 @@ def test_the_loss_is_in_the_gradients_and_not_in_what_is_logged() -> None:
     assert np.linalg.norm(alone["model.layers.mlp.gate.weight"]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "pieces"),
-    [
-        (None, 4),
-        pytest.param({"expert": 2, "tensor": 2, "data": 2}, 1, marks=pytest.mark.slow),
-    ],
+    ("mesh", "pieces"), [(None, 4), ({"expert": 2, "tensor": 2, "data": 2}, 1)]
 )
 def test_it_is_a_mean_over_the_rows_of_the_batch(mesh: dict[str, int] | None, pieces: int) -> None:
     expected, found = _gradients(0.5), _gradients(0.5, mesh, pieces)

@@ -34,8 +34,6 @@ QUICK = (
     "qwen2_window",
     "qwen3_yarn_attention_factor",
     "deepseek_v2_groups",
-    "deepseek_v32_sparse",
-    "deepseek_moe_norm",
 )
 
 

@@ -121,6 +121,7 @@ def test_losses_and_exports_are_those_of_peft(
     _check_merged_export(checkpoint, exported, merged)
 
 
+@pytest.mark.slow
 def test_a_fresh_adapter_loads_in_peft_as_the_yaml_says(
     run_cli: runs.RunCli, tmp_path: Path
 ) -> None:

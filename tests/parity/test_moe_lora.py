@@ -163,10 +163,10 @@ def _check_equal(checkpoint: Path, adapter: Path, model: PeftModel) -> None:
 @pytest.mark.parametrize(
     ("variant", "form"),
     [
-        ("deepseek_v3", "all_linear"),
+        pytest.param("deepseek_v3", "all_linear", marks=pytest.mark.slow),
         ("deepseek_v3", "feed_forward_of_one_layer"),
         ("deepseek_v2_groups", "patterns"),
-        ("deepseek_v2_groups", "experts"),
+        pytest.param("deepseek_v2_groups", "experts", marks=pytest.mark.slow),
         ("deepseek_v3", "experts_with_patterns"),
         ("deepseek_v3", "experts_gate_up_of_one_layer"),
         pytest.param("deepseek_v3", "attention", marks=pytest.mark.slow),
@@ -207,7 +207,9 @@ def test_the_merged_form_is_that_of_peft(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("variant", ["deepseek_v2_groups", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "variant", [pytest.param("deepseek_v2_groups", marks=pytest.mark.slow), "deepseek_v3"]
+)
 def test_an_adapter_that_peft_made_is_read(variant: str, tmp_path: Path) -> None:
     checkpoint = tiny.build_checkpoint(tmp_path / "model", variant)
     adapter = peft_adapters.build_lora(

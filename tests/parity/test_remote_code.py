@@ -77,6 +77,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_with_the_copied_code_where_transformers_has_no_class(tmp_path: Path) -> None:
     """In a process that knows the class from the export only; one file is named by another."""
     source = tiny.build_checkpoint(tmp_path / "model", "deepseek_moe_hub")

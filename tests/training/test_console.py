@@ -5,9 +5,18 @@ import os
 import pty
 import subprocess
 import sys
+import time
 
 from dsjax.objectives import SFT
-from dsjax.training.console import Loading, Progress, banner, trainable_line, trainable_table
+from dsjax.training import console
+from dsjax.training.console import (
+    Loading,
+    Progress,
+    banner,
+    trainable_line,
+    trainable_table,
+    working,
+)
 
 VALUES = {
     "epoch": 0.5,
@@ -108,6 +117,18 @@ def test_trainable_table_prints_what_it_returns(capsys):
         "norm.weight           1032         bfloat16         1,032",
         "trainable params: 1,544 || all params: 3,088 || trainable%: 50.0000",
     ]
+
+
+def test_what_takes_long_says_so_at_once_and_again(capsys, monkeypatch):
+    monkeypatch.setattr(console, "PAUSES", (0.05, 100))
+    with working("reading rows") as tell:
+        assert capsys.readouterr().err == "reading rows\n"
+        tell("3 of data.train")
+        time.sleep(0.3)
+        assert capsys.readouterr().err == "reading rows: 3 of data.train (0:00:00)\n"
+    with working("reading rows", primary=False) as tell:
+        tell("4 of data.train")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_other_processes_print_nothing(capsys):

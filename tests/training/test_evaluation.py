@@ -91,6 +91,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dsjax.training.loop.evaluate_loss", fail)
 
 
+@pytest.mark.slow
 def test_a_failed_evaluation_does_not_stop_the_export(
     tmp_path: Path,
     broken: None,

@@ -14,6 +14,7 @@ import pytest
 import small_run
 
 from dsjax import train
+from dsjax.config import LoggingSection
 from dsjax.distributed.processes import Hosts
 from dsjax.training import loop
 from dsjax.training.console import Progress
@@ -58,6 +59,7 @@ def words(tmp_path: Path, *more: str) -> list[str]:
     return ["--config", str(config), "mesh.data=8", *keys, *more]
 
 
+@pytest.mark.slow
 def test_few_steps_are_in_flight_and_the_bar_counts_finished_ones(
     tmp_path: Path, slow_steps: list[Any], monkeypatch: pytest.MonkeyPatch
 ):
@@ -78,6 +80,14 @@ def test_few_steps_are_in_flight_and_the_bar_counts_finished_ones(
     assert train.main(words(tmp_path, "training.max_steps=8")) == 0
     assert len(behind) == 8 and max(behind) == 1
     assert max(in_flight) == 1  # and the one that is dispatched next
+
+
+@pytest.mark.parametrize(
+    ("asked", "total", "every"),
+    [("auto", 8, 1), ("auto", 25, 2), ("auto", 5000, 10), (10, 8, 10), (1, 5000, 1)],
+)
+def test_a_short_run_is_logged_often_enough_for_a_picture(asked: Any, total: int, every: int):
+    assert loop.logging_interval(LoggingSection(logging_steps=asked), total) == every
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -128,12 +128,14 @@ def test_a_learning_rate_of_nothing_is_refused(rate):
 
 
 def test_few_steps_are_told():
-    told = few_steps(1, 6, 16)
+    told = few_steps(1, 6, 16, 6)
     assert told == [
         "only 1 step: 6 rows, 16 in each step; for more, raise training.num_train_epochs or "
         "training.max_steps, or lower training.batch_size"
     ]
-    assert few_steps(10, 160, 16) == []
+    assert few_steps(10, 160, 16, 400) == []
+    packed = few_steps(2, 20, 16, 300)[0]
+    assert packed.endswith("training.batch_size, or data.packing=false (300 rows)")
 
 
 def test_keys_that_nothing_reads_are_named():

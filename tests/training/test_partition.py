@@ -88,6 +88,25 @@ def test_a_layer_number_is_whole() -> None:
         assert mask.tolist() == [layer != 1 for layer in range(12)]
 
 
+def test_the_arrays_of_an_adapter_are_one_row_of_the_table() -> None:
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    rows = {row[0]: row[1:] for row in report(_decide(adapter=lora))}
+    assert rows == {
+        "model.layers.mlp.down_proj": (
+            "lora_A 3 x 4 x 64, lora_B 3 x 32 x 4",
+            "float32",
+            1152,
+            1152,
+        ),
+        "model.layers.self_attn.q_proj": (
+            "lora_A 3 x 4 x 32, lora_B 3 x 32 x 4",
+            "float32",
+            768,
+            768,
+        ),
+    }
+
+
 def test_counts_leave_frozen_layers_out() -> None:
     whole, some = _decide(), _decide(["model.layers.0", "lm_head"])
     shapes = base_shapes(tiny_steps.model_of(num_hidden_layers=3))

@@ -99,6 +99,7 @@ def test_every_mesh_rounds_alike_and_sends_nothing(mesh: dict[str, int]) -> None
     assert "all-gather" not in (rounded.as_text() or "")
 
 
+@pytest.mark.slow
 def test_a_step_on_another_mesh_stores_the_same_but_for_neighbours() -> None:
     """The gradients' last bits differ with the order of sums; few values are that near to a bit."""
     stored = []

@@ -26,6 +26,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     assert_says(done.stderr, *parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "words", "parts"),
     [
