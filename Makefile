@@ -1,8 +1,8 @@
 # Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml
 # or constraints.txt changes. PYTHON=/path/to/python picks the interpreter; another version than
 # .venv's rebuilds it. The versions are those of constraints.txt, which the tests ran with; PINS=none
-# takes the newest that pyproject.toml allows, in .venv-newest. Only the CUDA compiler, which is
-# large, has an environment of its own, .venv-cuda.
+# takes the newest that pyproject.toml allows, in .venv-newest. EXTRAS=tpu, or cuda, adds what that
+# hardware needs. Only the CUDA compiler, which is large, has an environment of its own, .venv-cuda.
 
 PINS ?= constraints.txt
 ifeq ($(PINS),none)
@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 VERSION_OF = -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])'
 VERSION := $(shell $(PYTHON) $(VERSION_OF))
-PACKAGE := $(VENV)/package-$(VERSION)
+PACKAGE := $(VENV)/package-$(VERSION)$(if $(EXTRAS),-$(EXTRAS))
 TESTS := $(VENV)/tests-$(VERSION)
 CUDA := .venv-cuda
 CUDA_TESTS := $(CUDA)/tests-$(VERSION)
@@ -27,7 +27,14 @@ PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: quickstart test test-slow test-cuda lint format newest update always
 
+# A GPU or TPU that is here, and for which nothing is installed, is named.
 quickstart: $(PACKAGE)
+	@test -n "$(EXTRAS)$(wildcard $(VENV)/package-$(VERSION)-*)" || \
+	  ! command -v nvidia-smi >/dev/null || \
+	  echo "an NVIDIA GPU is here, and not used: EXTRAS=cuda make quickstart"
+	@test -n "$(EXTRAS)$(wildcard $(VENV)/package-$(VERSION)-*)" || \
+	  { test ! -e /dev/accel0 && test ! -e /dev/vfio/0; } || \
+	  echo "a TPU is here, and not used: EXTRAS=tpu make quickstart"
 	$(BIN)/python tools/quickstart.py
 
 test: $(TESTS)
@@ -66,7 +73,8 @@ $(PACKAGE): pyproject.toml $(PINNED)
 	  { echo "$(PYTHON) is not Python 3.11 or newer; name one: PYTHON=/path/to/python make"; exit 1; }
 	@test "`$(BIN)/python $(VERSION_OF) 2>/dev/null`" = "$(VERSION)" || \
 	  $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python $(PIP_INSTALL) --editable .
+	@echo "installing dsjax into $(VENV): a few minutes the first time"
+	$(BIN)/python $(PIP_INSTALL) --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch $@
 
 # torch comes first and alone: resolved beside others, another build of it may be picked.

@@ -78,7 +78,7 @@ def answered(argv: Sequence[str], environment: Mapping[str, str]) -> bool:
         if "--print-config" in wanted:
             print_text(to_yaml(load_config(path, overrides)).rstrip())
             return True
-        if not given and not may_be_several(environment):
+        if path is None or not (given or may_be_several(environment)):
             load_config(path, overrides)
         say_start(f"train {path}")
         return False

@@ -80,8 +80,8 @@ def _check_same(old: RunConfig, new: RunConfig) -> None:
     if changed:
         raise ConfigError(
             f"output_dir: got {new.output_dir!r}, which holds a run with other "
-            f"{', '.join(changed)}, expected the same configuration; choose another output_dir, or "
-            "remove that one"
+            f"{', '.join(changed)}, expected the same configuration; choose another output_dir, "
+            "as --fresh does, or remove that one"
         )
 
 

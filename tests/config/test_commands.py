@@ -128,10 +128,15 @@ def test_the_version_names_what_a_report_needs():
 
 
 @pytest.mark.parametrize("module", [module for module, _ in COMMANDS.values()])
-def test_help_takes_less_than_seven_tenths_of_a_second(module: str):
-    """Of a processor, so that a busy machine does not count; the least of three."""
-    command = [sys.executable, "-m", module, "--help"]
-    assert min(_seconds(command) for _ in range(3)) < 0.7
+def test_help_takes_a_few_times_what_its_two_libraries_take(module: str):
+    """Of a processor: a tenth of a second each on a quiet machine, so that it is below 0.7 s there.
+
+    The machine that tests run on may be half as fast a minute later: both are measured in turn.
+    """
+    libraries = [sys.executable, "-c", "import pydantic, yaml"]
+    shown = [sys.executable, "-m", module, "--help"]
+    pairs = [(_seconds(shown), _seconds(libraries)) for _ in range(3)]
+    assert min(whole / alone for whole, alone in pairs) < 5
 
 
 def _seconds(command: list[str]) -> float:

@@ -79,9 +79,9 @@ def test_templates_show_the_day_on_which_the_run_began(again, run: Path, monkeyp
     """Another day would make other tokens of the same rows, which are refused."""
     days, read = [], run_data.read_data
 
-    def note_day(config: Any, parts: Any, today: datetime) -> Any:
+    def note_day(config: Any, setup: Any, today: datetime, *primary: bool) -> Any:
         days.append(today)
-        return read(config, parts, today)
+        return read(config, setup, today, *primary)
 
     monkeypatch.setattr(run_data, "read_data", note_day)
     again()

@@ -123,7 +123,9 @@ def test_an_unreachable_coordinator_ends_the_command(config: Path, run_cli):
     options = ["--coordinator", address, "--processes=2", "--process=1"]
     done = run_cli("train", "--config", config, *options, "--wait", "1", timeout=60)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("error: --coordinator: got localhost:")
+    began, told = done.stderr.splitlines()
+    assert began.endswith(f": train {config}")
+    assert told.startswith("error: --coordinator: got localhost:")
 
 
 def test_the_others_do_not_come(capsys: pytest.CaptureFixture[str]):

@@ -22,6 +22,7 @@ BASE: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "t"}, "output_
 
 
 OTHER: dict[str, Any] = {
+    "logging.logging_steps": 20,
     "model.dtype": "float32",
     "model.param_dtype": "bfloat16",
     "adapter.peft_type": "LORA",
