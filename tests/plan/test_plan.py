@@ -316,9 +316,10 @@ def test_a_suggestion_by_the_compiler_of_tpus(
     (found,) = json.loads(done.stdout)
     assert (found["topology"], found["fits"], found["devices"]) == ("v5e:1x1", True, 1)
     assert 0 < found["peak_bytes_per_device"] < found["hbm_bytes_per_device"]
-    began, compiling = done.stderr.splitlines()
-    assert began.endswith(f": plan {file}")
-    assert compiling.startswith("compiling v5e:1x1 mesh.fsdp=1 ")
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2, done.stderr
+    assert lines[0].endswith(f": plan {file}")
+    assert lines[1].startswith("compiling v5e:1x1 mesh.fsdp=1 ")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 """The commands as processes of their own: exit 2, one message, no traceback. Export and convert."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,10 +19,11 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
-    """The process ended with exit code 2 and one message, and printed nothing else."""
+    """The process ended with exit code 2 and one message; before it stands what it was at."""
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
+    at, found, _ = f"\n{done.stderr}".partition("\nerror: ")
+    assert found and re.fullmatch(r"(\ndsjax \S+: train .*)?(\nreading rows)?", at), done.stderr
     assert "Traceback" not in done.stderr
     assert_says(done.stderr, *parts)
 
