@@ -93,7 +93,7 @@ def train(config: RunConfig, hosts: Hosts | None = None, *, dry_run: bool = Fals
     Args:
         config: what to run.
         hosts: this process among those of the run; None for a process alone.
-        dry_run: check, announce and compile only: no weights are read, nothing is written.
+        dry_run: check, announce and compile only: no weights are loaded, nothing is written.
 
     Returns:
         The exit code: 0, or 128 + the signal that stopped the run.
@@ -148,7 +148,7 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool) -> int:
         compile_evaluation(step_cfg, data.eval, hosts) if data.eval else None,
     )
     if dry_run:
-        hosts.log_once("dry run: everything fits together; no weights were read, nothing written")
+        hosts.log_once("dry run: the inputs agree and the step compiles; no weights were loaded")
         return 0
 
     # ---- 7. Parameters: from the files onto the devices

@@ -19,8 +19,8 @@ USAGE = """usage: python -m dsjax.train FILE.yaml [section.key=value ...]
 
 FILE.yaml         the sections below; words `section.key=value` override it
 --config FILE     the same, for a file whose name ends otherwise
---dry-run         check everything, announce the run, compile it, and stop: no weights are read
-                  (a model of the hub is downloaded), nothing is written
+--dry-run         check everything, announce the run, compile it, and stop: no weights are
+                  loaded (a model of the hub is downloaded), nothing is written
 --fresh           a new run in a new folder, NAME-2 or NAME-3, if output_dir NAME is there
 --print-config    print the resolved configuration, and stop
 --schema          print its JSON schema, for editors, and stop

@@ -28,7 +28,7 @@ def test_a_dry_run_a_run_and_a_fresh_one(tmp_path: Path, capsys: pytest.CaptureF
     said = capsys.readouterr().err
     assert "compiled the step in" in said and "| steps       2 (" in said
     assert said.endswith(
-        "dry run: everything fits together; no weights were read, nothing written\n"
+        "dry run: the inputs agree and the step compiles; no weights were loaded\n"
     )
     assert "reading weights" not in said
     assert files_of(tmp_path) == before
