@@ -36,7 +36,7 @@ ROOMS = (
     {"generate"},
     {"train", "evaluate"},
 )
-ENTRY_POINTS = {"train.py", "evaluate.py"} | {
+ENTRY_POINTS = {"train.py", "evaluate.py", "plan/__main__.py"} | {
     f"{room}/command.py" for room in ("export", "generate", "plan")
 }
 MOST_LINES = {"_train": 100}

@@ -91,6 +91,7 @@ def test_only_what_trains_is_counted() -> None:
     assert partition.counts()[0] == dense + experts
 
 
+@pytest.mark.slow
 def test_experts_without_an_adapter_stay_zero() -> None:
     run = tiny_steps.start(
         tiny_steps.V3, tiny_steps.UNEVEN_EXPERTS, optimizer={"weight_decay": 0.5}

@@ -101,7 +101,7 @@ def _dropped(recipe: str) -> tiny_steps.Outcome:
     ("recipe", "mesh", "pieces"),
     [
         pytest.param("dense", None, 4, marks=pytest.mark.slow),
-        ("dense", {"data": 2, "fsdp": 2, "tensor": 2}, 2),
+        pytest.param("dense", {"data": 2, "fsdp": 2, "tensor": 2}, 2, marks=pytest.mark.slow),
         ("head", {"fsdp": 4}, 2),
         pytest.param("v3", {"expert": 2, "data": 2}, 2, marks=pytest.mark.slow),
         pytest.param("v3", {"fsdp": 2, "expert": 2, "tensor": 2}, 1, marks=pytest.mark.slow),

@@ -128,9 +128,8 @@ def export_words(run: Path, out: Path) -> list[str]:
     return ["--run", str(run), "--out", str(out), "--format", "merged"]
 
 
-@pytest.mark.parametrize(
-    "place", [pytest.param("trained", marks=pytest.mark.slow), "merged", "load"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("place", WHERE)
 def test_a_proof_that_cannot_be_computed_leaves_the_export(
     place: str,
     finished: Path,

@@ -88,6 +88,7 @@ def _gradients(alpha: float, mesh: dict[str, int] | None = None, pieces: int = 1
     return run.gradients() | {"loss": np.asarray(report.sums["loss"])}
 
 
+@pytest.mark.slow
 def test_the_loss_is_in_the_gradients_and_not_in_what_is_logged() -> None:
     alpha, plain, balanced = 0.5, _gradients(0.0), _gradients(0.5)
     assert plain["loss"] == balanced["loss"]
