@@ -55,7 +55,7 @@ def parse_words(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def answered(argv: Sequence[str]) -> bool:
-    """Print the help that is asked for; False if there is something to evaluate.
+    """Print the help that is asked for; False if there is something to evaluate, which it says.
 
     Raises:
         ConfigError: an option is wrong, or the configuration.

@@ -60,7 +60,7 @@ def split_process_options(argv: Sequence[str]) -> tuple[dict[str, str], list[str
 
 
 def answered(argv: Sequence[str], environment: Mapping[str, str]) -> bool:
-    """Print the text that is asked for; False if there is a run to begin.
+    """Print the text that is asked for; False if there is a run to begin, which it then says.
 
     Raises:
         ConfigError: an option is wrong; or the configuration, where no other process could wait

@@ -35,7 +35,7 @@ _OPTIONS = ("--config", "--topology", *_SWITCHES, "--help", "-h")
 
 
 def answered(argv: Sequence[str]) -> bool:
-    """Print the help that is asked for; False if there is something to plan.
+    """Print the help that is asked for; False if there is something to plan, which it says.
 
     Raises:
         ConfigError: an option is wrong, or the configuration.

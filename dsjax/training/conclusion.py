@@ -22,11 +22,12 @@ def conclude(run: Run, summary: Mapping[str, float | None], form: str | None) ->
         form: of its export; None if there is none.
     """
     files, loss = run.directory, summary["train_loss"]
+    board = f", {files.tensorboard.name}/" if "tensorboard" in run.config.logging.report_to else ""
     facts = {
         "train loss": "none: no token was trained" if loss is None else f"{loss:.4f}",
         "runtime": f"{clock(summary['train_runtime'] or 0)}, "
         f"{summary['train_tokens_per_second'] or 0:,.0f} tokens/s",
-        "losses": f"{files.loss_plot}, {files.metrics.name}, {files.tensorboard.name}/",
+        "losses": f"{files.loss_plot}, {files.metrics.name}{board}",
         "checkpoints": files.checkpoints,
     }
     if form is not None:

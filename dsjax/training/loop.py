@@ -42,11 +42,10 @@ SAME_SIGNAL = 0.3
 """Seconds within which signals count as one: `timeout` sends its to the process and its group."""
 
 
-def logging_interval(section: LoggingSection, total: int) -> int:
+def logging_steps(section: LoggingSection, total: int) -> int:
     """Return the steps between two lines: `auto` leaves a short run enough for a picture."""
-    return (
-        max(1, min(10, total // 10)) if section.logging_steps == "auto" else section.logging_steps
-    )
+    asked = section.logging_steps
+    return max(1, min(10, total // 10)) if asked == "auto" else asked
 
 
 class StepsInFlight:
@@ -157,10 +156,7 @@ class Loop:
         self, state: TrainState, start: int, profile: Profile, stop: Stop
     ) -> TrainState:
         """Run the steps until the last, or until all processes stop for a signal."""
-        meter, every = (
-            self.reporting.meter,
-            logging_interval(self.run.config.logging, self.run.total),
-        )
+        meter, every = self.reporting.meter, logging_steps(self.run.config.logging, self.run.total)
         in_flight, train = StepsInFlight(meter, self.reporting.progress), self.run.data.train
         meter.start()
         # A signal may have cut off the evaluation that belongs to the step before.

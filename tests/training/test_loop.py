@@ -87,7 +87,7 @@ def test_few_steps_are_in_flight_and_the_bar_counts_finished_ones(
     [("auto", 8, 1), ("auto", 25, 2), ("auto", 5000, 10), (10, 8, 10), (1, 5000, 1)],
 )
 def test_a_short_run_is_logged_often_enough_for_a_picture(asked: Any, total: int, every: int):
-    assert loop.logging_interval(LoggingSection(logging_steps=asked), total) == every
+    assert loop.logging_steps(LoggingSection(logging_steps=asked), total) == every
 
 
 @pytest.mark.parametrize("again", [pytest.param(False, marks=pytest.mark.slow), True])
