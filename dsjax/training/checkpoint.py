@@ -13,6 +13,7 @@ a damaged checkpoint is refused, and never restored as other numbers.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +43,9 @@ STRAGGLERS = (
     "sys.meta_path is None",  # at the very end, by what was never awaited
 )
 """How reads and writes that a failed one leaves behind report themselves."""
+
+NOT_BEGUN = r"coroutine '(ArrayHandler|_read_array)\S*' was never awaited"
+"""What Python warns of where such a read had not begun."""
 
 
 class RemovedError(ConfigError):
@@ -296,12 +300,16 @@ def _silent_stragglers() -> Iterator[None]:
     """Keep reads and writes that a failed one leaves behind from printing tracebacks.
 
     When one fails, Orbax closes its event loop under the others; each of them, once done or
-    given up, reports it to `sys.unraisablehook`, also long after. So after a failure, with which
-    the run ends, these reports stay muted.
+    given up, reports it to `sys.unraisablehook`, also long after, and Python warns of each that
+    had not begun. So after a failure, with which the run ends, these reports stay muted.
     """
     report = sys.unraisablehook
     sys.unraisablehook = _without_stragglers(report)
-    yield
+    try:
+        yield
+    except Exception:
+        warnings.filterwarnings("ignore", NOT_BEGUN, RuntimeWarning)
+        raise
     sys.unraisablehook = report
 
 

@@ -330,7 +330,8 @@ def test_the_compiler_of_tpus_refuses_what_is_too_large(
     many = "training.batch_size=262144 training.gradient_checkpointing=full".split()
     words = ["--config", str(file), _bare(tmp_path), "--topology=v5e:1x1", "--json", *many]
     done = run_cli("plan", *words)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert re.fullmatch(rf"dsjax \S+: plan {re.escape(str(file))}\n", done.stderr)
     found = json.loads(done.stdout)
     assert not found["fits"] and found["peak_bytes_per_device"] is None
     assert found["compiler_says"].startswith("RESOURCE_EXHAUSTED: ")

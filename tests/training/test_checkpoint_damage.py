@@ -205,6 +205,18 @@ def test_reads_that_a_failed_one_leaves_behind_are_not_reported(monkeypatch, sai
     assert reports == ([late] if reported else [])
 
 
+def test_reads_that_had_not_begun_are_not_warned_of(recwarn):
+    async def read():
+        """Stands for Orbax's read of one shard."""
+
+    read.__qualname__ = "_read_array_index_and_device_put"
+    with suppress(ValueError), checkpoint._silent_stragglers():
+        raise ValueError
+    never_awaited = read()
+    del never_awaited
+    assert not list(recwarn)
+
+
 def _files_of(folder: Path) -> dict[str, Any]:
     """The content of the JSON files of a checkpoint by their paths."""
     found = {}
