@@ -19,6 +19,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else b"" for f in found}
 
 
+@pytest.mark.slow
 def test_a_dry_run_a_run_and_a_fresh_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = small_run.write_inputs(tmp_path, "lora")
     words = [str(config), *BRIEF]

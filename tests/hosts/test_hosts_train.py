@@ -87,6 +87,7 @@ def test_two_processes_train_what_one_trains(lora: Path, undisturbed: Path):
     assert len(starts) == 12  # by one process
 
 
+@pytest.mark.slow
 def test_devices_talk_once_all_have_read_the_weights(lora: Path, tmp_path: Path):
     script = str(Path(__file__).with_name("late.py"))
     words = [script, "--config", str(lora), f"output_dir={tmp_path}/run"]

@@ -68,11 +68,12 @@ def _held(tree: Any, device: Any) -> int:
     return sum(shard.data.nbytes for shard in shards if shard.device == device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "variant", "mesh"),
     [
         ("lora", "llama_gqa", {"fsdp": 4, "tensor": 2}),
-        pytest.param("full", "deepseek_v3_hub", {"fsdp": 2, "expert": 4}, marks=pytest.mark.slow),
+        ("full", "deepseek_v3_hub", {"fsdp": 2, "expert": 4}),
     ],
 )
 def test_a_plan_is_what_the_run_then_needs(

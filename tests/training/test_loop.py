@@ -90,7 +90,8 @@ def test_a_short_run_is_logged_often_enough_for_a_picture(asked: Any, total: int
     assert loop.logging_steps(LoggingSection(logging_steps=asked), total) == every
 
 
-@pytest.mark.parametrize("again", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True])
 def test_a_signal_is_answered_at_once_and_obeyed_two_steps_later(
     tmp_path: Path, slow_steps: list[Any], capsys: pytest.CaptureFixture[str], again: bool
 ):
