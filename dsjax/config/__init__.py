@@ -16,6 +16,7 @@ from dsjax.config.load import (
     json_schema,
     load_config,
     located,
+    make_config,
     to_yaml,
 )
 from dsjax.config.sections import (
@@ -49,6 +50,7 @@ __all__ = [
     "json_schema",
     "load_config",
     "located",
+    "make_config",
     "split_arguments",
     "to_yaml",
 ]

@@ -11,8 +11,8 @@ are relative to the working directory. A section's `model_fields_set` holds the 
 gave.
 """
 
-import os.path
-from collections.abc import Container, Sequence
+import os
+from collections.abc import Container, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -88,15 +88,37 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         raise ConfigError(
             f"{path}: got No such file or directory, expected a YAML file; {_recipe_like(path)}"
         )
-    tree = set_overrides(read_yaml(path), overrides, rules.keys(RunConfig))
+    return make_config(set_overrides(read_yaml(path), overrides, rules.keys(RunConfig)))
+
+
+def make_config(tree: Mapping[str, Any]) -> RunConfig:
+    """Make a run's configuration of what its file would hold.
+
+    Args:
+        tree: section -> key -> value. Paths, tuples and numpy's numbers are taken as well.
+
+    Raises:
+        ConfigError: names every key that is unknown, missing, wrong or at odds with another.
+    """
     # A section that is left out, or left empty, still has its required keys checked by name.
     filled = {name: {} for name in rules.sections(RunConfig)}
-    filled |= {name: part for name, part in tree.items() if part is not None}
+    filled |= {name: _plain(part) for name, part in tree.items() if part is not None}
     try:
         return RunConfig.model_validate(filled)
     except ValidationError as error:
         lines = rules.problems(error, filled, RunConfig, _PLANNED)
     raise ConfigError("\n".join(lines))
+
+
+def _plain(value: Any) -> Any:
+    """Return Python's own value for one that a file could not hold."""
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if hasattr(value, "item") else value
 
 
 def recipes() -> Path:
