@@ -60,13 +60,16 @@ def load_pretrained(
     Raises:
         ConfigError: the checkpoint or the adapter is wrong or not supported.
     """
+    for name, folder in {"path": path, "adapter": adapter}.items():
+        if folder is not None and not os.fspath(folder):
+            raise ConfigError(f"{name}: got an empty text, expected a folder or a hub id")
     if mesh is None:
         mesh = make_mesh(MeshSection(fsdp=1), jax.devices()[:1])
     mesh = normalize_mesh(mesh)
     if dtype not in ("bfloat16", "float32", "float16"):
         raise ConfigError(f"dtype: got {dtype!r}, expected bfloat16, float32 or float16")
     section = ModelSection.model_validate({"path": str(path), "dtype": dtype})
-    wanted = AdapterSection(path=str(adapter)) if adapter else AdapterSection()
+    wanted = AdapterSection() if adapter is None else AdapterSection(path=str(adapter))
     setup = assemble_model(section, wanted, [], mesh)
     if setup.spec is None:
         setup = replace(setup, partition=setup.partition.for_inference(dtype))

@@ -69,6 +69,12 @@ def test_a_mesh_of_other_axes_is_refused(checkpoint: Path):
         logits(checkpoint, mesh=Mesh(np.array(jax.devices()[:2]), ("x",)))
 
 
+@pytest.mark.parametrize("words", [{"path": ""}, {"path": "x", "adapter": ""}])
+def test_an_empty_path_is_refused(words: dict[str, str]):
+    with pytest.raises(ConfigError, match=": got an empty text, expected a folder or a hub id"):
+        dsjax.load_pretrained(**words)
+
+
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_a_merged_save_holds_what_the_model_has_now(
     checkpoint: Path, adapter: Path, tmp_path: Path, with_adapter: bool
