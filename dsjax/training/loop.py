@@ -302,7 +302,8 @@ def finish_evaluation(
             )
             raise
         hosts.log_once(
-            f"the evaluation failed: {first_line(error)}; the export comes first, then this error"
+            f"the evaluation failed: {first_line(error)}; the rest of the run comes first, "
+            "then this error"
         )
         return error
     return None
