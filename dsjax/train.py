@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
         if code:
             place = f"output_dir={config.output_dir}"
             again = [place if word == "--fresh" else word for word in sys.orig_argv]
-            hosts.log_once(f"to go on: {shlex.join(again)}")
+            hosts.log_once(f"to continue: {shlex.join(again)}")
         return code
 
 
@@ -191,7 +191,7 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool) -> int:
         compile_evaluation(step_cfg, data.eval, hosts) if data.eval else None,
     )
     if dry_run:
-        hosts.log_once("dry run: the inputs agree and the step compiles; no weights were loaded")
+        hosts.log_once("dry run: inputs are valid and the step compiles; no weights were loaded")
         return 0
 
     # ---- 7. Parameters: from the files onto the devices
@@ -278,7 +278,7 @@ def beside_earlier(config: RunConfig, hosts: Hosts) -> RunConfig:
     """Give a run a new output directory if there is one of its name: `--fresh`."""
     new = hosts.broadcast_from_primary(lambda: fresh_path(config.output_dir))
     if new != config.output_dir:
-        hosts.log_once(f"output_dir: {new}, since {config.output_dir} is there")
+        hosts.log_once(f"output_dir: {new}, since {config.output_dir} exists")
     return config.model_copy(update={"output_dir": new})
 
 
