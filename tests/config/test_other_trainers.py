@@ -72,13 +72,14 @@ def test_a_lora_file_of_llama_factory_trains_the_same(capsys: pytest.CaptureFixt
     head = re.findall(r"^# {3}(\w+):", text, re.M)
     assert {"template", "max_samples", "cutoff_len", "lora_target"} <= set(head)
     assert {"trust_remote_code", "plot_loss", "ddp_timeout", "do_train"} <= set(head)
-    told = LLAMA_FACTORY.keys() - {"resume_from_checkpoint"}
-    assert [key for key in told if key not in head and not rules_of(key)] == []
 
 
-def rules_of(name: str) -> bool:
-    """Whether a key of LLaMA-Factory's sets one of ours."""
-    return bool(TRAINERS[0].keys[name].ours)
+def test_no_key_is_passed_over(capsys: pytest.CaptureFixture[str]):
+    quiet = {"neat_packing": False, "max_steps": -1, "fp16": False, "quantization_type": "nf4"}
+    changes = quiet | {"eval_strategy": "no", "use_dora": False, "gradient_checkpointing": True}
+    _, text = converted(LLAMA_FACTORY | changes, capsys)
+    told = set(re.findall(r"^# {3}(\w+):", text, re.M))
+    assert changes.keys() - {"eval_strategy"} | {"eval_steps"} <= told
 
 
 def test_defaults_of_llama_factory_are_written_down(capsys: pytest.CaptureFixture[str]):

@@ -65,6 +65,7 @@ def convert_file(path: str, devices: int | None, dataset_info: str | None) -> Co
     else:
         llama_factory.convert(draft, devices, read_registry(draft, dataset_info))
     raise_all(dict.fromkeys(draft.problems))
+    draft.tell_the_rest()
     _check(draft)
     return Conversion(trainer.name, nested(draft.ours), draft.differs, draft.nothing)
 

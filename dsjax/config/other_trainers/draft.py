@@ -32,6 +32,7 @@ class Draft:
         differs: lines about what is not the same.
         nothing: lines about keys that set nothing.
         problems: why it cannot be converted.
+        taken: keys of theirs that set one of ours, or of which a line tells.
     """
 
     trainer: Trainer
@@ -42,11 +43,13 @@ class Draft:
     differs: list[str] = field(default_factory=list)
     nothing: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    taken: set[str] = field(default_factory=set)
 
     def set(self, theirs: str, ours: str, value: Any) -> None:
         """Set a key of ours."""
         self.ours[ours] = value
         self.source[ours] = theirs
+        self.taken.add(theirs)
 
     def on(self, key: str) -> bool:
         """Whether a switch of theirs is on; anything but true and false is a problem."""
@@ -74,6 +77,12 @@ class Draft:
         """Note what is not the same here, or is the same without a key."""
         value = shown(self.values[key]) if key in self.values else "not given"
         (self.nothing if same else self.differs).append(f"{key}: {value}: {note}")
+        self.taken.add(key)
+
+    def tell_the_rest(self) -> None:
+        """Tell of keys that came to nothing, such as a switch that is off."""
+        for key in [key for key in self.given if key not in self.taken]:
+            self.tell(key, "not used with the other keys, or as here", same=True)
 
 
 def begin(tree: Mapping[str, Any], trainer: Trainer) -> Draft:

@@ -14,6 +14,7 @@ _EXPERTS = (
     "are modules: name gate_proj, up_proj and down_proj for them"
 )
 _CUT = "a longer row is cut at its end, there in each turn by its share of the row"
+_PACKED_LENGTH = "a packed row holds cutoff_len tokens, there one less"
 _PACKED = "attention never crosses packed examples, there only with neat_packing"
 
 
@@ -30,6 +31,7 @@ def convert(draft: Draft, devices: int | None, registry: Registry | None) -> Non
         draft.refuse("dataset", f"names of data sets in {registry.file}", "write some")
     else:
         convert_datasets(draft, registry, as_text)
+        draft.tell("dataset_dir", f"data sets are those of {registry.file}", same=True)
     _convert_rows(draft)
     _convert_adapter(draft)
     _convert_number_types(draft)
@@ -66,6 +68,8 @@ def _convert_rows(draft: Draft) -> None:
     is_neat = draft.on("neat_packing")
     packs = draft.on("packing") or is_neat
     draft.set("packing", "data.packing", packs)
+    if packs:
+        draft.tell("neat_packing" if is_neat else "packing", _PACKED_LENGTH)
     if packs and not is_neat:
         draft.tell("packing", _PACKED)
     size = draft.values.get("val_size", 0)
@@ -130,6 +134,9 @@ def _convert_number_types(draft: Draft) -> None:
         draft.refuse("quantization_bit", "4 (of quantization_type nf4) or 8", "take it out")
     elif bits is not None:
         draft.set("quantization_bit", "model.quantization", {4: "nf4", 8: "int8"}[bits])
+    for key in ("gradient_checkpointing", "activation_checkpointing"):
+        if key in draft.given:
+            draft.tell(key, "disable_gradient_checkpointing decides, there too", same=True)
     draft.set(
         "disable_gradient_checkpointing",
         "training.gradient_checkpointing",
