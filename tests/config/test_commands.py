@@ -97,6 +97,7 @@ MISTAKES = {
     "plan configs/quickstart.yaml --topolgy cpu:8": "--topolgy: got an unknown option",
     "export --rum x": "--rum: got",
     "generate --promt x": "--promt: got",
+    "convert-config none.yaml": "none.yaml: got No such file",
 }
 
 
