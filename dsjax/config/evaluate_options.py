@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 from dsjax.config.command_line import CommandParser, say_start
+from dsjax.config.inputs import check_inputs, check_model_path
 from dsjax.config.load import load_config
 from dsjax.config.sections import DataSection
 from dsjax.config.yaml_file import is_config_file, one_config
@@ -65,6 +66,8 @@ def answered(argv: Sequence[str]) -> bool:
         return True
     words = parse_words(argv)
     if words.config is not None:
-        load_config(words.config, words.overrides)
+        check_inputs(load_config(words.config, words.overrides), training=False)
+    elif words.model is not None:
+        check_model_path(words.model, "--model")
     say_start(f"evaluate {words.config or words.model or ''}".rstrip())
     return False

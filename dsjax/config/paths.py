@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which paths are URLs.
+"""Which paths are URLs, and which file of a run's folder says what the run is.
 
 In: a path as a configuration or a command line names it. Out: whether it is a URL, and the message
 where only a folder will do. Not done here: reading what lies there (`weights.storage`).
 """
 
 import re
+
+RUN_CONFIG = "config.yaml"
+"""In a run's folder: its resolved configuration."""
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://.")
 

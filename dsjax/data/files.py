@@ -11,22 +11,20 @@ refusal that begins with the file's name. Not here: the syntax of JSON (`json_re
 """
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 
-from dsjax.config.paths import is_url
+from dsjax.config.inputs import check_source, is_dataset_id
 from dsjax.data.columns import Columns
 from dsjax.data.csv_reader import csv_rows
 from dsjax.data.json_reader import json_file, json_lines, parse_json
-from dsjax.errors import ConfigError, nearest
+from dsjax.errors import ConfigError
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 STRUCTURED = ("messages", "conversations", "history", "input_ids", "labels", "attention_mask")
 DEEPEST = 100
 """Levels of lists and objects in a row: no data has so many, and Python's own limit is not far."""
@@ -52,54 +50,12 @@ def read_rows(
     Raises:
       ConfigError: nothing there, a folder, an unknown kind of file, or a row that does not parse.
     """
-    if is_url(source):
-        raise ConfigError(
-            f"{field}: got the URL {source}, expected a file or a hub dataset; copy it to a file "
-            "system that every host sees"
-        )
+    check_source(source, field)
     columns = columns or Columns({})
     path = Path(source).expanduser()
-    try:
-        if path.is_dir():
-            raise ConfigError(
-                f"{field}: got the folder {source}, expected a file or a hub dataset; list its "
-                f"files, such as {next(_data_files(path), path / 'train.jsonl')}"
-            )
-        if path.is_file():
-            return _file_rows(path, _suffix(path, field), columns)
-        if not is_hub_id(source):
-            raise ConfigError(f"{field}: got {source}, expected a file that exists{_beside(path)}")
-    except OSError as error:  # a folder on the way that may not be read, a name that is too long
-        raise ConfigError(
-            f"{field}: got {source}, expected a file that can be read ({error.strerror})"
-        ) from error
-    return _hub_rows(source, field, splits, subset, columns)
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a source that is no file names a dataset on the hub."""
-    path = Path(source).expanduser()
-    return path.suffix not in READERS and bool(HUB_ID.fullmatch(source)) and not path.exists()
-
-
-def _data_files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.iterdir()) if path.suffix in READERS)
-
-
-def _beside(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"; there is no folder {path.parent}"
-    names = [found.name for found in _data_files(path.parent)]
-    return f"; {nearest(path.name, names)}" if names else ""
-
-
-def _suffix(path: Path, field: str) -> str:
-    if path.suffix not in READERS:
-        raise ConfigError(
-            f"{field}: got {path}, expected a file that ends in {', '.join(READERS)}; "
-            "rename it, or unpack it if it is compressed"
-        )
-    return path.suffix
+    if is_dataset_id(source):
+        return _hub_rows(source, field, splits, subset, columns)
+    return _file_rows(path, path.suffix, columns)
 
 
 def _file_rows(path: Path, suffix: str, columns: Columns) -> Rows:

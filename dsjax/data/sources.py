@@ -5,19 +5,13 @@ In: paths, patterns of paths, ids of hub datasets. Out: the rows of each file or
 Not here: reading one of them (`files`), which rows are held out (`held_out`).
 """
 
-import glob
-import os.path
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from dsjax.config import DataSection
-from dsjax.config.paths import is_url
+from dsjax.config.inputs import find_sources, is_dataset_id
 from dsjax.data.columns import Columns
-from dsjax.data.files import Rows, is_hub_id, read_rows
-from dsjax.errors import ConfigError
-
-PATTERN = re.compile(r"[*?\[]")
+from dsjax.data.files import Rows, read_rows
 
 
 class Source(NamedTuple):
@@ -26,24 +20,6 @@ class Source(NamedTuple):
     field: str
     name: str
     rows: Rows
-
-
-def find_sources(source: str, field: str) -> list[str]:
-    """Name the files that a pattern matches, sorted; anything else is one source as it is.
-
-    Raises:
-      ConfigError: a pattern matches no file.
-    """
-    path = os.path.expanduser(source)
-    if is_url(source) or not PATTERN.search(source) or os.path.exists(path):
-        return [source]
-    found = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
-    if not found:
-        raise ConfigError(
-            f"{field}: got {source}, which matches no file, expected one or more; * and ? stand "
-            "for part of a name, ** for folders in folders"
-        )
-    return found
 
 
 def open_sources(
@@ -71,7 +47,7 @@ def open_sources(
 
 def unused_keys(section: DataSection) -> list[str]:
     """Keys that the user gave and that have no hub dataset to be of."""
-    if any(is_hub_id(source) for source in (*section.train, *(section.eval or ()))):
+    if any(is_dataset_id(source) for source in (*section.train, *(section.eval or ()))):
         return []
     return [f"data.{key}" for key in ("subset", "split") if getattr(section, key) is not None]
 

@@ -8,6 +8,7 @@ end_at_once()  # what is imported below takes seconds
 from collections.abc import Sequence  # noqa: E402
 
 from dsjax.config.command_line import say_start  # noqa: E402
+from dsjax.config.inputs import check_run_dir  # noqa: E402
 from dsjax.errors import run_command  # noqa: E402
 from dsjax.export.options import make_parser  # noqa: E402
 
@@ -15,6 +16,7 @@ from dsjax.export.options import make_parser  # noqa: E402
 def main(argv: Sequence[str]) -> int:
     """Print the help, or name a mistake, before the imports that take seconds; then the command."""
     words = make_parser().parse_args(argv)
+    check_run_dir(words.run, "--run")
     say_start(f"export {words.run}")
     from dsjax.export.command import main as command
 

@@ -19,6 +19,8 @@ from typing import Any
 
 from dsjax import signals
 from dsjax.config import RunConfig, load_config
+from dsjax.config.inputs import check_run_dir
+from dsjax.config.paths import RUN_CONFIG
 from dsjax.distributed.coordinator import numbered
 from dsjax.distributed.lock_file import LOCK_FILE, locked
 from dsjax.distributed.processes import Hosts
@@ -52,7 +54,7 @@ class RunDir:
     @property
     def config(self) -> Path:
         """Return the file of the resolved configuration."""
-        return self.path / "config.yaml"
+        return self.path / RUN_CONFIG
 
     @property
     def metrics(self) -> Path:
@@ -100,10 +102,7 @@ def fresh_path(path: str) -> str:
 
 def run_config(run: RunDir) -> RunConfig:
     """Read the resolved configuration of a run."""
-    if not run.config.is_file():
-        raise ConfigError(
-            f"--run: got {str(run)!r}, expected the output_dir of a run; no {run.config}"
-        )
+    check_run_dir(str(run), "--run")
     return load_config(run.config)
 
 

@@ -7,12 +7,12 @@ files come first, so that a model that is refused costs no shard. Not done here:
 index (`hf_directory`).
 """
 
-import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dsjax.config.inputs import check_model_path
 from dsjax.config.json_file import read_object
 from dsjax.config.paths import is_url
 from dsjax.errors import ConfigError, raise_all
@@ -30,7 +30,6 @@ from dsjax.weights.model_files import (
 from dsjax.weights.safetensors import is_lfs_pointer, lfs_problem
 from dsjax.weights.storage import Folder, copied, open_folder
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _INDEX = ".index.json"
 _MOST_NAMES = 8
 
@@ -76,6 +75,7 @@ def open_model_folder(path: str, revision: str | None) -> ModelFolder:
     Raises:
         ConfigError: nothing there, no config.json, files that are damaged or links to elsewhere.
     """
+    check_model_path(path)
     if is_url(path):
         return _open_remote(path, revision)
     if not Path(path).expanduser().exists():
@@ -100,11 +100,6 @@ def _open_remote(url: str, revision: str | None) -> ModelFolder:
 
 
 def _open_repository(name: str, revision: str | None) -> ModelFolder:
-    if not _HUB_ID.fullmatch(name):
-        raise ConfigError(
-            f"model.path: got {name!r}, expected a directory or a hub id; there is no such "
-            "directory and a hub id has the form organization/name"
-        )
     repository = hub.find_repository(name, revision)
     if repository.cached is not None:
         folder = _listed(repository.cached)
@@ -154,11 +149,6 @@ def _check_files(directory: Path, names: Sequence[str]) -> None:
 
 def _check_directory(path: str, revision: str | None) -> Path:
     local = Path(path).expanduser()
-    if not local.is_dir():
-        raise ConfigError(
-            f"model.path: got the file {path!r}, expected the directory that holds {CONFIG}; "
-            f"give {str(local.parent)!r}"
-        )
     if revision is not None:
         raise ConfigError(
             f"model.revision: got {revision!r} with the local directory {path!r}, expected null; "

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsjax.config import DataSection
+from dsjax.config.inputs import find_sources
 from dsjax.data import Examples, load_evaluation, load_examples, load_training
 from dsjax.data.columns import COLUMNS, Columns
 from dsjax.data.held_out import held_out_rows
-from dsjax.data.sources import find_sources, unused_keys
+from dsjax.data.sources import unused_keys
 from dsjax.errors import ConfigError
 
 

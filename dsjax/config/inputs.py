@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether the inputs that a configuration names can be there, by their names alone.
+
+In: `model.path`, `data.train`, `data.eval`, a run's folder. Out: `ConfigError` where the file
+system shows that one is nothing to read. It takes no time, so commands ask before their imports;
+who reads an input asks again. Not done here: reading one (`data.files`, `weights.model_folder`).
+"""
+
+import glob
+import os.path
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from dsjax.config.load import RunConfig
+from dsjax.config.paths import RUN_CONFIG, is_url
+from dsjax.errors import ConfigError, nearest, raise_all
+
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+PATTERN = re.compile(r"[*?\[]")
+
+_MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_DATASET_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+def check_inputs(config: RunConfig, *, training: bool = True) -> None:
+    """Refuse a configuration whose model or data is not there.
+
+    Args:
+        config: of a run.
+        training: False where nothing is read but what is evaluated on.
+
+    Raises:
+        ConfigError: names each of them.
+    """
+    data = config.data
+    if training:
+        sources = {"data.train": data.train, "data.eval": data.eval or []}
+    else:
+        sources = {"data.eval": data.eval or []} if data.eval else {"data.train": data.train}
+    checks = [(check_model_path, config.model.path, "model.path")]
+    checks += [
+        (_check_sources, source, f"{name}[{index}]")
+        for name, named in sources.items()
+        for index, source in enumerate(named)
+    ]
+    raise_all(_problems(checks))
+
+
+def _problems(checks: Sequence[tuple[Callable[[str, str], None], str, str]]) -> Iterator[str]:
+    for check, path, field in checks:
+        try:
+            check(path, field)
+        except ConfigError as error:
+            yield str(error)
+
+
+def check_run_dir(path: str, field: str) -> None:
+    """Refuse a folder that is no run's.
+
+    Raises:
+        ConfigError: it holds no resolved configuration.
+    """
+    if not (Path(path) / RUN_CONFIG).is_file():
+        raise ConfigError(
+            f"{field}: got {path!r}, expected the output_dir of a run; no {Path(path) / RUN_CONFIG}"
+        )
+
+
+def check_model_path(path: str, field: str = "model.path") -> None:
+    """Refuse what is no URL, no directory, and no id of a repository on the hub.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    local = Path(path).expanduser()
+    if is_url(path) or local.is_dir():
+        return
+    if local.exists():
+        raise ConfigError(
+            f"{field}: got the file {path!r}, expected the directory that holds config.json; "
+            f"give {str(local.parent)!r}"
+        )
+    if not _MODEL_ID.fullmatch(path):
+        raise ConfigError(
+            f"{field}: got {path!r}, expected a directory or a hub id; there is no such "
+            "directory and a hub id has the form organization/name"
+        )
+
+
+def _check_sources(source: str, field: str) -> None:
+    for found in find_sources(source, field):
+        check_source(found, field)
+
+
+def find_sources(source: str, field: str) -> list[str]:
+    """Name the files that a pattern matches, sorted; anything else is one source as it is.
+
+    Raises:
+        ConfigError: a pattern matches no file.
+    """
+    path = os.path.expanduser(source)
+    if is_url(source) or not PATTERN.search(source) or os.path.exists(path):
+        return [source]
+    found = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
+    if not found:
+        raise ConfigError(
+            f"{field}: got {source}, which matches no file, expected one or more; * and ? stand "
+            "for part of a name, ** for folders in folders"
+        )
+    return found
+
+
+def check_source(source: str, field: str) -> None:
+    """Refuse what is neither a file of rows nor the id of a dataset on the hub.
+
+    Args:
+        source: path, or hub id.
+        field: config path of the source, for messages (`data.train[0]`).
+
+    Raises:
+        ConfigError: nothing there, a folder, a URL, or an unknown kind of file.
+    """
+    if is_url(source):
+        raise ConfigError(
+            f"{field}: got the URL {source}, expected a file or a hub dataset; copy it to a file "
+            "system that every host sees"
+        )
+    path = Path(source).expanduser()
+    try:
+        if path.is_dir():
+            raise ConfigError(
+                f"{field}: got the folder {source}, expected a file or a hub dataset; list its "
+                f"files, such as {next(_data_files(path), path / 'train.jsonl')}"
+            )
+        if path.is_file():
+            _check_suffix(path, field)
+        elif not is_dataset_id(source):
+            raise ConfigError(f"{field}: got {source}, expected a file that exists{_beside(path)}")
+    except OSError as error:  # a folder on the way that may not be read, a name that is too long
+        raise ConfigError(
+            f"{field}: got {source}, expected a file that can be read ({error.strerror})"
+        ) from error
+
+
+def is_dataset_id(source: str) -> bool:
+    """Whether a source that is no file names a dataset on the hub."""
+    path = Path(source).expanduser()
+    known = path.suffix in DATA_SUFFIXES
+    return not known and bool(_DATASET_ID.fullmatch(source)) and not path.exists()
+
+
+def _check_suffix(path: Path, field: str) -> None:
+    if path.suffix not in DATA_SUFFIXES:
+        raise ConfigError(
+            f"{field}: got {path}, expected a file that ends in {', '.join(DATA_SUFFIXES)}; "
+            "rename it, or unpack it if it is compressed"
+        )
+
+
+def _data_files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.iterdir()) if path.suffix in DATA_SUFFIXES)
+
+
+def _beside(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; there is no folder {path.parent}"
+    names = [found.name for found in _data_files(path.parent)]
+    return f"; {nearest(path.name, names)}" if names else ""
