@@ -21,7 +21,8 @@ from dsjax.distributed import lock_file
 from dsjax.distributed.lock_file import LOCK_FILE, locked
 from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
-from dsjax.training.run_dir import RunDir, locked_run_dir, read_manifest
+from dsjax.training.run_dir import RunDir, read_manifest
+from dsjax.training.run_lock import locked_run_dir
 from dsjax.weights.folders import atomic_directory, check_empty
 
 ROOT = Path(__file__).parents[2]
