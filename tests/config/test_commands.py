@@ -103,6 +103,8 @@ MISTAKES = {
     "plan configs/quickstart.yaml --topolgy cpu:8": "--topolgy: got an unknown option",
     "export --rum x": "--rum: got",
     "generate --promt x": "--promt: got",
+    "view none": "RUN: got 'none', expected the output_dir of a run",
+    "view configs --no-brwser": "--no-brwser: got an option that is not known",
 }
 
 
