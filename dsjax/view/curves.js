@@ -106,7 +106,7 @@ function draw(chart) {
     area.append(shape("path", { d: pathOf(points, x, y), class: style }));
     const few = points.length <= FEW && !style.includes("faint");
     for (const [step, value] of few && curve.evaluated ? points.filter(inView) : []) {
-      area.append(shape("circle", { cx: x(step), cy: y(value), r: 3, class: `point ${curve.colour}` }));
+      area.append(circle(x(step), y(value), 3, `point ${curve.colour}`));
     }
   }
   chart.layer = shape("g", {});
@@ -122,8 +122,11 @@ function tellOf(chart, lines, values) {
   const notes = [];
   if (!values.length) notes.push("no value between these steps that can be drawn");
   if (size > 1) notes.push(`drawn: the lowest and the highest of every ${size} lines`);
-  const hidden = chart.large && view.log && chart.curves.some((c) => c.values.some((v) => v !== null && v <= 0));
-  if (hidden) notes.push("values of 0 and below have no place on a logarithmic axis");
+  const hidden = (curve) => curve.values.some((value) => value !== null && value <= 0);
+  const logarithmic = chart.large && view.log;
+  if (logarithmic && chart.curves.some(hidden)) {
+    notes.push("values of 0 and below have no place on a logarithmic axis");
+  }
   chart.note.textContent = notes.join("; ");
   chart.note.hidden = !notes.length;
 }
@@ -138,21 +141,24 @@ function valueText(curve) {
 }
 
 function drawCursor(chart) {
-  chart.at.textContent = view.cursor === null ? "" : `step ${shown(view.cursor)}`;
   chart.curves.forEach((curve, i) => (chart.values[i].textContent = valueText(curve)));
   if (!chart.scale) return;
-  const { x, y, h } = chart.scale;
+  const { x, y, w, h } = chart.scale;
   chart.layer.replaceChildren();
   if (view.cursor === null) return;
-  const at = { x1: x(view.cursor), x2: x(view.cursor), y1: 0, y2: h, class: "cursor" };
-  chart.layer.append(shape("line", at));
+  const at = x(view.cursor);
+  const [text, end] = at < w / 2 ? [at + 5, "start"] : [at - 5, "end"];
+  chart.layer.append(
+    shape("line", { x1: at, x2: at, y1: 0, y2: h, class: "cursor" }),
+    shape("text", { x: text, y: 8, "text-anchor": end }, `step ${shown(view.cursor)}`),
+  );
   for (const curve of chart.curves) {
     const place = placeAt(curve.steps, view.cursor);
     const value = (view.smooth && curve.smooth ? curve.smooth : curve.values)[place];
     const drawable = typeof value === "number" && !(chart.large && view.log && value <= 0);
     const step = curve.steps[place];
     if (!drawable || step < view.from) continue;
-    chart.layer.append(shape("circle", { cx: x(step), cy: y(value), r: 3.5, class: `dot ${curve.colour}` }));
+    chart.layer.append(circle(x(step), y(value), 3.5, `dot ${curve.colour}`));
   }
 }
 
@@ -171,7 +177,7 @@ function nearestStep(step) {
 // ---- What a user does
 
 function zoom(from, to) {
-  if (from < to) Object.assign(view, { from: Math.max(from, firstStep), to: Math.min(to, lastStep) });
+  if (from < to) [view.from, view.to] = [Math.max(from, firstStep), Math.min(to, lastStep)];
   find("from").value = view.from;
   find("to").value = view.to;
   find("all").disabled = view.from === firstStep && view.to === lastStep;
@@ -245,9 +251,10 @@ function listenToControls() {
       charts.forEach(draw);
     });
   }
+  const typed = (name) => find(name).valueAsNumber;
   for (const name of ["from", "to"]) {
     Object.assign(find(name), { min: firstStep, max: lastStep });
-    find(name).addEventListener("change", () => zoom(find("from").valueAsNumber, find("to").valueAsNumber));
+    find(name).addEventListener("change", () => zoom(typed("from"), typed("to")));
   }
   find("all").addEventListener("click", () => zoom(firstStep, lastStep));
   find("controls").addEventListener("submit", (event) => event.preventDefault());
@@ -260,17 +267,17 @@ function swatch(colour, dashed) {
 
 function showChart(chart) {
   const named = chart.large || (!several && chart.curves.length > 1);
-  chart.at = element("span", { className: "quiet" });
-  chart.values = chart.curves.map(() => element("span", {}));
+  chart.values = chart.curves.map(() => element("span", { className: "value" }));
   chart.note = element("p", { className: "quiet" });
-  chart.plot = shape("svg", { class: "plot", role: "img", tabindex: 0, "aria-label": `${chart.key} by step` });
+  const label = `${chart.key} by step`;
+  chart.plot = shape("svg", { class: "plot", role: "img", tabindex: 0, "aria-label": label });
   const items = chart.curves.map((curve, i) => {
-    const label = named ? [element("span", { className: "quiet" }, curve.label)] : [];
+    const name = named ? [element("span", { className: "quiet" }, curve.label)] : [];
     const sign = named || several ? [swatch(curve.colour, curve.dashed)] : [];
-    return element("li", { title: curve.label }, ...sign, ...label, chart.values[i]);
+    return element("li", { title: curve.label }, ...sign, ...name, chart.values[i]);
   });
   const legend = element("ul", { className: "legend" }, ...items);
-  const caption = element("figcaption", {}, element("b", {}, chart.key), chart.at, legend);
+  const caption = element("figcaption", {}, element("b", {}, chart.key), legend);
   const figure = element("figure", { className: chart.large ? "large" : "" }, caption);
   figure.append(chart.plot, chart.note);
   find("curves").append(figure);

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The page of `dsjax view`: elements, texts of numbers, and the arithmetic of curves.
 //
-// In: values. Out: elements, texts, lists; what fails is told in the page. What runs say becomes text
-// nodes, never HTML. Not done here: what is drawn (curves.js), the page's parts (page.js); the three
-// are one script, in this order.
+// In: values. Out: elements, texts, lists; what fails is told in the page. What runs say becomes
+// text nodes, never HTML. Not done here: what is drawn (curves.js), the page's parts (page.js); the
+// three are one script, in this order.
 "use strict";
 
 const EMA = 0.9;
@@ -27,6 +27,10 @@ function shape(name, attributes, ...children) {
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
   node.append(...children);
   return node;
+}
+
+function circle(cx, cy, r, style) {
+  return shape("circle", { cx, cy, r, class: style });
 }
 
 /** Any value of a run as text; numbers with four digits or more. */
@@ -105,7 +109,7 @@ function ticks(low, high, count, least = 0) {
 
 function logTicks(low, high) {
   const [first, end] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
-  const parts = end - first > 3 ? [1] : [1, 2, 5];
+  const parts = high > low * 1000 ? [1] : high > low * 10 ? [1, 2, 5] : [1, 2, 3, 4, 5, 6, 7, 8, 9];
   const found = [];
   for (let power = first; power <= end; power++) {
     found.push(...parts.map((part) => Number(`${part}e${power}`)));

@@ -24,13 +24,14 @@ function showRun(run, index) {
   }
   const title = element("h3", {}, ...sign, element("span", {}, run.name), state);
   const facts = definitions("facts", Object.entries(run.facts));
-  find("runs").append(element("article", { className: "card" }, title, definitions("tiles", tiles), facts));
+  const parts = [title, definitions("tiles", tiles), facts];
+  find("runs").append(element("article", { className: "card" }, ...parts));
 }
 
 /** A table; numbers stand right and under their heads, a missing value is empty. */
 function table(head, rows) {
   const kind = (value) => (typeof value === "number" || value === null ? "number" : "text");
-  const kinds = head.map((name, i) => kind(rows.map((row) => row[i]).find((value) => value !== undefined)));
+  const kinds = head.map((name, i) => kind(rows.find((row) => row[i] !== undefined)?.[i]));
   const top = head.map((name, i) => element("th", { scope: "col", className: kinds[i] }, name));
   const cell = (value) =>
     element("td", { className: kind(value) }, value === undefined ? "" : shown(value));
@@ -42,9 +43,10 @@ function table(head, rows) {
 }
 
 function showLastValues() {
-  const keys = [...new Set(runs.flatMap((run) => [...Object.keys(run.series), ...Object.keys(run.summary)]))];
+  const keysOf = (run) => [...Object.keys(run.series), ...Object.keys(run.summary)];
+  const keys = new Set(runs.flatMap(keysOf).filter((key) => key !== "step"));
   const value = (run, key) => (key in run.series ? last(run, key) : run.summary[key]);
-  const rows = keys.filter((key) => key !== "step").map((key) => [key, ...runs.map((run) => value(run, key))]);
+  const rows = [...keys].map((key) => [key, ...runs.map((run) => value(run, key))]);
   find("last").append(table(["", ...runs.map((run) => run.name)], rows));
 }
 
@@ -61,9 +63,11 @@ function showEvaluations() {
   for (const run of runs) {
     const rows = evaluationsOf(run);
     if (!rows.length) continue;
-    const keys = [...new Set(rows.flatMap((row) => Object.keys(row)))].filter((key) => key !== "step");
+    const found = rows.flatMap((row) => Object.keys(row)).filter((key) => key !== "step");
+    const keys = [...new Set(found)];
+    const cells = rows.map((row) => [shown(row.step), ...keys.map((key) => row[key])]);
     if (several) section.append(element("h3", {}, run.name));
-    section.append(table(["step", ...keys], rows.map((row) => [shown(row.step), ...keys.map((key) => row[key])])));
+    section.append(table(["step", ...keys], cells));
   }
   section.hidden = section.children.length === 1;
 }
@@ -76,7 +80,8 @@ function valueOf(yaml, name) {
 function showConfigs() {
   const section = find("differences");
   section.hidden = !several;
-  const rows = page.differences.map(([name, yamls]) => [name, ...yamls.map((yaml) => valueOf(yaml, name))]);
+  const values = (name, yamls) => yamls.map((yaml) => valueOf(yaml, name));
+  const rows = page.differences.map(([name, yamls]) => [name, ...values(name, yamls)]);
   if (rows.length) section.append(table(["", ...runs.map((run) => run.name)], rows));
   else section.append(element("p", { className: "quiet" }, "None, but for output_dir."));
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of `dsjax view` in a browser: it draws, without an error, and does what a user asks."""
 
+import json
 import math
 import re
 import struct
@@ -11,8 +12,6 @@ import pytest
 from browser import dump_dom, take_picture
 from runs import evaluation, line, make_run
 
-from dsjax.config import LoggingSection
-from dsjax.training.metrics_log import MetricsLog
 from dsjax.training.run_dir import RunDir
 from dsjax.view.page import source_of, to_html
 from dsjax.view.snapshot import read_snapshot
@@ -93,10 +92,9 @@ def test_two_runs(tmp_path: Path):
 
 def test_many_lines_are_thinned_and_keep_their_extremes(tmp_path: Path):
     run = make_run(tmp_path / "run", ended=False)
-    run.metrics.unlink()
-    with MetricsLog(run.path, LoggingSection(report_to=[]), 0) as log:
-        for step in range(1, 9001):
-            log.log(step, {"loss": 99.0 if step == 4321 else math.sin(step) ** 2})
+    losses = {step: 99.0 if step == 4321 else math.sin(step) ** 2 for step in range(1, 9001)}
+    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in losses.items()]
+    run.metrics.write_text("\n".join(lines) + "\n")
     chart = figures(drawn(write_page(tmp_path, run)))["loss"]
     assert "drawn: the lowest and the highest of every 9 lines" in chart
     faint, smooth = paths(chart)
