@@ -7,7 +7,8 @@
 const COLOURS = 6;
 const FIRST = ["loss", "accuracy", "learning_rate", "grad_norm", "tokens_per_second", "mfu"];
 const COUNTERS = ["epoch", "tokens", "eval_tokens"]; // their last value says it all
-const FEW = 60; // points, which are then shown one by one
+const FEW = 60; // evaluations, which are then shown one by one
+const MANY = 200; // lines, which are smoothed unless a user wants otherwise: of few it lags too far
 
 const page = JSON.parse(find("data").textContent);
 const runs = page.runs;
@@ -53,7 +54,7 @@ const view = { from: firstStep, to: lastStep, cursor: null, smooth: false, log: 
 
 for (const curve of charts.filter((chart) => chart.large).flatMap((chart) => chart.curves)) {
   if (!curve.evaluated) curve.smooth = smoothed(curve.values);
-  view.smooth ||= !curve.evaluated && curve.steps.length > FEW / 2;
+  view.smooth ||= !curve.evaluated && curve.steps.length > MANY;
 }
 
 // ---- Drawing

@@ -46,7 +46,7 @@ function shown(value) {
 /** A number on an axis, short. */
 function tickText(value) {
   const size = Math.abs(value);
-  if (size < 1e-3 && value !== 0) return value.toExponential().replace("e-", "e−");
+  if (size < 1e-4 && value !== 0) return value.toExponential().replace("e-", "e−");
   if (size < 1e4) return String(value);
   return value.toLocaleString("en", { notation: "compact", maximumSignificantDigits: 6 });
 }

@@ -52,7 +52,7 @@ function showLastValues() {
 
 /** A run's evaluations; the final one, where it is, stands for the line of its step. */
 function evaluationsOf(run) {
-  const { run: digest, ...final } = run.final; // which tells trainings apart, and readers nothing
+  const { run: digest, data, ...final } = run.final; // what it is of, which is told under the table
   if (!("eval_loss" in final)) return run.evaluations;
   const others = run.evaluations.filter((row) => row.step !== final.step);
   return [...others, { ...final, step: `${shown(final.step)} (final)` }];
@@ -67,7 +67,10 @@ function showEvaluations() {
     const keys = [...new Set(found)];
     const cells = rows.map((row) => [shown(row.step), ...keys.map((key) => row[key])]);
     if (several) section.append(element("h3", {}, run.name));
-    section.append(table(["step", ...keys], cells));
+    const names = keys.map((key) => key.replace(/^eval_/, ""));
+    section.append(table(["step", ...names], cells));
+    const { data } = run.final;
+    if (data) section.append(element("p", { className: "quiet" }, `final: of ${shown(data)}`));
   }
   section.hidden = section.children.length === 1;
 }

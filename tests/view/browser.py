@@ -18,6 +18,7 @@ QUIET = (
     "--hide-scrollbars",
     "--no-first-run",
     "--no-sandbox",  # a test may be root, in a container
+    "--run-all-compositor-stages-before-draw",  # else parts of a picture may be missing
 )
 
 
@@ -47,4 +48,4 @@ def _run(page: Path, *flags: str) -> str:
 
 
 if __name__ == "__main__":
-    take_picture(Path(sys.argv[1]), Path(sys.argv[2]), 1200, 1000)
+    take_picture(Path(sys.argv[1]), Path(sys.argv[2]), 1200, 1120)

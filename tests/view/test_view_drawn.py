@@ -57,7 +57,7 @@ def test_one_run(tmp_path: Path):
         *("loss", "accuracy", "learning_rate", "grad_norm", "tokens_per_second"),
         *("device_memory", "eval_perplexity"),
     ]  # no mfu, which is null on a CPU, and no text
-    assert len(paths(charts["loss"])) == 3  # as logged, smoothed, evaluations
+    assert len(paths(charts["loss"])) == 2  # training, evaluations
     assert charts["loss"].count("<circle") == 2
     assert [path.count("L") for path in paths(charts["grad_norm"])] == [49]
     assert paths(charts["device_memory"])[0].endswith("h0")  # a point alone
@@ -74,8 +74,7 @@ def test_two_runs(tmp_path: Path):
     html = drawn(write_page(tmp_path, *runs))
     loss = figures(html)["loss"]
     assert re.findall(r'class="(line[^"]*)"', loss.partition('class="plot"')[2]) == [
-        *("line faint colour-0", "line colour-0", "line colour-0 dashed"),
-        *("line faint colour-1", "line colour-1"),
+        *("line colour-0", "line colour-0 dashed", "line colour-1"),
     ]
     assert [title for title in re.findall(r'<li title="(.*?)"', loss)] == [
         "a",
@@ -115,7 +114,7 @@ def test_what_a_user_does(tmp_path: Path):
           pointerId: 1, button: 0, clientX: box.left + part * box.width, clientY: box.top + 50,
         }));
         const steps = () => document.body.append(element("var", {}, `${view.from} ${view.to}`));
-        press("ArrowRight"); press("ArrowRight"); said();
+        find("smooth").click(); press("ArrowRight"); press("ArrowRight"); said();
         press("End"); press("ArrowLeft"); said();
         find("smooth").click(); find("log").click();
         steps(); find("from").value = 21; find("from").dispatchEvent(new Event("change")); steps();
