@@ -105,8 +105,8 @@ function draw(chart) {
   const area = shape("svg", { ...box, viewBox: `-5 -5 ${w + 10} ${h + 10}` });
   for (const { curve, points, style } of lines) {
     area.append(shape("path", { d: pathOf(points, x, y), class: style }));
-    const few = points.length <= FEW && !style.includes("faint");
-    for (const [step, value] of few && curve.evaluated ? points.filter(inView) : []) {
+    if (!curve.evaluated || points.length > FEW) continue;
+    for (const [step, value] of points.filter(inView)) {
       area.append(circle(x(step), y(value), 3, `point ${curve.colour}`));
     }
   }
