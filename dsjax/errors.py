@@ -134,11 +134,23 @@ def run_command(main: Callable[[Sequence[str]], int]) -> None:
     Or with 2 on a ConfigError and on what the system refuses, with 130 on SIGINT, an interrupt from
     the keyboard, with 143 on SIGTERM (both of which the training loop takes over to save first).
     """
-    for name in ("absl", "asyncio"):  # Orbax tells of its own workings, and raises what matters
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    with signals.sent_to(signals.end):
+    with signals.sent_to(signals.end), orbax_muted():
         code = _exit_code(main)
     _exit(code)
+
+
+@contextmanager
+def orbax_muted() -> Iterator[None]:
+    """Keep what Orbax logs of its own workings off stderr; what matters it raises."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def answer_early(answered: Callable[[Sequence[str]], bool]) -> None:

@@ -203,7 +203,7 @@ def print_results(results: dict[str, Any]) -> None:
     for name, value in results.items():
         finite = not isinstance(value, float) or math.isfinite(value)
         if not finite:
-            print(f"{name}: got {value}, which JSON has no word for: null", file=sys.stderr)
+            print(f"{name}: got {value}, which JSON cannot hold; null is written", file=sys.stderr)
         shown[name] = value if finite else None
     print(json.dumps(shown, indent=2, ensure_ascii=False))
 

@@ -1,18 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The library's two calls: load a model, save a model.
+"""The library's calls on a model: load it, generate with it, save it.
 
-In: a Hugging Face checkpoint and perhaps a PEFT adapter. Out: a callable NNX module; and back. Not
-done here: anything that those two steps do themselves (`training.setup`, `export`).
+In: a Hugging Face checkpoint and perhaps a PEFT adapter. Out: a callable NNX module that generates;
+and back. Not done here: anything that these steps do themselves (`training.setup`, `decoding`,
+`export`).
 """
 
-from dataclasses import replace
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerFast
 
 from dsjax.adapters import check_form
 from dsjax.config import AdapterSection, MeshSection, ModelSection
+from dsjax.data import find_tokenizer, load_tokenizer
+from dsjax.decoding.decode import generate, length_warnings
+from dsjax.decoding.detokenizer import TextBatch, TextStream
+from dsjax.decoding.prompts import read_prompts
 from dsjax.distributed.mesh import make_mesh, normalize_mesh
 from dsjax.errors import ConfigError
 from dsjax.export.merge import changed_tensors
@@ -20,18 +31,21 @@ from dsjax.export.peft import write_peft
 from dsjax.models import Model
 from dsjax.models.changes import compose
 from dsjax.training.partition import flatten
-from dsjax.training.setup import assemble_model, load_frozen, load_trainable
+from dsjax.training.setup import Assembly, assemble_model, load_frozen, load_trainable
 from dsjax.weights.folders import atomic_directory, check_apart, check_empty
+from dsjax.weights.generation_config import stop_tokens
 from dsjax.weights.write import write_checkpoint
 
 
 def load_pretrained(
-    path: str,
-    adapter: str | None = None,
+    path: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None = None,
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
 ) -> Model:
     """Load a model, and a PEFT adapter if one is given; calling it gives float32 logits.
+
+    It has the checkpoint's `tokenizer`, and `generate` and `save_pretrained` as methods.
 
     Args:
         path: Hugging Face directory, hub id, or a directory written by `to-flax`.
@@ -40,27 +54,99 @@ def load_pretrained(
         mesh: devices to shard over, axes among `sharding.AXES`; the first device if None.
 
     Returns:
-        `model(input_ids)`: int32 [B, T] -> float32 [B, T, V].
+        `model(input_ids)`: [B, T] -> float32 [B, T, V]; lists and arrays of numpy and torch are
+        taken as well.
 
     Raises:
         ConfigError: the checkpoint or the adapter is wrong or not supported.
     """
+    for name, folder in {"path": path, "adapter": adapter}.items():
+        if folder is not None and not os.fspath(folder):
+            raise ConfigError(f"{name}: got an empty text, expected a folder or a hub id")
     if mesh is None:
         mesh = make_mesh(MeshSection(fsdp=1), jax.devices()[:1])
     mesh = normalize_mesh(mesh)
     if dtype not in ("bfloat16", "float32", "float16"):
         raise ConfigError(f"dtype: got {dtype!r}, expected bfloat16, float32 or float16")
     section = ModelSection.model_validate({"path": str(path), "dtype": dtype})
-    wanted = AdapterSection(path=str(adapter)) if adapter else AdapterSection()
+    wanted = AdapterSection() if adapter is None else AdapterSection(path=str(adapter))
     setup = assemble_model(section, wanted, [], mesh)
     if setup.spec is None:
         setup = replace(setup, partition=setup.partition.for_inference(dtype))
     model = setup.partition.merge(load_trainable(setup, 0), load_frozen(setup, 0))
-    model.origin = setup
+    model.origin = Origin(setup)
     return model
 
 
-def save_pretrained(model: Model, directory: str, format: str = "merged") -> None:
+@dataclass(frozen=True, eq=False, repr=False)
+class Origin:
+    """What a model was loaded from, and what can be done with it therefore.
+
+    Attributes:
+        setup: its assembly.
+    """
+
+    setup: Assembly
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerFast:
+        return load_tokenizer(self.setup.source.directory)
+
+    def read_tokenizer(self) -> PreTrainedTokenizerFast:
+        """Return the checkpoint's tokenizer; it is read once."""
+        return self._tokenizer
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Return the tokens that end an answer; a checkpoint of tokens alone has no tokenizer."""
+        source = self.setup.source
+        return stop_tokens(source, find_tokenizer(source.directory, "auto"))
+
+    def generate(
+        self,
+        model: Model,
+        prompts: Any,
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str],
+        **sampling: Any,
+    ) -> Any:
+        """Continue prompts; `Loaded.generate` says how."""
+        asked = read_prompts(prompts, self.read_tokenizer)
+        if isinstance(stop, str) or "" in stop or (stop and not asked.as_text):
+            raise ConfigError(
+                f"stop: got {stop!r}, expected a list of texts, none of them empty, and prompts "
+                "that are texts or conversations"
+            )
+        limit = model.config.max_position_embeddings
+        for line in length_warnings(asked.input_ids, max_new_tokens, limit):
+            print(line, file=sys.stderr)
+        streamed = asked.input_ids if asked.as_text else []
+        texts = TextBatch(
+            [TextStream(self._tokenizer, ids, stop) for ids in streamed], self.stop_ids
+        )
+        rows = generate(
+            model,
+            asked.input_ids,
+            max_new_tokens=max_new_tokens,
+            stop_ids=self.stop_ids,
+            on_token=texts.take if asked.as_text else None,
+            **sampling,
+        )
+        endless = [row for row, ids in enumerate(rows) if ids[-1] not in self.stop_ids]
+        for row in texts.close() if asked.as_text else endless:
+            print(f"prompt {row + 1}: cut at {max_new_tokens} new tokens", file=sys.stderr)
+        answers = texts.texts if asked.as_text else rows
+        return answers[0] if asked.one else answers
+
+    def save_pretrained(self, model: Model, directory: str | os.PathLike[str], format: str) -> None:
+        """Save a model: `dsjax.save_pretrained`."""
+        save_pretrained(model, directory, format)
+
+
+def save_pretrained(
+    model: Model, directory: str | os.PathLike[str], format: str = "merged"
+) -> None:
     """Save a model that `load_pretrained` gave, with the values that it has now.
 
     Args:
@@ -71,7 +157,8 @@ def save_pretrained(model: Model, directory: str, format: str = "merged") -> Non
     Raises:
         ConfigError: the folder is in use, or the model has no such form.
     """
-    setup = model.origin
+    setup: Assembly = model.origin.setup
+    directory = os.fspath(directory)
     sources = {"the model's folder": setup.section.path, "the adapter's": setup.adapter_path}
     check_empty(directory, "directory")
     check_apart(directory, "directory", sources)

@@ -76,8 +76,14 @@ def end_at_once() -> None:
 def end(number: int) -> NoReturn:
     """End the process by a signal: undo what is half done, and leave with 128 + `number`."""
     undo_all()
-    flush(f"ended by {signal.Signals(number).name}")
+    flush(f"ended by {name_of(number)}")
     os._exit(128 + number)
+
+
+def name_of(number: int) -> str:
+    """What a user knows a signal by: its name, and the keys that send it."""
+    name = signal.Signals(number).name
+    return f"{name} (Ctrl-C)" if number == signal.SIGINT else name
 
 
 def undo_all() -> None:

@@ -2,6 +2,7 @@
 """Train: from a YAML file to an exported model. Read this file first.
 
     python -m dsjax.train FILE.yaml [section.key=value ...]
+    dsjax.finetune(FILE or dict), the same from Python
 
 Several processes, one a host, run it together (`distributed`). The run in ten stages: devices,
 model, data, earlier run, announcement, step, parameters, state, loop, results. Nothing is written
@@ -23,8 +24,10 @@ if __name__ == "__main__":
 
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -34,13 +37,13 @@ from absl import flags
 
 import dsjax
 from dsjax import config as configuration
-from dsjax.config import RunConfig, load_config, split_arguments
+from dsjax.config import RunConfig, load_config, make_config, split_arguments
 from dsjax.config.train_options import split_process_options
 from dsjax.data import Loader
 from dsjax.distributed.bootstrap import detect_process
 from dsjax.distributed.devices import GPU_MEMORY_SHARE, peak_flops
 from dsjax.distributed.processes import Hosts, process_group
-from dsjax.errors import run_command
+from dsjax.errors import ConfigError, files_of, orbax_muted, run_command
 from dsjax.export.disk_space import check_disk
 from dsjax.export.folder import Output, check_continues, check_outputs, is_complete
 from dsjax.export.run import Trained, check_export, export_trained
@@ -48,7 +51,7 @@ from dsjax.training import optimizer
 from dsjax.training.announcement import announce
 from dsjax.training.checkpoint import Checkpointer
 from dsjax.training.compilation import compile_evaluation, compile_step
-from dsjax.training.conclusion import conclude
+from dsjax.training.conclusion import FinetuneResult, conclude
 from dsjax.training.console import Loading, Progress
 from dsjax.training.eval_results import evaluation_manifest
 from dsjax.training.flops import token_flops
@@ -84,8 +87,48 @@ def main(argv: Sequence[str]) -> int:
         if code:
             place = f"output_dir={config.output_dir}"
             again = [place if word == "--fresh" else word for word in sys.orig_argv]
-            hosts.log_once(f"to go on: {shlex.join(again)}")
+            hosts.log_once(f"to continue: {shlex.join(again)}")
         return code
+
+
+def finetune(
+    config: RunConfig | Mapping[str, Any] | str | os.PathLike[str],
+) -> FinetuneResult:
+    """Run a configuration as the command does: the same checks, output, resumption and results.
+
+    Args:
+        config: a YAML file, what it holds as a dict of sections, or what `load_config` gave.
+
+    Returns:
+        Where the results lie, with the run's metrics.
+
+    Raises:
+        ConfigError: an input is wrong; the command's message.
+        KeyboardInterrupt: the run was interrupted and its state saved; the same call resumes.
+        SystemExit: the same, by SIGTERM.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise ConfigError(
+            "finetune: got another thread, expected the main one, which alone hears of signals"
+        )
+    prepare_process()
+    with orbax_muted(), files_of("a file"):
+        with process_group(detect_process({}, os.environ)) as hosts:
+            if isinstance(config, Mapping):
+                config = make_config(config)
+            elif not isinstance(config, RunConfig):
+                config = load_config(os.fspath(config))
+            code = train(config, hosts)
+        if code:
+            raise KeyboardInterrupt if code == 128 + signal.SIGINT else SystemExit(code)
+        return FinetuneResult.of(RunDir.of(config))
+
+
+def prepare_process() -> None:
+    """Set what libraries look at before they begin."""
+    flags.FLAGS.mark_as_parsed()  # grain's workers ask for them
+    # What plans count on; jax reads it when it first looks for GPUs.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
 
 
 def train(config: RunConfig, hosts: Hosts | None = None, *, dry_run: bool = False) -> int:
@@ -149,7 +192,7 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool) -> int:
         compile_evaluation(step_cfg, data.eval, hosts) if data.eval else None,
     )
     if dry_run:
-        hosts.log_once("dry run: the inputs agree and the step compiles; no weights were loaded")
+        hosts.log_once("dry run: inputs are valid and the step compiles; no weights were loaded")
         return 0
 
     # ---- 7. Parameters: from the files onto the devices
@@ -236,7 +279,7 @@ def beside_earlier(config: RunConfig, hosts: Hosts) -> RunConfig:
     """Give a run a new output directory if there is one of its name: `--fresh`."""
     new = hosts.broadcast_from_primary(lambda: fresh_path(config.output_dir))
     if new != config.output_dir:
-        hosts.log_once(f"output_dir: {new}, since {config.output_dir} is there")
+        hosts.log_once(f"output_dir: {new}, since {config.output_dir} exists")
     return config.model_copy(update={"output_dir": new})
 
 
@@ -272,7 +315,5 @@ def mfu_inputs(setup: Assembly, config: RunConfig, loader: Loader) -> tuple[floa
 
 
 if __name__ == "__main__":
-    flags.FLAGS.mark_as_parsed()  # grain's workers ask for them
-    # What plans count on; jax reads it when it first looks for GPUs.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
+    prepare_process()
     run_command(main)

@@ -14,7 +14,9 @@ from dsjax.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = sorted((ROOT / "launch").iterdir())
-DOCUMENTS = [ROOT / "docs" / name for name in ("tpu_pods.md", "cuda_clusters.md")]
+DOCUMENTS = [
+    ROOT / "docs" / name for name in ("tpu_pods.md", "cuda_clusters.md", "zh-CN/tpu_pods.md")
+]
 PLACES = {"$BUCKET": "bucket", "$MODEL": "model", "$DATA": "rows.jsonl", "$RUN": "runs/x"}
 OPTIONS = ("--coordinator", "--processes", "--process", "--topology")
 

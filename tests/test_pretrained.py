@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The library's two calls: any mesh of the caller's, and a save of the values the model has now."""
+"""The library's calls on a model: any mesh, ids, generation, a save of the values it has now."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,10 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import torch
 from jax.sharding import Mesh
 
 import dsjax
+from dsjax.data import encode_chat, encode_text
+from dsjax.decoding import decode
 from dsjax.errors import ConfigError
+from dsjax.models import Model
 
 IDS = jnp.asarray(tiny.random_ids(190), jnp.int32)
 
@@ -64,6 +69,12 @@ def test_a_mesh_of_other_axes_is_refused(checkpoint: Path):
         logits(checkpoint, mesh=Mesh(np.array(jax.devices()[:2]), ("x",)))
 
 
+@pytest.mark.parametrize("words", [{"path": ""}, {"path": "x", "adapter": ""}])
+def test_an_empty_path_is_refused(words: dict[str, str]):
+    with pytest.raises(ConfigError, match=": got an empty text, expected a folder or a hub id"):
+        dsjax.load_pretrained(**words)
+
+
 @pytest.mark.parametrize("with_adapter", [False, True])
 def test_a_merged_save_holds_what_the_model_has_now(
     checkpoint: Path, adapter: Path, tmp_path: Path, with_adapter: bool
@@ -99,3 +110,83 @@ def test_directory_and_format_are_checked(checkpoint: Path, tmp_path: Path):
         dsjax.save_pretrained(model, str(tmp_path / "out"), format="gguf")
     with pytest.raises(ConfigError, match="which is not empty"):
         dsjax.save_pretrained(model, str(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> Model:
+    return dsjax.load_pretrained(checkpoint, dtype="float32")
+
+
+def test_ids_in_any_form_give_the_same_logits(model: Model):
+    expected = np.asarray(model(IDS))
+    for form in (np.asarray(IDS), np.asarray(IDS).tolist(), torch.tensor(np.asarray(IDS))):
+        np.testing.assert_array_equal(np.asarray(model(form)), expected)
+    with pytest.raises(ConfigError, match="input_ids: got token 99999, expected ids from 0 to"):
+        model([[99999]])
+
+
+def test_generate_gives_what_was_asked_in_its_form(
+    model: Model, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+):
+    ids = encode_text(model.tokenizer, "the question")
+    (row,) = decode.generate(model, [ids], max_new_tokens=10, stop_ids=[1])
+    text = model.tokenizer.decode(row, skip_special_tokens=True)
+    assert model.generate("the question", max_new_tokens=10) == text
+    assert capsys.readouterr().err == "prompt 1: cut at 10 new tokens\n"
+    assert model.generate(["the question"] * 2, max_new_tokens=10) == [text, text]
+    assert model.generate(ids, max_new_tokens=10) == row
+    assert model.generate(np.array([ids, ids]), max_new_tokens=10) == [row, row]
+    assert model.generate([], max_new_tokens=10) == []
+    chat = [{"role": "user", "content": "the question"}]
+    (answer,) = model.generate([encode_chat(model.tokenizer, chat)], max_new_tokens=10)
+    text = model.tokenizer.decode(answer, skip_special_tokens=True)
+    assert model.generate(chat, max_new_tokens=10) == text
+
+
+def test_a_stop_text_ends_an_answer(model: Model, capsys: pytest.CaptureFixture[str]):
+    text = model.generate("the question", max_new_tokens=10)
+    stop, before = text[4:6], text[: text.index(text[4:6])]
+    capsys.readouterr()
+    assert model.generate("the question", max_new_tokens=10, stop=[stop]) == before
+    assert capsys.readouterr().err == ""
+
+
+def test_draws_are_those_of_the_seed(model: Model):
+    drawn = [
+        model.generate([5, 6, 7], max_new_tokens=10, temperature=1.0, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        (7, {}, "prompts: got a int, expected a text, a conversation"),
+        ([5], {"max_new_tokens": 0}, "max_new_tokens: got 0"),
+        ([5], {"top_p": 2.0, "temperature": 1.0}, "top_p: got 2.0"),
+        ([5], {"stop": ["a"]}, "stop: got .'a'., expected .* and prompts that are texts"),
+        ("a", {"stop": "a"}, "stop: got 'a', expected a list of texts"),
+        ("a", {"stop": [""]}, "stop: got .*none of them empty"),
+        ([99999], {}, "prompt 1: got token 99999"),
+    ],
+)
+def test_requests_are_checked(model: Model, prompts, options, message: str):
+    with pytest.raises(ConfigError, match=message):
+        model.generate(prompts, **options)
+
+
+def test_a_checkpoint_without_tokenizer_continues_ids(checkpoint: Path, tmp_path: Path):
+    bare = shutil.copytree(checkpoint, tmp_path / "bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    model = dsjax.load_pretrained(bare, dtype="float32")
+    assert len(model.generate([5, 6, 7], max_new_tokens=3)) == 3
+    with pytest.raises(ConfigError, match=r"without tokenizer.json, expected the checkpoint's"):
+        model.generate("text")
+
+
+def test_a_model_saves_itself(model: Model, checkpoint: Path, tmp_path: Path):
+    model.save_pretrained(tmp_path / "out")
+    for file in checkpoint.glob("*.safetensors"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()

@@ -17,6 +17,7 @@ import small_run
 from dsjax.signals import sent_to
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+NAMES = {signal.SIGINT: "SIGINT (Ctrl-C)", signal.SIGTERM: "SIGTERM"}
 SECONDS_TO_END = 30
 """It takes a fraction of one, in the loop two steps and a save; the rest is for a busy machine."""
 
@@ -106,7 +107,7 @@ def compile(lowered):
     lowered.compile()
 """)
     said = signalled(tmp_path, number, "compiles", ("compiles", "", "compile"), wait=0.5)
-    assert said.endswith(f"ended by {number.name}\n")
+    assert said.endswith(f"ended by {NAMES[number]}\n")
 
 
 def test_who_waits_for_a_reader_ends_as_well(tmp_path: Path):
@@ -173,8 +174,9 @@ def test_a_run_that_is_ended_at_every_moment(tmp_path: Path):
         number = list(SIGNALS)[place % 2]
         said = signalled(tmp_path, number, "dsjax.train", moment, "--config", config, wait=0.05)
         in_loop = name in ("step", "save", "evaluate")
-        assert ("; again to stop now" in said) == in_loop, (name, said[-2000:])
-        assert (f"to go on: {sys.executable} " in said) == in_loop
+        stopping = "; a second Ctrl-C or SIGTERM stops at once" in said
+        assert stopping == in_loop, (name, said[-2000:])
+        assert (f"to continue: {sys.executable} " in said) == in_loop
         assert [path for path in run.rglob("*") if "partial" in path.name] == [], name
     small_run.finish(config)
     assert small_run.metrics(run) == small_run.metrics(whole)

@@ -70,7 +70,7 @@ def attach(model: Model, spec: PrefixConfig) -> None:
         able = ", ".join(name for name, family in MODELS.items() if family.prefix)
         raise ConfigError(
             f"adapter.peft_type: got PREFIX_TUNING for model_type {model.config.model_type}, "
-            f"expected LORA or null; PEFT's prefix works with {able} only"
+            f"expected LORA, IA3 or null; PEFT's prefix works with {able} only"
         )
     for block in model.model.blocks():
         block.self_attn.prefix = Prefix(spec.num_virtual_tokens, block.layers, _shape(model))

@@ -154,7 +154,7 @@ def _layer_problems(pattern: TargetPattern, model: Model) -> list[str]:
     if pattern.layers_to_transform and is_regex(pattern.target_modules):
         problems.append(
             "adapter.layers_to_transform: got it beside a regular expression in "
-            "adapter.target_modules, expected one of both; name the layers in the expression"
+            "adapter.target_modules, expected one of the two; name the layers in the expression"
         )
     return problems
 

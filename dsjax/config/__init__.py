@@ -5,8 +5,9 @@ In: a YAML file and `section.key=value` words. Out: a frozen `RunConfig`, or one
 names every wrong key. The parts: `sections` (keys), `load` (file -> RunConfig; what cannot stand
 together), `rules` (each key in words), `yaml_file` (YAML and dotted words), `command_line`,
 `commands` (the console script), `train_options` (texts of train), `paths` (URLs), `patterns`
-(regular expressions with a time limit), `json_file` (JSON of foreign files). Not done here:
-anything that needs the checkpoint, the data or the devices.
+(regular expressions with a time limit), `json_file` (JSON of foreign files), `other_trainers` and
+`convert_config` (files of LLaMA-Factory and TRL). Not done here: anything that needs the
+checkpoint, the data or the devices.
 """
 
 from dsjax.config.load import (
@@ -16,6 +17,7 @@ from dsjax.config.load import (
     json_schema,
     load_config,
     located,
+    make_config,
     to_yaml,
 )
 from dsjax.config.sections import (
@@ -49,6 +51,7 @@ __all__ = [
     "json_schema",
     "load_config",
     "located",
+    "make_config",
     "split_arguments",
     "to_yaml",
 ]

@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "plan": ("dsjax.plan", "whether a run fits on devices that are not here"),
         "view": ("dsjax.view", "curves, evaluations and configurations of runs, as one page"),
         "convert": ("dsjax.export.convert", "a checkpoint between Hugging Face's form and dsjax's"),
+        "convert-config": ("dsjax.config.convert_config", "a LLaMA-Factory or TRL file to ours"),
     }
 )
 """Command -> the module that is run for it, and what it is for."""
@@ -32,7 +33,7 @@ _HELP = ("-h", "--help")
 
 def usage() -> str:
     """List the commands."""
-    lines = [f"  {name:10}{purpose}" for name, (_, purpose) in COMMANDS.items()]
+    lines = [f"  {name:16}{purpose}" for name, (_, purpose) in COMMANDS.items()]
     more = "dsjax COMMAND --help says more of one; dsjax --version names the versions."
     return "\n".join(["usage: dsjax COMMAND ...", "", *lines, "", more])
 

@@ -11,8 +11,8 @@ are relative to the working directory. A section's `model_fields_set` holds the 
 gave.
 """
 
-import os.path
-from collections.abc import Container, Sequence
+import os
+from collections.abc import Container, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError, model_validator
 
 from dsjax.config import rules
+from dsjax.config.other_trainers import TRAINERS, is_of_another, trainer_of
 from dsjax.config.paths import is_url, written_to_url
 from dsjax.config.sections import (
     UNMERGED,
@@ -88,15 +89,54 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         raise ConfigError(
             f"{path}: got No such file or directory, expected a YAML file; {_recipe_like(path)}"
         )
-    tree = set_overrides(read_yaml(path), overrides, rules.keys(RunConfig))
+    file = read_yaml(path)
+    tree = set_overrides(file, overrides, rules.keys(RunConfig))
+    try:
+        return make_config(tree)
+    except ConfigError as error:
+        if not is_of_another(file):
+            raise
+        raise ConfigError(f"{_other_trainer(path, file)}\n{error}") from error
+
+
+def make_config(tree: Mapping[str, Any]) -> RunConfig:
+    """Make a run's configuration of what its file would hold.
+
+    Args:
+        tree: section -> key -> value. Paths, tuples and numpy's numbers are taken as well.
+
+    Raises:
+        ConfigError: names every key that is unknown, missing, wrong or at odds with another.
+    """
     # A section that is left out, or left empty, still has its required keys checked by name.
-    filled = {name: {} for name in rules.sections(RunConfig)}
-    filled |= {name: part for name, part in tree.items() if part is not None}
+    filled: dict[str, Any] = {name: {} for name in rules.sections(RunConfig)}
+    filled |= {name: _plain(part) for name, part in tree.items() if part is not None}
     try:
         return RunConfig.model_validate(filled)
     except ValidationError as error:
         lines = rules.problems(error, filled, RunConfig, _PLANNED)
     raise ConfigError("\n".join(lines))
+
+
+def _plain(value: Any) -> Any:
+    """Return Python's own value for one that a file could not hold."""
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def _other_trainer(path: str | Path, file: Mapping[str, Any]) -> str:
+    """Say whose file it is, and how it becomes one of ours."""
+    trainer = trainer_of(file)
+    name = trainer.name if trainer else " or ".join(one.name for one in TRAINERS)
+    return (
+        f"{path}: got a file of {name}, expected sections such as `model:`; convert it: "
+        f"dsjax convert-config {path} --devices N > ours.yaml"
+    )
 
 
 def recipes() -> Path:

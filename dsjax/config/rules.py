@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from dsjax.config.other_trainers import counterpart
 from dsjax.errors import nearest
 
 
@@ -37,12 +38,15 @@ def keys(model: type[BaseModel]) -> dict[str, list[str]]:
 
 
 def meant(path: str, known: Mapping[str, list[str]]) -> str:
-    """Name the dotted keys that a wrong one could have meant."""
+    """Name the dotted keys that a wrong one could have meant, also one of another trainer."""
     section, dot, key = path.partition(".")
     leaf = key if dot else section
     elsewhere = [f"{name}.{leaf}" for name, inside in known.items() if leaf in inside]
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
+    told = counterpart(leaf)
+    if told:
+        return told
     if dot and known.get(section):
         return nearest(key, known[section])
     return nearest(section, known)

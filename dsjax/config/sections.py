@@ -193,7 +193,7 @@ class OptimizerSection(Section):
 
 
 class TrainingSection(Section):
-    """How long, in which portions, and which weights."""
+    """How long, in how many microbatches, and which weights."""
 
     num_train_epochs: float = Field(default=1.0, gt=0)
     """Passes over the data; 0.5 is half a pass."""
@@ -202,8 +202,8 @@ class TrainingSection(Section):
     batch_size: Positive = 16
     """Rows per optimizer step, over all devices."""
     gradient_accumulation_steps: Positive | Literal["auto"] = 1
-    """Portions in which a batch is computed; the result is the same. auto: as many as leave one row
-    at a time to each device, whatever their number."""
+    """Microbatches that a batch is split into; the result is the same. auto: as many as leave one
+    row at a time to each device, whatever their number."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of order, dropout and new weights."""
     freeze: Texts = []

@@ -21,7 +21,7 @@ FILE.yaml         the sections below; words `section.key=value` override it
 --config FILE     the same, for a file whose name ends otherwise
 --dry-run         check everything, announce the run, compile it, and stop: no weights are
                   loaded (a model of the hub is downloaded), nothing is written
---fresh           a new run in a new folder, NAME-2 or NAME-3, if output_dir NAME is there
+--fresh           a new run in a new folder, NAME-2 or NAME-3, if output_dir NAME exists
 --print-config    print the resolved configuration, and stop
 --schema          print its JSON schema, for editors, and stop
 --version         print the versions of dsjax and of what it stands on, and stop

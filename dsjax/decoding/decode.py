@@ -122,6 +122,18 @@ def prompt_problems(input_ids: Sequence[Sequence[int]], vocab_size: int) -> list
     return problems
 
 
+def length_warnings(
+    input_ids: Sequence[Sequence[int]], max_new_tokens: int, limit: int
+) -> list[str]:
+    """Return a line for every prompt whose answer may pass the model's longest position."""
+    return [
+        f"prompt {index}: {len(ids)} tokens and up to {max_new_tokens} new ones pass the model's "
+        f"max_position_embeddings ({limit}); what comes after that may be poor"
+        for index, ids in enumerate(input_ids, 1)
+        if len(ids) + max_new_tokens > limit
+    ]
+
+
 def padded(
     input_ids: Sequence[Sequence[int]],
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:

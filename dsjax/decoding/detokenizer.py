@@ -6,7 +6,7 @@ turn out to be the beginning of a stop text, are held back. All pieces together 
 tokens at once. Not done here: printing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
@@ -66,3 +66,39 @@ class TextStream:
         """Length of the longest end of the held text that a stop text begins with."""
         longest = min(len(stop) - 1, len(self._held))
         return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+
+class TextBatch:
+    """The texts of a batch of rows, from the tokens that `decode.generate` tells.
+
+    Attributes:
+        texts: of each row, what is certain by now.
+        ended: the rows that are complete.
+    """
+
+    def __init__(self, streams: Sequence[TextStream], stop_ids: Collection[int]) -> None:
+        self.texts = [""] * len(streams)
+        self.ended: set[int] = set()
+        self._streams, self._stop_ids = streams, stop_ids
+
+    def take(self, row: int, token: int) -> bool:
+        """Take a row's next token; returns whether a stop text ends the row."""
+        stream = self._streams[row]
+        if token in self._stop_ids:
+            self._end(row)
+            return False
+        self.texts[row] += stream.push(token)
+        if stream.stopped:
+            self._end(row)
+        return stream.stopped
+
+    def close(self) -> list[int]:
+        """End the rows that are left; returns them: the limit cut them."""
+        cut = [row for row in range(len(self.texts)) if row not in self.ended]
+        for row in cut:
+            self._end(row)
+        return cut
+
+    def _end(self, row: int) -> None:
+        self.texts[row] += self._streams[row].finish()
+        self.ended.add(row)

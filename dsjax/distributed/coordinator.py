@@ -76,7 +76,7 @@ def _await_all(meeting: "_Meeting", coordinator: str, wait: float) -> str | None
             problem = (
                 f"processes: got {came} of {meeting.processes} within {wait:g} s, expected all; "
                 f"{numbered(missing)} did not come to {coordinator}: see their consoles, or give "
-                "them longer by --wait SECONDS"
+                "them more time with --wait SECONDS"
             )
             return "\n".join([problem, *meeting.refusals])
         if now - said > _TOLD_EVERY:

@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import sys
 import threading
 import time
@@ -222,7 +221,7 @@ class Hosts:
         if self.count == 1:
             signals.end(number)
         self._failing.set()
-        code, message = 128 + number, f"ended by {signal.Signals(number).name}"
+        code, message = 128 + number, f"ended by {signals.name_of(number)}"
         self._tell(_FAILURE, {"process": self.index, "code": code, "message": message})
         print(message, file=sys.stderr)
         self._exit(code)
@@ -275,14 +274,14 @@ class Hosts:
     def _look_for_silent(self) -> None:
         """As process 0: tell of a process whose beats have ended."""
         now = time.monotonic()
-        for index in range(self.count):  # also one that has never been heard of
+        for index in range(self.count):  # also one that has never been heard from
             self._beats.setdefault(f"{_ALIVE}{index}", ("", now))
         for key, beat in self._store.key_value_dir_get(_ALIVE):
             if self._beats[key][0] != beat:
                 self._beats[key] = (beat, now)
         for key, (_, since) in self._beats.items():
             if now - since > SILENT:
-                message = f"has not been heard of for {SILENT:g} s: it, or its machine, is gone"
+                message = f"has not been heard from for {SILENT:g} s: it, or its machine, is gone"
                 process = int(key.removeprefix(_ALIVE))
                 self._tell(_FAILURE, {"process": process, "code": 1, "message": message})
 

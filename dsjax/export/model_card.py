@@ -204,7 +204,7 @@ def _versions() -> dict[str, str]:
 
 PARAMETER_TARGETS = (
     "This adapter names weights in `target_parameters`. It is for peft 0.21 and transformers 5 or "
-    "later; earlier ones may leave a part of it out without a word."
+    "later; earlier ones may leave a part of it out without a warning."
 )
 
 

@@ -19,8 +19,13 @@ from transformers import PreTrainedTokenizerFast
 
 from dsjax.config import MeshSection
 from dsjax.data import encode_chat, encode_text, load_tokenizer
-from dsjax.decoding.decode import generate, prompt_problems, request_problems
-from dsjax.decoding.detokenizer import TextStream
+from dsjax.decoding.decode import (
+    generate,
+    length_warnings,
+    prompt_problems,
+    request_problems,
+)
+from dsjax.decoding.detokenizer import TextBatch, TextStream
 from dsjax.decoding.sampling import Sampling
 from dsjax.distributed.bootstrap import refuse_several
 from dsjax.distributed.mesh import make_mesh
@@ -98,9 +103,12 @@ class ChatSession:
 
     def say(self, prompts: Sequence[list[int]], seed: int, titles: Sequence[str] = ()) -> list[str]:
         """Continue the prompts, print what comes, return it."""
-        self._warn_of_length(prompts)
+        limit = self.model.config.max_position_embeddings
+        for line in length_warnings(prompts, self.max_new_tokens, limit):
+            print(line, file=sys.stderr)
         streams = [TextStream(self.tokenizer, prompt, self.stops) for prompt in prompts]
-        answers = StreamPrinter(streams, self.stop_ids, titles)
+        batch = TextBatch(streams, self.stop_ids)
+        printer = StreamPrinter(batch, titles)
         generate(
             self.model,
             prompts,
@@ -108,66 +116,40 @@ class ChatSession:
             stop_ids=self.stop_ids,
             **self.sampling._asdict(),
             seed=seed,
-            on_token=answers.take,
+            on_token=printer.take,
         )
-        for row in answers.close():
+        for row in printer.close():
             print(f"prompt {row + 1}: cut at {self.max_new_tokens} new tokens", file=sys.stderr)
-        return answers.texts
-
-    def _warn_of_length(self, prompts: Sequence[list[int]]) -> None:
-        limit = self.model.config.max_position_embeddings
-        for index, prompt in enumerate(prompts, 1):
-            if len(prompt) + self.max_new_tokens > limit:
-                print(
-                    f"prompt {index}: {len(prompt)} tokens and up to {self.max_new_tokens} new "
-                    f"ones pass the model's max_position_embeddings ({limit}); what comes after "
-                    "that may be poor",
-                    file=sys.stderr,
-                )
+        return batch.texts
 
 
 class StreamPrinter:
     """Prints the rows of a batch one after another, the first unfinished one as it comes."""
 
-    def __init__(
-        self, streams: Sequence[TextStream], stop_ids: Collection[int], titles: Sequence[str] = ()
-    ) -> None:
-        self.texts = [""] * len(streams)
-        self._streams, self._stop_ids, self._titles = streams, stop_ids, titles
-        self._ended: set[int] = set()
+    def __init__(self, batch: TextBatch, titles: Sequence[str] = ()) -> None:
+        self._batch, self._titles = batch, titles
         self._row, self._printed = 0, 0
         self._announce()
 
     def take(self, row: int, token: int) -> bool:
         """Take a row's next token; returns whether a stop text ends the row."""
-        stream = self._streams[row]
-        if token in self._stop_ids:
-            self._end(row)
-        else:
-            self.texts[row] += stream.push(token)
-            if stream.stopped:
-                self._end(row)
+        stopped = self._batch.take(row, token)
         self._print()
-        return stream.stopped
+        return stopped
 
     def close(self) -> list[int]:
         """Print what is left; returns the rows that the limit cut."""
-        cut = [row for row in range(len(self.texts)) if row not in self._ended]
-        for row in cut:
-            self._end(row)
+        cut = self._batch.close()
         self._print()
         return cut
 
-    def _end(self, row: int) -> None:
-        self.texts[row] += self._streams[row].finish()
-        self._ended.add(row)
-
     def _print(self) -> None:
-        while self._row < len(self.texts):
-            text = self.texts[self._row]
+        texts = self._batch.texts
+        while self._row < len(texts):
+            text = texts[self._row]
             print(text[self._printed :], end="", flush=True)
             self._printed = len(text)
-            if self._row not in self._ended:
+            if self._row not in self._batch.ended:
                 return
             print(flush=True)
             self._row, self._printed = self._row + 1, 0

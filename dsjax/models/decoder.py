@@ -19,10 +19,12 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.distributed.sharding import Layout
 from dsjax.models.layers import MLP, Embedding, Linear, RMSNorm
+from dsjax.models.loaded import Loaded
 from dsjax.models.moe import ROUTING, MoE, RouterStats
 from dsjax.models.ops.attention import KERNEL_NAME, PREFIX_SEGMENT, Tokens
 from dsjax.models.rope import positions_like, rope_tables
 from dsjax.models.slots import Dropout
+from dsjax.models.token_ids import token_ids
 
 LATENTS = "attention_latents"
 
@@ -140,12 +142,11 @@ class Decoder(nnx.Module):
         return {f"model.{name}.self_attn": getattr(self, name).self_attn for name in self.stacks}
 
 
-class CausalLM(nnx.Module):
+class CausalLM(Loaded):
     """A decoder with its output head. `dtype` is what activations are computed in."""
 
     def __init__(self, config: Any, dtype: jnp.dtype, stacks: Mapping[str, Block]):
         self.config, self.dtype = config, jnp.dtype(dtype)
-        self.origin: Any = None  # what it was loaded from, for whoever loads it
         self.model = Decoder(config, stacks)
         tied = config.tie_word_embeddings
         self.lm_head = (
@@ -155,12 +156,22 @@ class CausalLM(nnx.Module):
 
     def __call__(
         self,
-        input_ids: Int[Array, "B T"],
+        input_ids: Any,
         position_ids: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Float32 logits of the next token at every position of rows without a cache."""
-        return self.head(self.hidden(input_ids, position_ids, segment_ids).states)
+        """Float32 logits of the next token at every position of rows without a cache.
+
+        Args:
+            input_ids: integers [B, T]: nested lists, or an array of numpy, torch or jax.
+            position_ids: position of each token in its segment; 0..T-1 if absent.
+            segment_ids: segment of each token, 0 for padding; one segment if absent.
+
+        Raises:
+            ConfigError: no such integers, or an id that the model does not have.
+        """
+        ids_BT = token_ids(input_ids, self.config.vocab_size)
+        return self.head(self.hidden(ids_BT, position_ids, segment_ids).states)
 
     def all_gather_embeddings(self, layout: Layout | None) -> None:
         """Bring embedding and head together once, before they are used piece by piece."""

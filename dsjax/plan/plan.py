@@ -60,7 +60,7 @@ class Plan:
         devices: their number.
         mesh: size of every axis.
         batch_size: rows of a step.
-        gradient_accumulation_steps: portions they are computed in.
+        gradient_accumulation_steps: microbatches that they are computed in.
         max_length: tokens of a row.
         gradient_checkpointing: the remat policy.
         peak_bytes_per_device: the most that is needed at a time; None if the compiler gave up.
@@ -228,7 +228,7 @@ def _spec_entry(entry: Any) -> str:
 def _traffic(step: StepConfig, classes: dict[str, int], remat: str) -> float:
     """Bytes that a device's memory moves at least in a step.
 
-    Each portion of the batch reads the gathered weights once forward, once backward, and once more
+    Each microbatch reads the gathered weights once forward, once backward, and once more
     where blocks are computed again; the update reads and writes what trains and its moments.
     """
     passes = 2 + (remat != "none")

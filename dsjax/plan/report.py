@@ -21,12 +21,12 @@ def plan_lines(plan: Plan, verbose: bool) -> list[str]:
 
 def _heading(plan: Plan) -> list[str]:
     mesh = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)
-    portions = plan.gradient_accumulation_steps
+    count = plan.gradient_accumulation_steps
     return [
         f"{verdict(plan)} on {plan.topology}: {plan.devices} x {plan.device_kind}",
         f"mesh        {mesh or '1 device'}",
-        f"batch       {plan.batch_size} rows of {plan.max_length:,} tokens in {portions} "
-        f"{'portion' if portions == 1 else 'portions'}, remat {plan.gradient_checkpointing}",
+        f"batch       {plan.batch_size} rows of {plan.max_length:,} tokens, {count} "
+        f"microbatch{'' if count == 1 else 'es'}, remat {plan.gradient_checkpointing}",
         f"parameters  {plan.total_params:,}, of which {plan.trainable_params:,} train",
         f"compiled    in {plan.compile_seconds:.0f} s",
     ]
@@ -68,7 +68,7 @@ def _work(plan: Plan) -> list[str]:
     if plan.unknown_loops:
         lines.append(f"  loops of unknown length, counted once: {plan.unknown_loops}")
     if plan.time is None:
-        return [*lines, "no peak is known of this device in this dtype, so no time either"]
+        return [*lines, "no peak is known for this device in this dtype, so no time is estimated"]
     t = plan.time
     return [
         *lines,

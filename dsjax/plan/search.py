@@ -66,7 +66,7 @@ class Suggestion:
 
 
 def search(config: RunConfig, topology: Topology, say: Say) -> list[Found]:
-    """Find the largest batch that fits in one portion, and the cheapest policy for it.
+    """Find the largest batch that fits in one microbatch, and the cheapest policy for it.
 
     The batch doubles under `full`, which keeps least, until it does not fit; for the largest that
     did, the policies are tried from the cheapest on.
@@ -176,7 +176,7 @@ def _on(
             notes.append(
                 f"not compiled: weights, optimizer and batch take {given / 2**30:,.2f} GiB"
             )
-            say(f"passing over {shown}: {notes[-1]}")
+            say(f"skipping {shown}: {notes[-1]}")
         else:
             say(f"compiling {shown}")
             plan = make_plan(variant, topology)

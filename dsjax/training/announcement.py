@@ -38,7 +38,7 @@ def announce(run: Run) -> str:
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "mesh": ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items() if size > 1)
         or "1 device",
-        "memory": f"{held / 2**20:,.1f} MiB per device, gradients and activations apart",
+        "memory": f"{held / 2**20:,.1f} MiB per device, without gradients and activations",
         "rows": _rows_text(loader),
         "batch": _batch_text(training.batch_size, portions_of(training, setup)),
         "evaluation": _evaluation_text(data.eval),
@@ -59,7 +59,7 @@ def announce(run: Run) -> str:
         print(line, file=sys.stderr)
     if setup.carried:
         shown = ", ".join(setup.carried[:8]) + (", ..." if len(setup.carried) > 8 else "")
-        kept = f"{len(setup.carried)} tensors are kept but not computed with: {shown}"
+        kept = f"{len(setup.carried)} tensors are kept as they are, and not computed with: {shown}"
         print(kept, file=sys.stderr)
     longest = setup.model.config.max_position_embeddings
     if loader.sequence_length > longest:
@@ -90,7 +90,7 @@ def _rows_text(loader: Loader) -> str:
 
 def _batch_text(batch_size: int, portions: int) -> str:
     rows = f"{batch_size} rows over all devices"
-    return rows if portions == 1 else f"{rows}, in {portions} portions one after the other"
+    return rows if portions == 1 else f"{rows}, in {portions} microbatches"
 
 
 def _evaluation_text(loader: Loader | None) -> str:

@@ -49,7 +49,7 @@ NOT_BEGUN = r"coroutine '(ArrayHandler|_read_array)\S*' was never awaited"
 
 
 class RemovedError(ConfigError):
-    """A checkpoint went away while it was read: the run that wrote it is alive."""
+    """A checkpoint was removed while it was read: the run that wrote it is alive."""
 
 
 def from_newest(read: Callable[[], T]) -> T:
@@ -61,7 +61,7 @@ def from_newest(read: Callable[[], T]) -> T:
     try:
         return read()
     except RemovedError as error:
-        print(f"{error}; now the newest is read", file=sys.stderr)
+        print(f"{error}; the newest is read instead", file=sys.stderr)
         return read()
 
 
@@ -265,9 +265,8 @@ class Checkpointer:
         if step in there and max(there) <= newest:
             return None
         return RemovedError(
-            f"{self.directory / str(step)}: got a checkpoint that went away while it was read, "
-            "expected it to stay; that is so with a larger checkpoint.save_total_limit, or once "
-            "the run has ended"
+            f"{self.directory / str(step)}: got a checkpoint that was removed while it was read, "
+            "expected it to stay; raise checkpoint.save_total_limit, or wait for the run to end"
         )
 
     def _damaged(self, step: int, reason: str) -> ConfigError:
@@ -276,7 +275,7 @@ class Checkpointer:
         if removed is not None:
             return removed
         older = [s for s in self._manager.all_steps() if s < step]
-        then = f"continue from step {max(older)}" if older else "start anew"
+        then = f"continue from step {max(older)}" if older else "begin again"
         return ConfigError(
             f"{self.directory / str(step)}: got a damaged checkpoint ({reason}), expected one that "
             f"can be read; delete this folder to {then}"

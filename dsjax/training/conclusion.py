@@ -1,16 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a finished run was, where its results lie, and what can be done with them next.
 
-In: the run and its summary. Out: text on stderr. Not done here: the results.
+In: the run and its summary. Out: text on stderr; for a caller in Python a `FinetuneResult`. Not
+done here: the results.
 """
 
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from dsjax.config.sections import UNMERGED
 from dsjax.training.console import banner, clock
+from dsjax.training.metrics_log import read_metrics
 from dsjax.training.run import Run
+from dsjax.training.run_dir import RunDir
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a run left behind.
+
+    Attributes:
+        output_dir: the run's directory.
+        export: the exported checkpoint or adapter; None if none was asked for.
+        metrics: the run's closing numbers by name (`train_loss`, `train_runtime` in seconds, ...),
+            and its last evaluation's (`eval_loss`, ...).
+        history: every line of metrics.jsonl: `step` with `loss`, `learning_rate` and so on.
+    """
+
+    output_dir: Path
+    export: Path | None
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, run: RunDir) -> "FinetuneResult":
+        """Read the results of a run that is finished."""
+        history = read_metrics(run.metrics)
+        closing = [row for row in history if "eval_loss" in row or "train_loss" in row]
+        metrics = {key: value for row in closing for key, value in row.items()}
+        return cls(run.path, run.export if run.export.is_dir() else None, metrics, history)
 
 
 def conclude(run: Run, summary: Mapping[str, float | None], form: str | None) -> None:

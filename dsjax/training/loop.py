@@ -93,7 +93,7 @@ class Stop:
         self.number, self.came = number, now
         self.hosts.ask_to_stop(number)
         when = "" if self.hosts.count == 1 else " or soon after, together with the other processes"
-        said = f"stopping after step {self.step}{when}; again to stop now"
+        said = f"stopping after step {self.step}{when}; a second Ctrl-C or SIGTERM stops at once"
         print(said, file=sys.stderr, flush=True)
 
     def reached(self) -> bool:
@@ -149,7 +149,7 @@ class Loop:
             done = int(state.step)
             place = self.checkpointer.directory / str(done)
             saved = f"step {done} is saved in {place}" if done else "no step was taken"
-            hosts.log_once(f"stopped by signal {stopped}; {saved}")
+            hosts.log_once(f"stopped by {signals.name_of(stopped)}; {saved}")
         return state, stopped
 
     def _until_stopped(
@@ -298,11 +298,12 @@ def finish_evaluation(
     except Exception as error:
         if hosts.count > 1:
             hosts.log_once(
-                f"the evaluation failed; with {no_evaluation(run.config)} the run ends without"
+                f"the evaluation failed; to leave it out, add {no_evaluation(run.config)}"
             )
             raise
         hosts.log_once(
-            f"the evaluation failed: {first_line(error)}; what is left to do is done first"
+            f"the evaluation failed: {first_line(error)}; the rest of the run comes first, "
+            "then this error"
         )
         return error
     return None

@@ -104,8 +104,8 @@ def check_rates(section: OptimizerSection, total_steps: int, moves_biases: bool 
     if warmup_length(section, total_steps) >= total_steps:
         raise ConfigError(
             f"optimizer.warmup_steps: got {section.warmup_steps} in a run of {total_steps} steps, "
-            "expected fewer than the steps: the learning rate, 0 in the first, would never come to "
-            f"its peak; lower it, or make more steps ({MORE_STEPS})"
+            "expected fewer than the steps: the learning rate, 0 in the first, would never reach "
+            f"its peak; lower it, or take more steps ({MORE_STEPS})"
         )
 
 

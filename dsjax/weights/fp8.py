@@ -65,7 +65,7 @@ def read_format(config: Mapping[str, Any]) -> Format | None:
     """
     raise_all(
         f"config.json {name}: got {shown(config[name])}, expected null; {tool}'s quantised "
-        "checkpoints are not read: take the one that was quantised"
+        "checkpoints are not read: use the checkpoint before it was quantised"
         for name, tool in _OTHER_KEYS.items()
         if config.get(name) is not None
     )

@@ -31,8 +31,10 @@ class AddedStop(NamedTuple):
     all_tokens: list[int]
 
 
-def stop_tokens(source: Source, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+def stop_tokens(source: Source, tokenizer: PreTrainedTokenizerFast | None) -> frozenset[int]:
     """Return the tokens that end an answer: those that the files name, and the chat template's.
+
+    Without a tokenizer they are what config.json and generation_config.json name.
 
     Raises:
         ConfigError: generation_config.json is no such file.
@@ -44,8 +46,7 @@ def stop_tokens(source: Source, tokenizer: PreTrainedTokenizerFast) -> frozenset
 def added_stop(source: Source) -> AddedStop | None:
     """Find what an export has to add; None where nothing is missing, or cannot be known."""
     try:
-        tokenizer = find_tokenizer(source.directory, "auto")
-        return None if tokenizer is None else _added_stop(source, tokenizer)
+        return _added_stop(source, find_tokenizer(source.directory, "auto"))
     except ConfigError:  # files that the run did not need; an export does not fail by them
         return None
 
@@ -64,7 +65,9 @@ def write_generation_config(directory: Path, source: Source) -> None:
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _added_stop(source: Source, tokenizer: PreTrainedTokenizerFast) -> AddedStop | None:
+def _added_stop(source: Source, tokenizer: PreTrainedTokenizerFast | None) -> AddedStop | None:
+    if tokenizer is None:
+        return None
     ending, named = turn_ending(tokenizer), _named_stops(source, tokenizer)
     if ending is None or ending.token is None or ending.token in named:
         return None
@@ -72,14 +75,14 @@ def _added_stop(source: Source, tokenizer: PreTrainedTokenizerFast) -> AddedStop
     return AddedStop(ending.token, text, [*named, ending.token])
 
 
-def _named_stops(source: Source, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def _named_stops(source: Source, tokenizer: PreTrainedTokenizerFast | None) -> list[int]:
     """Read the tokens of the first with any: generation_config.json, config.json, tokenizer."""
     file = source.directory / FILE
     settings = read_object(file, "model.path") if file.is_file() else {}
     named = [
         (file, settings.get("eos_token_id")),
         (source.directory / "config.json", source.config.get("eos_token_id")),
-        ("the tokenizer", tokenizer.eos_token_id),
+        ("the tokenizer", None if tokenizer is None else tokenizer.eos_token_id),
     ]
     place, found = next(((p, ids) for p, ids in named if ids not in (None, [])), ("", []))
     ids = found if isinstance(found, list) else [found]

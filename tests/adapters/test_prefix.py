@@ -132,8 +132,8 @@ def test_the_prefix_of_every_stack_is_seen_with_and_without_a_cache() -> None:
 
 def test_an_attention_over_latents_is_refused() -> None:
     message = (
-        "adapter.peft_type: got PREFIX_TUNING for model_type deepseek_v3, expected LORA or null; "
-        "PEFT's prefix works with llama, qwen2, qwen3 only"
+        "adapter.peft_type: got PREFIX_TUNING for model_type deepseek_v3, expected LORA, IA3 or "
+        "null; PEFT's prefix works with llama, qwen2, qwen3 only"
     )
     with pytest.raises(ConfigError, match=message):
         adapters.attach(tiny_steps.model_of(**tiny_steps.V3), PrefixConfig(2))

@@ -229,7 +229,7 @@ def test_a_silent_process_is_named(make: Make, left: list[int], capsys, monkeypa
     processes[2]._leaving.set()  # as after SIGKILL: it beats no more
     until(lambda: len(left) == 2)
     assert left == [1, 1]
-    told = "process 2 has not been heard of for 0.3 s: it, or its machine, is gone"
+    told = "process 2 has not been heard from for 0.3 s: it, or its machine, is gone"
     assert capsys.readouterr().err.count(told) == 2
 
 
@@ -245,7 +245,7 @@ def test_a_broken_connection_is_not_the_cause(make: Make, left: list[int], capsy
         processes[1].fail(jax.errors.JaxRuntimeError("Connection closed by peer"))
     told = capsys.readouterr().err
     assert "JaxRuntimeError: Connection closed by peer; looking for the cause" in told
-    assert "process 2 has not been heard of for 0.3 s" in told and "Traceback" not in told
+    assert "process 2 has not been heard from for 0.3 s" in told and "Traceback" not in told
 
 
 def test_an_error_of_jax_is_told_where_nobody_is_gone(

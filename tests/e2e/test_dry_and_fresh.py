@@ -19,6 +19,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else b"" for f in found}
 
 
+@pytest.mark.slow
 def test_a_dry_run_a_run_and_a_fresh_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = small_run.write_inputs(tmp_path, "lora")
     words = [str(config), *BRIEF]
@@ -28,7 +29,7 @@ def test_a_dry_run_a_run_and_a_fresh_one(tmp_path: Path, capsys: pytest.CaptureF
     said = capsys.readouterr().err
     assert "compiled the step in" in said and "| steps       2 (" in said
     assert said.endswith(
-        "dry run: the inputs agree and the step compiles; no weights were loaded\n"
+        "dry run: inputs are valid and the step compiles; no weights were loaded\n"
     )
     assert "reading weights" not in said
     assert files_of(tmp_path) == before
@@ -45,7 +46,7 @@ def test_a_dry_run_a_run_and_a_fresh_one(tmp_path: Path, capsys: pytest.CaptureF
 
     assert train.main([*words, "optimizer.learning_rate=2e-2", "--fresh"]) == 0
     said = capsys.readouterr().err
-    assert said.startswith(f"output_dir: {run}-2, since {run} is there\n")
+    assert said.startswith(f"output_dir: {run}-2, since {run} exists\n")
     assert f"evaluate {run}-2/config.yaml data.eval=FILE" in said
     assert files_of(run) == finished
     assert (tmp_path / "run-2/export/adapter_model.safetensors").is_file()

@@ -244,7 +244,7 @@ def test_a_run_that_removes_what_is_read_is_exported_at_its_newest_step(
     export_here(run, tmp_path / "out", "merged")
     said = capsys.readouterr().err
     assert reads == [6, 7] and json.loads((tmp_path / "out" / MANIFEST).read_text())["step"] == 7
-    assert f"{run}/checkpoints/6: got a checkpoint that went away while it was read" in said
+    assert f"{run}/checkpoints/6: got a checkpoint that was removed while it was read" in said
     assert "exported step 7 as merged" in said and "damaged" not in said
 
 

@@ -159,6 +159,7 @@ def test_a_proof_that_cannot_be_computed_leaves_the_export(
     assert b"Not proven" not in proven["README.md"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "refusal",
     [ConfigError("config.json: got ..."), OSError(5, "Input/output error", "model.safetensors")],
@@ -219,10 +220,8 @@ def test_a_failed_evaluation_and_a_failed_proof_are_both_told() -> None:
     assert raised.value.exceptions == (evaluation, NO_MEMORY)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "rate"),
-    [pytest.param("float32", 1e-12, marks=pytest.mark.slow), ("bfloat16", 1e-5)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "rate"), [("float32", 1e-12), ("bfloat16", 1e-5)])
 def test_what_is_lost_is_refused_and_nothing_is_said_so(
     dtype: str, rate: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ import tiny
 import dsjax
 from dsjax.data import encode_chat, encode_text, load_tokenizer
 from dsjax.decoding import decode
-from dsjax.decoding.detokenizer import TextStream
+from dsjax.decoding.detokenizer import TextBatch, TextStream
 from dsjax.errors import ConfigError
 from dsjax.generate import command
 from dsjax.models import Model
@@ -131,7 +131,8 @@ class Letters(TextStream):
 
 
 def test_the_first_row_is_printed_as_it_comes_and_others_wait(capsys):
-    answers = command.StreamPrinter([Letters(), Letters()], {0}, ["one", "two"])
+    batch = TextBatch([Letters(), Letters()], {0})
+    answers = command.StreamPrinter(batch, ["one", "two"])
     said = []
     for row, token in [(0, ord("a")), (1, ord("x")), (0, ord("b")), (1, ord("y")), (0, 0)]:
         assert not answers.take(row, token)
@@ -141,7 +142,7 @@ def test_the_first_row_is_printed_as_it_comes_and_others_wait(capsys):
     assert answers.take(1, ord("."))
     assert capsys.readouterr().out == "\n"
     assert answers.close() == []
-    assert answers.texts == ["ab", "xy"]
+    assert batch.texts == ["ab", "xy"]
 
 
 @pytest.mark.parametrize(

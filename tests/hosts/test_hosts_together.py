@@ -52,9 +52,8 @@ def test_rows_of_any_processes_make_the_batch(shape, owners, portion):
     assert process_rows(mesh, batch) == tuple(range(batch))
 
 
-@pytest.mark.parametrize(
-    ("processes", "devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 1)])
 def test_batches_and_arrays_over_processes(tmp_path: Path, processes: int, devices: int):
     words = [str(Path(__file__).with_name("collective_worker.py")), *map(json.dumps, MESHES)]
     run = multi_process.start(tmp_path, words, processes, devices)

@@ -87,6 +87,7 @@ def test_two_processes_train_what_one_trains(lora: Path, undisturbed: Path):
     assert len(starts) == 12  # by one process
 
 
+@pytest.mark.slow
 def test_devices_talk_once_all_have_read_the_weights(lora: Path, tmp_path: Path):
     script = str(Path(__file__).with_name("late.py"))
     words = [script, "--config", str(lora), f"output_dir={tmp_path}/run"]
@@ -101,7 +102,7 @@ def test_a_signal_to_one_stops_all_at_the_same_step(lora: Path, undisturbed: Pat
     run.wait_until(lambda: small_run.logged_steps(folder) >= 2)
     assert multi_process.stopped(run, 1) == [143, 143]
     done = newest(folder)
-    assert 4 <= done < 24 and "stopped by signal 15" in run.said(0)
+    assert 4 <= done < 24 and "stopped by SIGTERM" in run.said(0)
     run = multi_process.finish(lora, f"output_dir={folder}", processes=2, devices=2)
     assert f"resuming after step {done} of 24" in run.said(0)
     assert_same(folder, undisturbed)
@@ -131,9 +132,8 @@ def test_killed_processes_end_all(lora: Path, undisturbed: Path, victims: list[i
     codes = run.codes(SECONDS_TO_END)
     assert 0 not in codes and all(codes[process] == -signal.SIGKILL for process in victims)
     if victims == [1]:
-        assert "process 1 has not been heard of for 30 s: it, or its machine, is gone" in run.said(
-            0
-        )
+        silent = "process 1 has not been heard from for 30 s: it, or its machine, is gone"
+        assert silent in run.said(0)
     if victims == [0]:  # in jax's words: the coordinator was on process 0
         assert "leader task was preempted/died/restarted" in run.said(1)
     multi_process.finish(lora, f"output_dir={folder}", processes=2, devices=2)

@@ -55,18 +55,9 @@ def _one_device(recipe: str) -> tiny_steps.Outcome:
     return _two_steps(recipe, None)
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [name if name == "lora" else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES],
-)
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        pytest.param("expert 8", marks=pytest.mark.slow),
-        pytest.param("expert 4, fsdp 2", marks=pytest.mark.slow),
-        "expert 2, tensor 2, data 2",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("mesh", ["expert 8", "expert 4, fsdp 2", "expert 2, tensor 2, data 2"])
 def test_a_mesh_gives_the_result_of_one_device(mesh: str, recipe: str) -> None:
     tiny_steps.assert_same(_two_steps(recipe, MESHES[mesh]), _one_device(recipe))
 

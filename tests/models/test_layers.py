@@ -217,7 +217,14 @@ def test_blocks_of_queries_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) ->
         pytest.param(tiny_steps.V3, id="experts", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize(("mesh", "pieces"), [(None, 8), ({"data": 8}, 1), ({"fsdp": 4}, 2)])
+@pytest.mark.parametrize(
+    ("mesh", "pieces"),
+    [
+        pytest.param(None, 8, marks=pytest.mark.slow),
+        ({"data": 8}, 1),
+        pytest.param({"fsdp": 4}, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_in_bfloat16_portions_and_devices_add_up_in_float32(
     shape: dict[str, Any], mesh: dict[str, int] | None, pieces: int
 ) -> None:

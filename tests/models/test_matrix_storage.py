@@ -109,8 +109,10 @@ def test_a_stored_matrix_does_not_train() -> None:
 
 @pytest.mark.parametrize(
     ("variant", "mesh", "piece_bytes"),
-    [("llama_gqa", MESHES[0], 4000), ("deepseek_v3", MESHES[1], arrays.PIECE_BYTES)],
-    ids=["llama", "v3"],
+    [
+        pytest.param("llama_gqa", MESHES[0], 4000, id="llama"),
+        pytest.param("deepseek_v3", MESHES[1], arrays.PIECE_BYTES, id="v3", marks=pytest.mark.slow),
+    ],
 )
 def test_it_is_loaded_in_pieces_and_sharded_as_the_dense_one(
     tmp_path: Path,

@@ -97,6 +97,7 @@ def test_a_mesh_and_portions_give_the_result_of_one_device(
         np.testing.assert_array_equal(own_biases[path], bias)
 
 
+@pytest.mark.slow
 def test_sums_are_over_the_tokens_whose_next_is_of_their_segment() -> None:
     run, batch = _compiled().fresh(), tiny_steps.batch()
     bias = "mtp.block.mlp.gate.e_score_correction_bias"

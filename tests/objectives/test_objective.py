@@ -92,7 +92,13 @@ def _expected(run: tiny_steps.Run, batch: Batch) -> dict[str, jax.Array]:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "portions"), [(None, 1), (None, 4), ({"data": 2, "fsdp": 4}, 1), ({"data": 8}, 2)]
+    ("mesh", "portions"),
+    [
+        pytest.param(None, 1, marks=pytest.mark.slow),
+        (None, 4),
+        pytest.param({"data": 2, "fsdp": 4}, 1, marks=pytest.mark.slow),
+        ({"data": 8}, 2),
+    ],
 )
 def test_each_term_is_divided_once_over_portions_and_devices(
     mesh: Mapping[str, int] | None, portions: int

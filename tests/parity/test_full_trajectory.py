@@ -22,15 +22,16 @@ FREEZE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "frozen", "pieces"),
     [
         ("qwen2", "nothing", 1),
-        pytest.param("llama_gqa", "embedding and norms", 2, marks=pytest.mark.slow),
-        pytest.param("llama_tied_bin_head_copy", "nothing", 1, marks=pytest.mark.slow),
-        pytest.param("llama_tied", "nothing", 2, marks=pytest.mark.slow),
-        pytest.param("qwen3", "first layers and heads", 1, marks=pytest.mark.slow),
-        pytest.param("llama_biases", "nothing", 1, marks=pytest.mark.slow),
+        ("llama_gqa", "embedding and norms", 2),
+        ("llama_tied_bin_head_copy", "nothing", 1),
+        ("llama_tied", "nothing", 2),
+        ("qwen3", "first layers and heads", 1),
+        ("llama_biases", "nothing", 1),
     ],
 )
 def test_losses_and_weights_are_those_of_torch(

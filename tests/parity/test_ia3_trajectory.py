@@ -29,13 +29,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        "llama_gqa",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "deepseek_v3")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["llama_gqa", "qwen2", "deepseek_v3"])
 def test_losses_and_exports_are_those_of_peft(
     variant: str, run_cli: runs.RunCli, tmp_path: Path
 ) -> None:

@@ -167,7 +167,7 @@ def _check_equal(checkpoint: Path, adapter: Path, model: PeftModel) -> None:
         ("deepseek_v3", "feed_forward_of_one_layer"),
         ("deepseek_v2_groups", "patterns"),
         pytest.param("deepseek_v2_groups", "experts", marks=pytest.mark.slow),
-        ("deepseek_v3", "experts_with_patterns"),
+        pytest.param("deepseek_v3", "experts_with_patterns", marks=pytest.mark.slow),
         ("deepseek_v3", "experts_gate_up_of_one_layer"),
         pytest.param("deepseek_v3", "attention", marks=pytest.mark.slow),
         pytest.param("deepseek_v3", "experts_down", marks=pytest.mark.slow),

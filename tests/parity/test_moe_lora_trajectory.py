@@ -80,14 +80,15 @@ def _config(checkpoint: Path, adapter: Path, data: Path, steps: int, pieces: int
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "pieces"),
     [
-        pytest.param("v2_lite_feed_forward", 1, marks=pytest.mark.slow),
-        pytest.param("v3_attention", 2, marks=pytest.mark.slow),
+        ("v2_lite_feed_forward", 1),
+        ("v3_attention", 2),
         ("v3_feed_forward", 1),
-        pytest.param("v2_lite_attention", 1, marks=pytest.mark.slow),
-        pytest.param("v3_feed_forward", 2, marks=pytest.mark.slow),
+        ("v2_lite_attention", 1),
+        ("v3_feed_forward", 2),
     ],
 )
 def test_losses_and_exports_are_those_of_peft(

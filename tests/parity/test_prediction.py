@@ -148,10 +148,8 @@ def _remove(checkpoint: Path, name: str) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    ("kind", "remat"),
-    [("deepseek_v3", "full"), pytest.param("deepseek_v32", "none", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "remat"), [("deepseek_v3", "full"), ("deepseek_v32", "none")])
 def test_losses_and_gradients_are_those_of_torch(kind: str, remat: str, tmp_path: Path) -> None:
     variant, changes = VARIANTS[kind]
     checkpoint = tiny.build_checkpoint(tmp_path / "model", variant, mtp=1, **changes)

@@ -60,10 +60,10 @@ def test_a_checkpoint_that_goes_away_is_not_called_damaged(open_in, capsys):
         assert meta == {"place": step}
         assert_same(state, make_state(step))
         said = capsys.readouterr().err
-        assert f"{writer.directory / str(step - 1)}: got a checkpoint that went away while" in said
-        assert said.endswith("; now the newest is read\n") and "damaged" not in said
+        assert f"{writer.directory / str(step - 1)}: got a checkpoint that was removed" in said
+        assert said.endswith("; the newest is read instead\n") and "damaged" not in said
     for before in ("meta", "restore"):
-        with pytest.raises(RemovedError, match="went away while it was read, expected it to stay"):
+        with pytest.raises(RemovedError, match="was removed while it was read, expected"):
             from_newest(lambda: read_while(True, before))  # noqa: B023
 
 
@@ -88,7 +88,7 @@ def test_a_checkpoint_that_is_half_removed_is_not_called_damaged(open_in, tmp_pa
                 assert_same(reader.restore(1, abstract(make_state(0))), make_state(1))
             except ConfigError as error:
                 assert isinstance(error, RemovedError) == alive, file  # noqa: PT017
-                assert ("went away" in str(error)) == alive, file  # noqa: PT017
+                assert ("was removed" in str(error)) == alive, file  # noqa: PT017
                 refused += 1
             file.write_bytes(content)
             shutil.rmtree(one.with_name("2"), ignore_errors=True)
@@ -183,7 +183,7 @@ def test_damaged_meta_is_refused_by_name(open_in, tmp_path, content):
     saved(open_in, 7).close()
     file = tmp_path / "checkpoints" / "7" / "meta" / "metadata"
     file.unlink() if content is None else file.write_text(content)
-    with pytest.raises(ConfigError, match=r"7: got a damaged checkpoint .* to start anew"):
+    with pytest.raises(ConfigError, match=r"7: got a damaged checkpoint .* to begin again"):
         open_in().meta(7)
 
 

@@ -90,7 +90,8 @@ def test_a_short_run_is_logged_often_enough_for_a_picture(asked: Any, total: int
     assert loop.logging_steps(LoggingSection(logging_steps=asked), total) == every
 
 
-@pytest.mark.parametrize("again", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True])
 def test_a_signal_is_answered_at_once_and_obeyed_two_steps_later(
     tmp_path: Path, slow_steps: list[Any], capsys: pytest.CaptureFixture[str], again: bool
 ):
@@ -113,8 +114,8 @@ def test_a_signal_is_answered_at_once_and_obeyed_two_steps_later(
     said = capsys.readouterr().err
     saved = tmp_path / "run" / "checkpoints" / str(done)
     assert saved.is_dir()
-    assert f"stopping after step {done}; again to stop now\n" in said
-    assert f"stopped by signal 15; step {done} is saved in {saved}\n" in said
+    assert f"stopping after step {done}; a second Ctrl-C or SIGTERM stops at once\n" in said
+    assert f"stopped by SIGTERM; step {done} is saved in {saved}\n" in said
 
 
 class EndedError(Exception):
@@ -141,7 +142,8 @@ def test_a_signal_during_the_last_exchange_ends_the_run(
     monkeypatch.setattr(Hosts, "end_by", end_by)
     with pytest.raises(EndedError, match="15"):
         train.main(words(tmp_path, "training.max_steps=2"))
-    assert "stopping after step 2; again to stop now\n" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "stopping after step 2; a second Ctrl-C or SIGTERM stops at once\n" in said
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
