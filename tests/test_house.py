@@ -101,8 +101,12 @@ def test_imports_point_one_way(path: Path):
 
 
 def test_no_room_has_a_circle():
-    """Inside a room as well there is an order in which its files can be read."""
+    """Inside a room as well there is an order in which its files can be read.
+
+    The package's own face is no part of it: it imports nothing before it is asked for.
+    """
     files = {_dotted(path): path for path in PACKAGE.rglob("*.py")}
+    del files["dsjax"]
     imported = {
         name: {_home(other, files) for other in _imports(ast.parse(path.read_text()))}
         - {name, None}
