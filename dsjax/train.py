@@ -63,7 +63,8 @@ from dsjax.training.restore import check_frozen, frozen_sums
 from dsjax.training.resume import find_resume_point
 from dsjax.training.run import Programs, Run
 from dsjax.training.run_data import read_as_before
-from dsjax.training.run_dir import RunDir, fresh_path, locked_run_dir, make_for_all
+from dsjax.training.run_dir import RunDir, fresh_path
+from dsjax.training.run_lock import locked_run_dir, make_for_all
 from dsjax.training.setup import Assembly, assemble, load_frozen, load_trainable
 from dsjax.training.state import (
     TrainState,

@@ -65,6 +65,7 @@ NEEDS: dict[str, Callable[[], bool]] = {
     "gpu": lambda: jax.default_backend() == "gpu",
     "tpu": lambda: jax.default_backend() == "tpu",
     "cuda_compiler": lambda: importlib.util.find_spec("jax_cuda13_plugin") is not None,
+    "chromium": lambda: shutil.which("chromium") is not None,
 }
 """Marker -> whether what it names is here."""
 

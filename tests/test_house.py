@@ -35,9 +35,10 @@ ROOMS = (
     {"pretrained"},
     {"generate"},
     {"train", "evaluate"},
+    {"view"},
 )
 ENTRY_POINTS = {"train.py", "evaluate.py", "plan/__main__.py"} | {
-    f"{room}/command.py" for room in ("export", "generate", "plan")
+    f"{room}/command.py" for room in ("export", "generate", "plan", "view")
 }
 MOST_LINES = {"_train": 100}
 """Of a function; 60 of those that are not named here."""

@@ -12,11 +12,13 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+from dsjax.view.page import SCRIPTS
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BY_STRING = {"beartype"}
 """Imported by jaxtyping's hook, which is given the name (tests/conftest.py)."""
-PROGRAMS = {"pytest-xdist", "ruff", "pyright"}
+PROGRAMS = {"ipykernel", "pytest-xdist", "ruff", "pyright"}
 """Run by the Makefile, not imported."""
 
 
@@ -77,7 +79,7 @@ def test_the_pinned_versions_are_those_of_declared_libraries():
 BUILD = "import sys\nfrom setuptools import build_meta\nbuild_meta.build_wheel(sys.argv[1])"
 
 
-def test_a_wheel_has_the_recipes_and_the_gpu_targets_and_no_tests(tmp_path: Path):
+def test_a_wheel_has_what_it_reads_and_no_tests(tmp_path: Path):
     source, target = tmp_path / "source", tmp_path / "installed"
     shutil.copytree(ROOT / "dsjax", source / "dsjax", symlinks=True)
     shutil.copytree(ROOT / "configs", source / "configs")
@@ -92,11 +94,20 @@ def test_a_wheel_has_the_recipes_and_the_gpu_targets_and_no_tests(tmp_path: Path
     installed = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     package = {name for name in installed if ".dist-info/" not in name}
     assert {name.split("/")[0] for name in package} == {"dsjax"}
-    assert {Path(name).suffix for name in package} == {".py", ".yaml", ".txtpb"}
+    assert {Path(name).suffix for name in package} == {
+        ".py",
+        ".yaml",
+        ".txtpb",
+        ".html",
+        ".css",
+        ".js",
+    }
     recipes = {path.name for path in (ROOT / "configs").glob("*.yaml")}
     assert {f"dsjax/config/recipes/{name}" for name in recipes} <= package
     targets = {path.name for path in (ROOT / "dsjax/plan/gpu_targets").iterdir()}
     assert {f"dsjax/plan/gpu_targets/{name}" for name in targets} <= package
+    page = {f"dsjax/view/{name}" for name in ("page.html", "page.css", *SCRIPTS)}
+    assert page <= package
     done = subprocess.run(
         [sys.executable, "-m", "dsjax.train", "--config", "quickstart.yaml"],
         cwd=target,

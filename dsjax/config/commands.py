@@ -21,6 +21,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "generate": ("dsjax.generate", "text from a model, with or without an adapter"),
         "export": ("dsjax.export", "merged weights or a PEFT adapter from a run"),
         "plan": ("dsjax.plan", "whether a run fits on devices that are not here"),
+        "view": ("dsjax.view", "curves, evaluations and configurations of runs, as one page"),
         "convert": ("dsjax.export.convert", "a checkpoint between Hugging Face's form and dsjax's"),
         "convert-config": ("dsjax.config.convert_config", "a LLaMA-Factory or TRL file to ours"),
     }

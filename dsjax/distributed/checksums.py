@@ -3,7 +3,7 @@
 
 In: a pytree of jax arrays, or a value that JSON can hold. Out: a short text for each leaf that
 depends on its bits and on their places, never on how it lies over devices or processes; a digest.
-Not done here: keeping them, and comparing (`checkpoint`, `training.run_dir`).
+Not done here: keeping them, and comparing (`checkpoint`, `training.restore`).
 
 The checksum of an array is a sum modulo 2^32 over its elements, each word first mixed with a hash
 of its index by a bijection. So it is exact in any order and on any mesh, one changed element always

@@ -93,6 +93,22 @@ def locked(file: Path, refusal: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+def holder_of(file: Path) -> Holder | None:
+    """Who holds a lock, as its file says; None if there is no file, or it names nobody.
+
+    The lock is not tried, which whoever takes it just then would see. A kill leaves the file:
+    `Holder.lives_here` tells.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        return _read(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _acquire(file: Path, refusal: str) -> int:
     """Open and lock the file, and write into it who holds it."""
     began, said, tried = time.monotonic(), False, 0

@@ -73,7 +73,7 @@ def _next_commands(run: Run, form: str | None) -> dict[str, list[str]]:
     """What for -> the words of the command."""
     files, data = run.directory, run.config.data
     exported, kind = str(files.export), run.setup.spec.peft_type if run.setup.spec else None
-    commands = {}
+    commands = {"to look at it": ["view", str(files)]}
     if form == "merged":
         commands["to try it"] = ["generate", "--model", exported, "--prompt", "TEXT"]
     elif form == "peft":

@@ -103,6 +103,8 @@ MISTAKES = {
     "generate --model no/such/place": "--model: got 'no/such/place', expected",
     "export --rum x": "--rum: got",
     "generate --promt x": "--promt: got",
+    "view none": "RUN: got 'none', expected the output_dir of a run",
+    "view configs --no-brwser": "--no-brwser: got an option that is not known",
     "convert-config none.yaml": "none.yaml: got No such file",
 }
 

@@ -21,7 +21,8 @@ from dsjax.distributed import lock_file
 from dsjax.distributed.lock_file import LOCK_FILE, locked
 from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
-from dsjax.training.run_dir import RunDir, locked_run_dir, read_manifest
+from dsjax.training.run_dir import RunDir, read_manifest
+from dsjax.training.run_lock import locked_run_dir
 from dsjax.weights.folders import atomic_directory, check_empty
 
 ROOT = Path(__file__).parents[2]
@@ -297,3 +298,15 @@ def test_a_run_folder_keeps_no_lock(tmp_path: Path, ends: str):
         assert not (tmp_path / "above").exists()
     else:
         assert [path.name for path in run.iterdir()] == ["checkpoints"]
+
+
+def test_who_holds_a_lock_can_be_read(tmp_path: Path):
+    file = tmp_path / LOCK_FILE
+    assert lock_file.holder_of(file) is None
+    with held_elsewhere(file) as process:
+        holder = lock_file.holder_of(file)
+        assert holder is not None and holder.pid == process.pid and holder.lives_here
+    holder = lock_file.holder_of(file)  # it was killed, and left the file
+    assert holder is not None and holder.is_of_here and not holder.lives_here
+    file.write_text("no process")
+    assert lock_file.holder_of(file) is None

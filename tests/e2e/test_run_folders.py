@@ -12,7 +12,8 @@ import small_run
 from begun_run import refused, unfinish
 
 from dsjax.export.model_card import card_facts
-from dsjax.training.run_dir import MANIFEST, RunDir, locked_run_dir
+from dsjax.training.run_dir import MANIFEST, RunDir
+from dsjax.training.run_lock import locked_run_dir
 
 
 def test_a_directory_in_which_a_run_is_going_on_is_refused(again, run: Path):

@@ -16,7 +16,8 @@ from dsjax.distributed.bootstrap import detect_process, wait_for_all
 from dsjax.distributed.launchers import ProcessSpec
 from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
-from dsjax.training import run_dir
+from dsjax.training import run_lock
+from dsjax.training.run_dir import RunDir
 
 SLURM = {
     "SLURM_JOB_ID": "4711",
@@ -217,14 +218,14 @@ def test_a_process_in_a_shallower_folder_is_told_of_another(
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="which is another folder for process 1 than for"):
-        run_dir.check_shared(run_dir.RunDir(Path("run")), Second(1, 2), 0.1)
+        run_lock.check_shared(RunDir(Path("run")), Second(1, 2), 0.1)
 
 
 def test_a_folder_that_does_not_appear(tmp_path: Path):
     with pytest.raises(
         ConfigError, match="output_dir: got no '.*checkpoints' here 0.1 s after proc"
     ):
-        run_dir._await_folder(tmp_path / "checkpoints", 0.1)
+        run_lock._await_folder(tmp_path / "checkpoints", 0.1)
 
 
 @pytest.mark.slow
