@@ -177,7 +177,7 @@ def test_a_yaml_file_of_other_bytes(cli_runner: CliRunner):
             ["gradient_checkpointing: got true", "none, dots, names or full"],
         ),
         (["checkpoint.save_steps=0"], ["checkpoint.save_steps: got 0", "an integer >= 1"]),
-        (["logging.report_to=wandb"], ["logging.report_to: got", "wandb", "tensorboard"]),
+        (["logging.report_to=mlflow"], ["logging.report_to: got", "mlflow", "tensorboard"]),
         (["output_dir=7"], ["output_dir: got 7", "text; put it in quotes"]),
     ],
     ids=lambda value: value[-1] if value and "=" in value[-1] else None,
