@@ -15,6 +15,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 from dsjax.config import LoggingSection
 from dsjax.config.json_file import parse
 from dsjax.errors import ConfigError, files_of
-from dsjax.training.reporters import ReportedRun, Reporter, open_reporters
+from dsjax.training.reporters import ReportedRun, Reporter, open_reporter
 from dsjax.training.run_dir import RunDir
 
 
@@ -57,10 +58,15 @@ class MetricsLog:
         self._evaluated = {row["step"] for row in rows if "eval_loss" in row}
         if not primary:
             return
-        with files_of(path):
-            cut_lines(path, resume_step)
-            self._file = path.open("a", encoding="utf-8")
-        self._reporters = open_reporters(section, ReportedRun(run, resume_step, config))
+        reported = ReportedRun(run, resume_step, config)
+        with ExitStack() as opened:
+            opened.callback(self.close, failed=True)
+            with files_of(path):
+                cut_lines(path, resume_step)
+                self._file = path.open("a", encoding="utf-8")
+            for name in dict.fromkeys(section.report_to):
+                self._reporters.append(open_reporter(name, reported))
+            opened.pop_all()
 
     def __enter__(self) -> "MetricsLog":
         return self

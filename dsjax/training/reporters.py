@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from dsjax.config import LoggingSection
 from dsjax.errors import ConfigError, files_of, first_line, raise_all
@@ -101,6 +101,14 @@ class Wandb:
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
+    @staticmethod
+    def login() -> None:
+        """Log in where runs are sent at once; what is kept on disk needs no login."""
+        import wandb
+
+        if wandb.setup().settings.mode not in ("offline", "disabled", "dryrun"):
+            wandb.login()
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to each of the curves."""
         self._run.log({**values, "step": step})
@@ -142,7 +150,7 @@ class Trackio:
     def close(self, failed: bool) -> None:
         """Write what is left; Trackio does not show how a run ended."""
         del failed
-        self._run.finish()
+        self._trackio.finish()
 
 
 class SwanLab:
@@ -160,6 +168,14 @@ class SwanLab:
             log_dir=str(run.directory.path / "swanlog"),
             config=dict(run.config),
         )
+
+    @staticmethod
+    def login() -> None:
+        """Log in where runs are sent at once; what is kept on disk needs no login."""
+        import swanlab
+
+        if swanlab.Settings().mode == "online":
+            swanlab.login()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to each of the curves."""
@@ -202,7 +218,7 @@ class Tolerant:
 
     def _attempt(self, what: str, report: Callable[[], None]) -> None:
         try:
-            with redirect_stdout(sys.stderr):  # the libraries greet on stdout
+            with redirect_stdout(sys.stderr):
                 report()
         except Exception as error:  # each library, and its HTTP library, has its own
             self._failures += 1
@@ -221,17 +237,37 @@ def _open_tensorboard(run: ReportedRun) -> Reporter:
     return EventFile(run.directory.tensorboard, run.resume_step)
 
 
-REPORTERS: Mapping[str, Callable[[ReportedRun], Reporter]] = MappingProxyType(
-    {"tensorboard": _open_tensorboard, "wandb": Wandb, "trackio": Trackio, "swanlab": SwanLab}
-)
-"""`logging.report_to` -> what opens it; each has the name of its package."""
+def _nothing() -> None:
+    """Ask for no login."""
 
-LOCAL = ("tensorboard",)
-"""Those that write to the output directory: what fails there is the disk, and ends the run."""
+
+class Kind(NamedTuple):
+    """A kind of reporter.
+
+    Attributes:
+        open: begins to report a run.
+        login: raises, as the library does, where it would not take a run.
+        ends_run: whether a run ends where this fails: its files are the run's own, on its disk.
+    """
+
+    open: Callable[[ReportedRun], Reporter]
+    login: Callable[[], None] = _nothing
+    ends_run: bool = False
+
+
+REPORTERS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "tensorboard": Kind(_open_tensorboard, ends_run=True),
+        "wandb": Kind(Wandb, Wandb.login),
+        "trackio": Kind(Trackio),
+        "swanlab": Kind(SwanLab, SwanLab.login),
+    }
+)
+"""`logging.report_to`, which is also the name of the package -> what reports there."""
 
 
 def check_reporters(section: LoggingSection, primary: bool) -> None:
-    """Refuse a reporter whose library is not installed.
+    """Refuse a reporter that is not installed, or has no login; nothing is read or written.
 
     Args:
         section: the config's `logging` section.
@@ -240,32 +276,41 @@ def check_reporters(section: LoggingSection, primary: bool) -> None:
     Raises:
         ConfigError: one line for each.
     """
-    names = section.report_to if primary else ()
-    raise_all(
-        f"logging.report_to: got {name}, which is not installed, expected one of the installed: "
-        f"pip install {name}"
-        for name in dict.fromkeys(names)
-        if find_spec(name) is None
-    )
+    raise_all(filter(None, map(_problem, section.report_to if primary else ())))
 
 
-def open_reporters(section: LoggingSection, run: ReportedRun) -> list[Reporter]:
-    """Open all that are asked for.
-
-    Raises:
-        ConfigError: a tracker cannot begin: no login, no network.
-    """
-    return [_open(name, run) for name in dict.fromkeys(section.report_to)]
-
-
-def _open(name: str, run: ReportedRun) -> Reporter:
-    if name in LOCAL:
-        return REPORTERS[name](run)
+def _problem(name: str) -> str:
+    """Say why a reporter cannot be used; empty if it can."""
+    if find_spec(name) is None:
+        return (
+            f"logging.report_to: got {name}, which is not installed, expected a package that is; "
+            f"pip install {name}"
+        )
     try:
         with redirect_stdout(sys.stderr):
-            return Tolerant(name, REPORTERS[name](run))
+            REPORTERS[name].login()
+    except Exception as error:  # each library, and its HTTP library, has its own
+        return (
+            f"logging.report_to: got {name}, which takes no run ({first_line(error)}), expected a "
+            f"login that its server knows; run `{name} login`, or set {name.upper()}_MODE=offline"
+        )
+    return ""
+
+
+def open_reporter(name: str, run: ReportedRun) -> Reporter:
+    """Begin to report a run.
+
+    Raises:
+        ConfigError: the tracker of this name cannot begin.
+    """
+    kind = REPORTERS[name]
+    if kind.ends_run:
+        return kind.open(run)
+    try:
+        with redirect_stdout(sys.stderr):  # the libraries greet on stdout
+            return Tolerant(name, kind.open(run))
     except Exception as error:
         raise ConfigError(
             f"logging.report_to: got {name}, which did not begin a run ({first_line(error)}), "
-            f"expected one that does; log in, or take {name} out"
+            f"expected one that does; take {name} out to run without"
         ) from error
