@@ -8,6 +8,7 @@ Everything is a small file: uploads come inside of the commit. Not here: LFS, Xe
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import yaml
 
 TOKEN, READ_TOKEN = "hf_writes", "hf_reads"
 COMMIT = "c" * 40
@@ -112,10 +115,11 @@ class _Handler(BaseHTTPRequestHandler):
         match parts:
             case ["api", "whoami-v2"]:
                 self._whoami()
+            case ["api", "validate-yaml"]:
+                self._validate(json.loads(body)["content"])
             case ["api", "repos", "create"]:
                 self._create(json.loads(body))
-            case ["api", "models", organization, name, "preupload", _]:
-                del organization, name
+            case ["api", "models", _, _, "preupload", _]:
                 files = [
                     {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
                     for file in json.loads(body)["files"]
@@ -140,6 +144,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         token = {"displayName": "of a test", "role": roles[self._token()]}
         self._json({"type": "user", "name": "me", "orgs": [], "auth": {"accessToken": token}})
+
+    def _validate(self, card: str) -> None:
+        """Take no card whose base model is not one of the hub's, as the hub does."""
+        base = (yaml.safe_load(card.split("---\n")[1]) or {}).get("base_model", "a/b")
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+            self._json({"errors": [], "warnings": []})
+            return
+        message = f'"base_model" with value "{base}" is not valid. Use a model id.'
+        self._json({"errors": [{"message": message}], "warnings": []}, 400)
 
     def _create(self, wanted: dict[str, Any]) -> None:
         name = f"{wanted['organization']}/{wanted['name']}"

@@ -21,7 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from dsjax.config import ExportSection
 from dsjax.distributed.processes import Hosts
-from dsjax.errors import ConfigError, first_line
+from dsjax.errors import ConfigError
 from dsjax.training.run_dir import MANIFEST, RunDir, read_manifest
 from dsjax.weights.folders import write_atomic
 
@@ -52,7 +52,7 @@ def check_push(section: ExportSection, primary: bool) -> None:
     except Exception as error:  # of huggingface_hub's HTTP library, another one in each version
         raise ConfigError(
             f"export.push_to_hub: got {name!r}, expected a token that {api.endpoint} takes "
-            f"({first_line(error)}); run `hf auth login`, or set HF_TOKEN"
+            f"({_reason(error)}); run `hf auth login`, or set HF_TOKEN"
         ) from error
     if role == "read":
         raise ConfigError(
@@ -115,13 +115,18 @@ def _push(run: RunDir, section: ExportSection) -> str:
         words = ["hf", "upload", name, str(run.export), "--exclude", MANIFEST, *private]
         again = shlex.join(words)
         return (
-            f"export.push_to_hub: got {first_line(error)} while uploading to {name!r} at "
+            f"export.push_to_hub: got {_reason(error)} while uploading to {name!r} at "
             f"{api.endpoint}, expected it to be taken; the export is in {str(run.export)!r}. Run "
             f"the same command again, or: {again}"
         )
     write_atomic(run.pushed, json.dumps(record) + "\n")
     print(f"pushed to {commit.repo_url}", file=sys.stderr)
     return ""
+
+
+def _reason(error: Exception) -> str:
+    """Write what the hub says in one line: what is wrong with a card stands in its second."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _record(run: RunDir, section: ExportSection) -> dict[str, Any]:
