@@ -50,7 +50,8 @@ class ModelSection(Section):
 
     path: Folder
     """Hugging Face checkpoint: a directory, a URL of one (gs://, s3://, hf://), or the id of a
-    repository on the hub; or a directory written by `convert_weights.py to-flax`."""
+    repository on the hub, also of ModelScope (modelscope://organization/name); or a directory
+    written by `convert_weights.py to-flax`."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository; null: its default branch."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
