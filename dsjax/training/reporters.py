@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -85,11 +86,9 @@ class Wandb:
     """A run of Weights & Biases; its own files lie in `wandb/` of the output directory."""
 
     def __init__(self, run: ReportedRun) -> None:
-        import wandb
-
-        self._wandb: Any = wandb
-        self._run: Any = wandb.init(
-            project=wandb.setup().settings.project or PROJECT,
+        self._wandb: Any = import_module("wandb")
+        self._run: Any = self._wandb.init(
+            project=self._wandb.setup().settings.project or PROJECT,
             name=run.name,
             id=run.id,
             resume="allow",
@@ -104,8 +103,7 @@ class Wandb:
     @staticmethod
     def login() -> None:
         """Log in where runs are sent at once; what is kept on disk needs no login."""
-        import wandb
-
+        wandb: Any = import_module("wandb")
         if wandb.setup().settings.mode not in ("offline", "disabled", "dryrun"):
             wandb.login()
 
@@ -127,11 +125,9 @@ class Trackio:
     """A run of Trackio; its files lie where TRACKIO_DIR says."""
 
     def __init__(self, run: ReportedRun) -> None:
-        import trackio
-
-        self._trackio: Any = trackio
+        self._trackio: Any = import_module("trackio")
         # It knows a run by its name alone.
-        self._run: Any = trackio.init(
+        self._run: Any = self._trackio.init(
             project=PROJECT,
             name=f"{run.name}-{run.id[:8]}",
             config=dict(run.config),
@@ -157,11 +153,9 @@ class SwanLab:
     """A run of SwanLab; its own files lie in `swanlog/` of the output directory."""
 
     def __init__(self, run: ReportedRun) -> None:
-        import swanlab
-
-        self._swanlab: Any = swanlab
-        swanlab.init(
-            project=swanlab.Settings().project.name or PROJECT,
+        self._swanlab: Any = import_module("swanlab")
+        self._swanlab.init(
+            project=self._swanlab.Settings().project.name or PROJECT,
             name=run.name,
             id=run.id,
             resume="allow",
@@ -172,8 +166,7 @@ class SwanLab:
     @staticmethod
     def login() -> None:
         """Log in where runs are sent at once; what is kept on disk needs no login."""
-        import swanlab
-
+        swanlab: Any = import_module("swanlab")
         if swanlab.Settings().mode == "online":
             swanlab.login()
 

@@ -11,8 +11,10 @@ import glob
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dsjax.errors import ConfigError
 
@@ -47,11 +49,12 @@ class Repository:
         """
         if self.cached is not None:
             return self.cached
-        from modelscope import snapshot_download
-
+        library: Any = import_module("modelscope")
         patterns = [glob.escape(file) for file in wanted]
         try:
-            found = snapshot_download(self.name, revision=self.revision, allow_patterns=patterns)
+            found = library.snapshot_download(
+                self.name, revision=self.revision, allow_patterns=patterns
+            )
             # Trap: some versions log the files that failed, and return.
             missing = [file for file in wanted if not (Path(found) / file).is_file()]
             if missing:
@@ -75,11 +78,10 @@ def find_repository(path: str, revision: str | None) -> Repository:
             f"model.path: got {path!r}, expected the library that reads {PREFIX}, which is not "
             "installed; pip install modelscope"
         )
-    from modelscope.hub.api import HubApi
-
+    api: Any = import_module("modelscope.hub.api")
     try:
         # Older versions list folders as well.
-        entries = HubApi().get_model_files(name, revision=revision, recursive=True)
+        entries = api.HubApi().get_model_files(name, revision=revision, recursive=True)
         files = [entry["Path"] for entry in entries if entry.get("Type") != "tree"]
     except Exception as error:  # of several libraries
         return Repository(name, revision, (), _find_in_cache(name, revision, error))
@@ -87,10 +89,9 @@ def find_repository(path: str, revision: str | None) -> Repository:
 
 
 def _find_in_cache(name: str, revision: str | None, reason: Exception) -> Path:
-    from modelscope import snapshot_download
-
+    library: Any = import_module("modelscope")
     try:
-        found = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        found = Path(library.snapshot_download(name, revision=revision, local_files_only=True))
     except Exception:
         raise ConfigError(_problem(name, revision, reason)) from reason
     if not (found / "config.json").is_file():

@@ -19,7 +19,7 @@ from dsjax.config import LoggingSection
 from dsjax.errors import ConfigError
 from dsjax.training import reporters
 from dsjax.training.metrics_log import MetricsLog, read_metrics
-from dsjax.training.reporters import REPORTERS, Kind, ReportedRun, check_reporters
+from dsjax.training.reporters import PROJECT, REPORTERS, Kind, ReportedRun, check_reporters
 from dsjax.training.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
@@ -247,7 +247,7 @@ def test_wandb_without_a_login_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 def test_trackio(tmp_path: Path):
     run = killed_and_resumed("trackio", tmp_path, TRACKIO_DIR=str(tmp_path / "trackio"))
     name = f"run-{(run / 'tracker_id').read_text()[:8]}"
-    with sqlite3.connect(tmp_path / "trackio" / "dsjax.db") as base:
+    with sqlite3.connect(tmp_path / "trackio" / f"{PROJECT}.db") as base:
         rows = base.execute("select run_name, step, metrics from metrics order by id").fetchall()
         configs = base.execute("select run_name, config from configs").fetchall()
     assert {row[0] for row in rows} == {name}
