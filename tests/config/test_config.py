@@ -171,7 +171,7 @@ mesh: 8
         ("mesh.tensor=0", "got 0, expected -1 or an integer >= 1"),
         (
             "logging.report_to=[mlflow]",
-            'got ["mlflow"], expected a list of tensorboard, wandb, trackio, swanlab',
+            'got ["mlflow"], expected a list of tensorboard, wandb, trackio or swanlab',
         ),
         (
             "logging.profile_steps=[3]",
