@@ -8,9 +8,10 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -171,15 +172,14 @@ def killed_and_resumed(name: str, folder: Path, **environment: str) -> Path:
     return run
 
 
-def wandb_records(file: Path) -> Iterator[object]:
+def wandb_records(file: Path) -> Iterator[Any]:
     """The records of an offline run's file, each of which lies within a block."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    record: Any = import_module("wandb.proto.wandb_internal_pb2").Record
     data, place = file.read_bytes(), 7
     while place < len(data):
         _, length, kind = struct.unpack("<IHB", data[place : place + 7])
         assert kind == 1, "a record in parts"
-        yield Record.FromString(data[place + 7 : place + 7 + length])
+        yield record.FromString(data[place + 7 : place + 7 + length])
         place += 7 + length
 
 
