@@ -2,7 +2,8 @@
 # or constraints.txt changes. PYTHON=/path/to/python picks the interpreter; another version than
 # .venv's rebuilds it. The versions are those of constraints.txt, which the tests ran with; PINS=none
 # takes the newest that pyproject.toml allows, in .venv-newest. EXTRAS=tpu, or cuda, adds what that
-# hardware needs. Only the CUDA compiler, which is large, has an environment of its own, .venv-cuda.
+# hardware needs. The CUDA compiler, which is large, has an environment of its own, .venv-cuda; so have
+# the trackers, which want older libraries than the pinned ones, .venv-trackers.
 
 PINS ?= constraints.txt
 ifeq ($(PINS),none)
@@ -22,10 +23,12 @@ PACKAGE := $(VENV)/package-$(VERSION)$(if $(EXTRAS),-$(EXTRAS))
 TESTS := $(VENV)/tests-$(VERSION)
 CUDA := .venv-cuda
 CUDA_TESTS := $(CUDA)/tests-$(VERSION)
+TRACKERS := .venv-trackers
+TRACKERS_TESTS := $(TRACKERS)/tests-$(VERSION)
 # The tests of a file share their runs, so they stay in one process.
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test test-slow test-cuda lint format newest update always
+.PHONY: quickstart test test-slow test-cuda test-trackers lint format newest update always
 
 # A GPU or TPU that is here, and for which nothing is installed, is named.
 quickstart: $(PACKAGE)
@@ -45,6 +48,10 @@ test-slow: $(TESTS)
 
 test-cuda: $(CUDA_TESTS)
 	JAX_PLATFORMS=cpu $(CUDA)/bin/python -m pytest tests/cuda
+
+test-trackers: $(TRACKERS_TESTS)
+	JAX_PLATFORMS=cpu $(TRACKERS)/bin/python -m pytest tests/training/test_reporters.py \
+	  tests/weights/test_modelscope_hub.py
 
 lint: $(TESTS)
 	$(BIN)/ruff check .
@@ -75,6 +82,12 @@ $(PACKAGE): pyproject.toml $(PINNED)
 	  $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing dsjax into $(VENV): a few minutes the first time"
 	$(BIN)/python $(PIP_INSTALL) --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
+	@touch $@
+
+$(TRACKERS_TESTS): pyproject.toml
+	@test "`$(TRACKERS)/bin/python $(VERSION_OF) 2>/dev/null`" = "$(VERSION)" || \
+	  $(PYTHON) -m venv --clear $(TRACKERS)
+	$(TRACKERS)/bin/python -m pip install --quiet --editable '.[test-trackers]'
 	@touch $@
 
 # torch comes first and alone: resolved beside others, another build of it may be picked.

@@ -46,6 +46,7 @@ from dsjax.distributed.processes import Hosts, process_group
 from dsjax.errors import ConfigError, files_of, orbax_muted, run_command
 from dsjax.export.disk_space import check_disk
 from dsjax.export.folder import Output, check_continues, check_outputs, is_complete
+from dsjax.export.push import check_push, is_pushed, push_export
 from dsjax.export.run import Trained, check_export, export_trained
 from dsjax.training import optimizer
 from dsjax.training.announcement import announce
@@ -59,6 +60,7 @@ from dsjax.training.loop import Loop, Reporting, finish_evaluation
 from dsjax.training.loss_plot import plot_loss
 from dsjax.training.meter import Meter
 from dsjax.training.metrics_log import MetricsLog
+from dsjax.training.reporters import check_reporters
 from dsjax.training.restore import check_frozen, frozen_sums
 from dsjax.training.resume import find_resume_point
 from dsjax.training.run import Programs, Run
@@ -148,6 +150,8 @@ def train(config: RunConfig, hosts: Hosts | None = None, *, dry_run: bool = Fals
     hosts = hosts or Hosts()
     hosts.assert_equal(launch_fingerprint(config))
     check_outputs(config)
+    check_reporters(config.logging, hosts.primary)
+    check_push(config.export, hosts.primary)
     # Locked, so that nobody else changes what is looked at.
     with locked_run_dir(RunDir.of(config), hosts, keep=not dry_run):
         return _train(config, hosts, dry_run)
@@ -179,10 +183,7 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool) -> int:
     eval_rows = data.eval_fingerprint
     complete = partial(is_complete, config, eval_rows, form, earlier, total, contents)
     if hosts.broadcast_from_primary(complete):
-        if hosts.primary and not run.directory.loss_plot.is_file():
-            plot_loss(run.directory.path)
-        hosts.log_once(f"nothing to do: {total} steps and all results are there")
-        return 0
+        return finish_complete(run, form, dry_run)
 
     # ---- 6. The step: one function, compiled before there is anything to hold
     step_cfg = step_config(config, setup.partition, setup.mesh, total)
@@ -219,7 +220,7 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool) -> int:
 
     # ---- 9. The loop
     with (
-        MetricsLog(run.directory.path, config.logging, start, primary) as log,
+        MetricsLog(run.directory.path, config.logging, start, primary, config.model_dump()) as log,
         Progress(run.objective, total, start, primary) as progress,
     ):
         log.log_start(configuration.to_yaml(config), table)
@@ -253,10 +254,33 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool) -> int:
 
 
 def export_run(output: Output, trained: Trained, hosts: Hosts) -> Exception | None:
-    """Export a finished run; returns why the proof did not run, for the caller to raise."""
+    """Export a finished run, and upload what is proven.
+
+    Returns:
+        Why the proof did not run, or the upload failed, for the caller to raise.
+    """
     done = export_trained(output, trained, hosts, Loading("writing", hosts.primary))
     hosts.log_once(f"exported {output.form} to {output.path}{done}")
+    if done.failure is None:
+        return push_export(output.run, output.config.export, hosts)
+    if output.config.export.push_to_hub is not None:
+        hosts.log_once("export.push_to_hub: what is unproven is not uploaded")
     return done.failure
+
+
+def finish_complete(run: Run, form: str | None, dry_run: bool) -> int:
+    """End a run that an earlier start finished; what takes no model may still be missing."""
+    config, hosts, files = run.config, run.hosts, run.directory
+    if hosts.primary and not files.loss_plot.is_file():
+        plot_loss(files.path)
+    pushed = partial(is_pushed, files, config.export)
+    if form is None or hosts.broadcast_from_primary(pushed):
+        hosts.log_once(f"nothing to do: {run.total} steps and all results are there")
+    elif dry_run:
+        hosts.log_once(f"dry run: {files.export} is not uploaded")
+    else:
+        raise_failures([push_export(files, config.export, hosts)])
+    return 0
 
 
 def release(state: TrainState) -> TrainState:
@@ -270,7 +294,7 @@ def raise_failures(failures: Sequence[Exception | None]) -> None:
     """Raise what went wrong in the last stages, none of which keeps the others from being done."""
     found = [failure for failure in failures if failure is not None]
     if len(found) > 1:
-        raise ExceptionGroup("evaluation and proof", found)
+        raise ExceptionGroup("evaluation and export", found)
     if found:
         raise found[0]
 

@@ -66,6 +66,10 @@ NEEDS: dict[str, Callable[[], bool]] = {
     "tpu": lambda: jax.default_backend() == "tpu",
     "cuda_compiler": lambda: importlib.util.find_spec("jax_cuda13_plugin") is not None,
     "chromium": lambda: shutil.which("chromium") is not None,
+    "wandb": lambda: importlib.util.find_spec("wandb") is not None,
+    "trackio": lambda: importlib.util.find_spec("trackio") is not None,
+    "swanlab": lambda: importlib.util.find_spec("swanlab") is not None,
+    "modelscope": lambda: importlib.util.find_spec("modelscope") is not None,
 }
 """Marker -> whether what it names is here."""
 

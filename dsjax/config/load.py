@@ -12,6 +12,7 @@ gave.
 """
 
 import os
+import re
 from collections.abc import Container, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -179,6 +180,7 @@ def _contradictions(config: RunConfig) -> list[str]:
     if len(free) > 1:
         both = " and ".join(f"mesh.{name}" for name in free)
         problems.append(f"{both}: got -1, expected -1 on one axis; give the others a size")
+    problems += _push_problems(export)
     written = {"output_dir": config.output_dir, "export.path": export.path}
     problems += [
         written_to_url(path, key) for key, path in written.items() if path and is_url(path)
@@ -188,6 +190,22 @@ def _contradictions(config: RunConfig) -> list[str]:
         + _schedule_contradictions(config.optimizer)
         + _adapter_contradictions(adapter, export)
     )
+
+
+def _push_problems(section: ExportSection) -> list[str]:
+    """Look at where an export is to be uploaded."""
+    name, problems = section.push_to_hub, []
+    if name is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        problems.append(
+            f"export.push_to_hub: got {name!r}, expected organization/name, or null for nowhere; a "
+            "repository of your own is your user name/name"
+        )
+    if name is not None and section.format is None:
+        problems.append(
+            f"export.push_to_hub: got {name!r} with export.format null, expected null; there is no "
+            "export to upload"
+        )
+    return problems
 
 
 def _schedule_contradictions(section: OptimizerSection) -> list[str]:

@@ -30,7 +30,9 @@ Layers = Annotated[
 ]
 Texts = Annotated[list[str], BeforeValidator(_as_list, json_schema_input_type=str | list[str])]
 Sources = Annotated[Texts, Field(min_length=1)]
-Reporters = Annotated[list[Literal["tensorboard"]], BeforeValidator(_as_list)]
+Reporters = Annotated[
+    list[Literal["tensorboard", "wandb", "trackio", "swanlab"]], BeforeValidator(_as_list)
+]
 
 
 class Section(BaseModel):
@@ -48,7 +50,8 @@ class ModelSection(Section):
 
     path: Folder
     """Hugging Face checkpoint: a directory, a URL of one (gs://, s3://, hf://), or the id of a
-    repository on the hub; or a directory written by `convert_weights.py to-flax`."""
+    repository on the hub, also of ModelScope (modelscope://organization/name); or a directory
+    written by `convert_weights.py to-flax`."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository; null: its default branch."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
@@ -245,7 +248,7 @@ class LoggingSection(Section):
     logging_steps: Positive | Literal["auto"] = "auto"
     """Steps between two lines of metrics; auto: 10, or a tenth of a run of less than 100 steps."""
     report_to: Reporters = ["tensorboard"]
-    """Where metrics also go; []: nowhere."""
+    """Where metrics also go; []: nowhere. wandb, trackio and swanlab need their own packages."""
     profile_steps: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
     """[a, b]: trace steps a + 1 to b for TensorBoard's profiler and Perfetto; null: none."""
 
@@ -264,3 +267,8 @@ class ExportSection(Section):
     nothing is written; null: whatever they keep. It is printed, and stands in the model card."""
     path: Folder | None = None
     """Directory to write; null: export/ in `output_dir`."""
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face hub, organization/name, to which the proven export is
+    uploaded; null: none."""
+    hub_private_repo: bool = True
+    """Whether that repository is private; of one that is there already it is not changed."""

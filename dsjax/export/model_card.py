@@ -104,8 +104,8 @@ def card_text(facts: CardFacts) -> str:
         *_loss_section(facts),
         f"## Versions\n\n{_pairs('framework', 'version', _versions())}",
     ]
-    if is_url(facts.base_model) or Path(facts.base_model).exists():
-        note = "`base_model` above is no hub id; put the model's hub id there to publish this."
+    if not _is_hub_id(facts.base_model):
+        note = "The lines above have no `base_model`: add the model's hub id to publish this."
         paragraphs.insert(3, note)
     return "\n\n".join(paragraphs) + "\n"
 
@@ -130,9 +130,15 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
+def _is_hub_id(base_model: str) -> bool:
+    """Whether a model was read from the hub, not from a folder or a URL."""
+    return not is_url(base_model) and not Path(base_model).exists()
+
+
 def _front_matter(facts: CardFacts) -> str:
     fields = {
-        "base_model": facts.base_model,
+        # The hub takes no card whose `base_model` is something else.
+        **({"base_model": facts.base_model} if _is_hub_id(facts.base_model) else {}),
         "library_name": facts.library_name,
         "pipeline_tag": "text-generation",
         **facts.license,

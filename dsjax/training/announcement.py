@@ -71,6 +71,8 @@ def announce(run: Run) -> str:
     unused = adapters.unused_keys(config.adapter, setup.spec)
     unused += optimizer.unused_keys(config.optimizer) + unused_data_keys(config.data)
     unused += objectives.unused_keys(config.objective, setup.partition.leaves)
+    if "hub_private_repo" in config.export.model_fields_set and not config.export.push_to_hub:
+        unused.append("export.hub_private_repo")
     if setup.spec is not None and config.model.param_dtype is not None:
         unused.append("model.param_dtype")
     if unused:

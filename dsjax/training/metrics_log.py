@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of a run on disk: metrics.jsonl and TensorBoard.
+"""The numbers of a run: metrics.jsonl, and the reporters that the user asked for.
 
-In: values and texts that the run has already computed. Out: `metrics.jsonl` and `tensorboard/` in
-the output directory. Not done here: sums (`meter`), the loss picture (`loss_plot`), the terminal
-(`console`), and deciding which process reports (callers pass `primary`).
+In: values and texts that the run has already computed. Out: `metrics.jsonl` in the output
+directory; the same values for TensorBoard and trackers (`reporters`). Not done here: sums
+(`meter`), the loss picture (`loss_plot`), the terminal (`console`), and deciding which process
+reports (callers pass `primary`).
 
 Order that a caller keeps: the lines of step s are logged before the checkpoint of step s is saved,
 and `Meter.state()` is saved with it. Then a resumed run neither loses nor repeats a line.
@@ -14,17 +15,20 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dsjax.config import LoggingSection
 from dsjax.config.json_file import parse
 from dsjax.errors import ConfigError, files_of
+from dsjax.training.reporters import ReportedRun, Reporter, open_reporter
 from dsjax.training.run_dir import RunDir
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard; a context manager.
+    """Appends to `metrics.jsonl` and tells the reporters; a context manager.
 
     Args:
         output_dir: the run's directory; it must exist.
@@ -32,14 +36,20 @@ class MetricsLog:
         resume_step: the optimizer step that the run continues from, 0 for a new run. Lines of later
             steps, which a killed run left behind, are cut; so is a half-written last line.
         primary: whether this process reports; the others write nothing.
+        config: the run's resolved configuration, which trackers show.
     """
 
     def __init__(
-        self, output_dir: Path, section: LoggingSection, resume_step: int, primary: bool = True
+        self,
+        output_dir: Path,
+        section: LoggingSection,
+        resume_step: int,
+        primary: bool = True,
+        config: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self._start_step = resume_step
         self._file = None
-        self._board = None
+        self._reporters: list[Reporter] = []
         run = RunDir(output_dir)
         self._path = path = run.metrics
         # By every process: all must come to the same answer on what is left to evaluate.
@@ -48,28 +58,29 @@ class MetricsLog:
         self._evaluated = {row["step"] for row in rows if "eval_loss" in row}
         if not primary:
             return
-        with files_of(path):
-            cut_lines(path, resume_step)
-            self._file = path.open("a", encoding="utf-8")
-        if "tensorboard" in section.report_to:
-            # Imported here: a run that does not report would pay for it as well.
-            from dsjax.training.event_file import EventFile
-
-            self._board = EventFile(run.tensorboard, resume_step)
+        reported = ReportedRun(run, resume_step, config)
+        with ExitStack() as opened:
+            opened.callback(self.close, failed=True)
+            with files_of(path):
+                cut_lines(path, resume_step)
+                self._file = path.open("a", encoding="utf-8")
+            for name in dict.fromkeys(section.report_to):
+                self._reporters.append(open_reporter(name, reported))
+            opened.pop_all()
 
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
 
-    def close(self) -> None:
-        """Close the files; nothing can be logged afterwards."""
+    def close(self, failed: bool = False) -> None:
+        """Close all; nothing can be logged afterwards. Trackers show whether the run failed."""
         with files_of(self._path):
             if self._file is not None:
                 self._file.close()  # which writes what could not be written before
-        if self._board is not None:
-            self._board.close()
+        for reporter in self._reporters:
+            reporter.close(failed)
 
     def log(self, step: int, values: Mapping[str, object]) -> None:
         """Write the training line of a step."""
@@ -100,10 +111,10 @@ class MetricsLog:
             self._write(step, dict(values), lambda key: f"train/{key}")
 
     def log_start(self, config_text: str, trainable_text: str) -> None:
-        """Put the resolved config (YAML) and the table of what trains into TensorBoard."""
-        if self._board is not None:
-            self._board.text(self._start_step, "config", f"```yaml\n{config_text}\n```")
-            self._board.text(self._start_step, "trainable", f"```\n{trainable_text}\n```")
+        """Report the resolved config (YAML) and the table of what trains."""
+        for reporter in self._reporters:
+            reporter.text(self._start_step, "config", f"```yaml\n{config_text}\n```")
+            reporter.text(self._start_step, "trainable", f"```\n{trainable_text}\n```")
 
     def _write(self, step: int, values: Mapping[str, object], tag: Callable[[str], str]) -> None:
         if self._file is None:
@@ -112,9 +123,9 @@ class MetricsLog:
         with files_of(self._path):
             self._file.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
             self._file.flush()
-        if self._board is not None:
-            shown = {tag(k): v for k, v in row.items() if isinstance(v, int | float)}
-            self._board.scalars(step, shown)
+        shown = {tag(k): v for k, v in row.items() if isinstance(v, int | float)}
+        for reporter in self._reporters:
+            reporter.scalars(step, shown)
 
 
 def _json_value(step: int, key: str, value: Any) -> Any:

@@ -84,6 +84,16 @@ class RunDir:
         return Path(self.export_path or self.path / "export")
 
     @property
+    def tracker_id(self) -> Path:
+        """Return the file with the name that a tracker knows the run by."""
+        return self.path / "tracker_id"
+
+    @property
+    def pushed(self) -> Path:
+        """Return the file that says what was uploaded to the hub."""
+        return self.path / "pushed.json"
+
+    @property
     def lock(self) -> Path:
         """Return the file that is there as long as a process trains."""
         return self.path / LOCK_FILE

@@ -3,7 +3,7 @@
 
 In: a hub id and a revision. Out: the names of the repository's files, and a local directory that
 holds those that are asked for. Not here: which are needed and whether they are sound
-(`model_folder`, `hf_directory`). HF_HUB_OFFLINE, HF_TOKEN and HF_HOME are honoured by
+(`model_folder`, `hf_directory`). HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_HOME are honoured by
 huggingface_hub itself.
 """
 

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """From `model.path` to a folder whose small files lie on this machine.
 
-In: a directory, a URL of one, or a hub id. Out: a `ModelFolder`: config.json, the files that belong
-to the model besides its weights (`model_files`), and the names of all others. Of a hub id the small
-files come first, so that a model that is refused costs no shard. Not done here: weights and their
-index (`hf_directory`).
+In: a directory, a URL of one, a hub id, or a repository of ModelScope. Out: a `ModelFolder`:
+config.json, the files that belong to the model besides its weights (`model_files`), and the names
+of all others. Of a repository the small files come first, so that a model that is refused costs no
+shard. Not done here: weights and their index (`hf_directory`).
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from dsjax.config.inputs import check_model_path
 from dsjax.config.json_file import read_object
 from dsjax.config.paths import is_url
 from dsjax.errors import ConfigError, raise_all
-from dsjax.weights import hub
+from dsjax.weights import hub, modelscope_hub
 from dsjax.weights.model_files import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -37,6 +37,30 @@ Fetch = Callable[[Collection[str]], Path]
 """Brings files to this machine; gives the directory that holds them."""
 
 
+@runtime_checkable
+class Repository(Protocol):
+    """A repository of a hub (`hub`, `modelscope_hub`)."""
+
+    @property
+    def name(self) -> str:
+        """Its id, `organization/name`."""
+        ...
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of all its files; empty where the hub could not be asked."""
+        ...
+
+    @property
+    def cached(self) -> Path | None:
+        """Where it lies on this machine, if the hub could not be asked."""
+        ...
+
+    def download(self, wanted: Collection[str]) -> Path:
+        """Bring files here; returns the directory that holds them."""
+        ...
+
+
 @dataclass(frozen=True)
 class ModelFolder:
     """A model's folder whose small files are on this machine.
@@ -55,7 +79,7 @@ class ModelFolder:
     names: Collection[str]
     config: dict[str, Any]
     kept: list[str]
-    repository: hub.Repository | None = None
+    repository: Repository | None = None
 
     def with_files(self, names: Collection[str]) -> "ModelFolder":
         """Fetch more of a hub repository; a folder of another kind has all that there is."""
@@ -69,17 +93,19 @@ def open_model_folder(path: str, revision: str | None) -> ModelFolder:
     """Find a model's folder, and bring its small files here.
 
     Args:
-        path: a directory, a URL, or a hub id.
+        path: a directory, a URL, a hub id, or `modelscope://organization/name`.
         revision: branch, tag or commit of the hub repository.
 
     Raises:
         ConfigError: nothing there, no config.json, files that are damaged or links to elsewhere.
     """
     check_model_path(path)
+    if path.startswith(modelscope_hub.PREFIX):
+        return _open_repository(modelscope_hub.find_repository(path, revision))
     if is_url(path):
         return _open_remote(path, revision)
     if not Path(path).expanduser().exists():
-        return _open_repository(path, revision)
+        return _open_repository(hub.find_repository(path, revision))
     directory = _check_directory(path, revision)
     folder = _listed(directory)
     _check_names(path, folder.files)
@@ -99,13 +125,12 @@ def _open_remote(url: str, revision: str | None) -> ModelFolder:
     return _with_config(directory, folder, folder.files)
 
 
-def _open_repository(name: str, revision: str | None) -> ModelFolder:
-    repository = hub.find_repository(name, revision)
+def _open_repository(repository: Repository) -> ModelFolder:
     if repository.cached is not None:
         folder = _listed(repository.cached)
-        _check_names(name, folder.files)
+        _check_names(repository.name, folder.files)
         return _with_config(repository.cached, folder, folder.files)
-    _check_names(name, repository.files)
+    _check_names(repository.name, repository.files)
     indexes = [file for file in repository.files if file.endswith(_INDEX) and "/" not in file]
     directory = _fetch_small(
         repository.files, lambda names: repository.download([*names, *indexes])
@@ -126,7 +151,7 @@ def _with_config(
     directory: Path,
     folder: Folder,
     names: Collection[str],
-    repository: hub.Repository | None = None,
+    repository: Repository | None = None,
 ) -> ModelFolder:
     """Read what lies on this machine by now."""
     small = _listed(directory)

@@ -169,7 +169,10 @@ mesh: 8
         ("training.seed=-1", "got -1, expected an integer >= 0 and < 4294967296"),
         ("training.gradient_checkpointing=true", "got true, expected none, dots, names or full"),
         ("mesh.tensor=0", "got 0, expected -1 or an integer >= 1"),
-        ("logging.report_to=[wandb]", 'got ["wandb"], expected a list of tensorboard'),
+        (
+            "logging.report_to=[mlflow]",
+            'got ["mlflow"], expected a list of tensorboard, wandb, trackio or swanlab',
+        ),
         (
             "logging.profile_steps=[3]",
             "got [3], expected a list of 2, each an integer >= 1 or null",

@@ -11,6 +11,7 @@ from other_trainers_files import LLAMA_FACTORY, TRL, converted, in_a_folder, val
 from dsjax.config import RunConfig, rules
 from dsjax.config.other_trainers import TRAINERS, Trainer
 from dsjax.config.other_trainers.datasets import TAGS
+from dsjax.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures(in_a_folder.__name__)
@@ -110,6 +111,19 @@ def test_defaults_of_trl_are_written_down(capsys: pytest.CaptureFixture[str]):
     assert "every token" not in text
 
 
+def test_an_upload_is_private_unless_the_file_says_otherwise(capsys: pytest.CaptureFixture[str]):
+    pushed = {"push_to_hub": True, "hub_model_id": "someone/tuned"}
+    config, text = converted(TRL | pushed, capsys)
+    assert (config.export.push_to_hub, config.export.hub_private_repo) == ("someone/tuned", True)
+    assert "hub_private_repo: not given: the repository is private, which theirs is not" in text
+    config, _ = converted(TRL | pushed | {"hub_private_repo": False}, capsys)
+    assert not config.export.hub_private_repo
+    config, _ = converted(TRL | pushed | {"push_to_hub": False}, capsys)
+    assert config.export.push_to_hub is None
+    with pytest.raises(ConfigError, match="hub_model_id: got nothing, expected organization/name"):
+        converted(TRL | {"push_to_hub": True}, capsys)
+
+
 FACTORY_VALUES = [
     ({"dataset": "chats"}, {"data.train": ["someone/chats"], "data.format": "messages"}),
     ({"dataset": "chats"}, {"data.subset": "en", "data.split": "train_sft"}),
@@ -157,7 +171,7 @@ FACTORY_VALUES = [
     ),
     ({"optim": "lion_32bit"}, {"optimizer.optim": "lion"}),
     ({"optim": "adamw_torch_fused"}, {"optimizer.optim": "adamw"}),
-    ({"report_to": ["tensorboard", "swanlab"]}, {"logging.report_to": ["tensorboard"]}),
+    ({"report_to": ["tensorboard", "mlflow"]}, {"logging.report_to": ["tensorboard"]}),
     ({"report_to": "all"}, {"logging.report_to": ["tensorboard"]}),
     ({"eval_strategy": False}, {"training.eval_steps": None, "data.val_size": 0.1}),
     ({"eval_strategy": "epoch"}, {"training.eval_steps": None}),

@@ -80,9 +80,11 @@ def test_snippet_is_python_that_loads_with_the_library(tmp_path, library, loader
 
 
 def test_directory_as_base_model_is_pointed_out(tmp_path):
-    note = "put the model's hub id there"
+    note = "add the model's hub id"
     for base in (str(tmp_path), "gs://bucket/model"):
-        assert note in write_model_card(tmp_path, facts(base_model=base)).read_text()
+        text = write_model_card(tmp_path, facts(base_model=base)).read_text()
+        assert note in text and f"Trained from `{base}`" in text
+        assert "base_model" not in front_matter(text)  # the hub would refuse the card
     assert note not in write_model_card(tmp_path, facts()).read_text()
 
 

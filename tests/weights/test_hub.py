@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import hub_server
 import huggingface_hub
 import numpy as np
 import pytest
@@ -244,3 +245,39 @@ def test_real_cache_offline(repository: Path, tmp_path_factory: pytest.TempPathF
     assert other.startswith("model.path: got 'deepseek-ai/other', expected a local directory or")
     assert revision.startswith("model.path: got 'deepseek-ai/tiny' at revision 'v2', expected")
     assert "the hub could not be used (OfflineModeIsEnabled: " in revision
+
+
+MIRROR = """
+import sys
+from dsjax.weights.hf_directory import open_source
+
+source = open_source("deepseek-ai/tiny")
+print(source.read("a").sum(), *sorted(file.name for file in source.aux_files()))
+"""
+
+
+def test_a_model_comes_from_the_server_that_hf_endpoint_names(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The hub library itself; a private repository, which takes the token that it finds."""
+    (repository / "pytorch_model.bin").write_text("not wanted")
+    home = tmp_path_factory.mktemp("home")
+    with hub_server.served() as served:
+        served.add("deepseek-ai/tiny", repository, private=True)
+        settings = {
+            "HF_ENDPOINT": served.url,
+            "HF_HOME": str(home),
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": hub_server.TOKEN,
+        }
+        environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_CACHE"} | settings
+        done = subprocess.run(
+            [sys.executable, "-c", MIRROR],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert done.stdout == "66.0 config.json\n"
+    fetched = {path.name for path in home.rglob("snapshots/*/*")}
+    assert fetched == {"config.json", "model.safetensors"}

@@ -42,6 +42,7 @@ def convert(draft: Draft, devices: int | None, registry: Registry | None) -> Non
     trainer.convert_evaluations(draft)
     trainer.convert_order(draft, shuffles=not draft.on("disable_shuffling"))
     trainer.convert_trackers(draft)
+    trainer.convert_hub(draft)
 
 
 def _convert_stage(draft: Draft) -> bool:

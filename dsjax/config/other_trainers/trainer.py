@@ -177,6 +177,21 @@ def convert_trackers(draft: Draft) -> None:
         draft.tell("report_to", f"{', '.join(missing)} is not here; metrics.jsonl has every figure")
 
 
+def convert_hub(draft: Draft) -> None:
+    """Convert where the export is uploaded."""
+    if not draft.on("push_to_hub"):
+        return
+    if not draft.values.get("hub_model_id"):
+        draft.refuse("hub_model_id", "organization/name beside push_to_hub", "write it")
+        return
+    draft.set("hub_model_id", "export.push_to_hub", draft.values["hub_model_id"])
+    draft.taken.add("push_to_hub")
+    if "hub_private_repo" in draft.given:
+        draft.set("hub_private_repo", "export.hub_private_repo", draft.on("hub_private_repo"))
+    else:
+        draft.tell("hub_private_repo", "the repository is private, which theirs is not")
+
+
 def _is_tracker(name: object) -> bool:
     try:
         LoggingSection.model_validate({"report_to": [name]})

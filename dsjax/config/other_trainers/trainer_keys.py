@@ -20,7 +20,7 @@ _MESH = "mesh.fsdp: -1, the default, shards weights and optimizer state as ZeRO-
 KERNELS = "kernels are chosen for the device (model.attention: auto)"
 WORKERS = "reading and tokenising rows has no settings"
 CODE = "no code of a checkpoint or data set is run: its model type is built in"
-_HUB = "nothing is pushed: the export lies in output_dir"
+_HUB = "the export is uploaded once it is proven, with the token of huggingface_hub"
 TRACKER = "a tracker's own setting"
 _EVAL = "the loss of an evaluation does not depend on it"
 TORCH = "a matter of PyTorch"
@@ -63,6 +63,9 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "save_total_limit": same("checkpoint.save_total_limit"),
         "logging_steps": read("logging.logging_steps", "a share of the steps is refused"),
         "report_to": read("logging.report_to", "none: []; all: what is there"),
+        "push_to_hub": read("export.push_to_hub", "true: the repository of hub_model_id"),
+        "hub_model_id": read("export.push_to_hub", "with push_to_hub: true"),
+        "hub_private_repo": read("export.hub_private_repo", "private is the default here"),
         # The same here, or of no consequence.
         **each("do_eval", nothing("evaluations follow data.eval and data.val_size")),
         **each("overwrite_output_dir", nothing("a run goes on in its folder; --fresh: a new one")),
@@ -93,7 +96,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         ),
         **each("disable_tqdm", nothing("the bar is not drawn where there is no terminal")),
         **each("run_name project trackio_space_id", nothing(TRACKER)),
-        **each("push_to_hub hub_model_id hub_strategy hub_token hub_private_repo", nothing(_HUB)),
+        **each("hub_strategy hub_token", nothing(_HUB)),
         **each("remove_unused_columns label_names", nothing("columns are told by data.format")),
         **each("save_safetensors", nothing("always safetensors")),
         **each("save_only_model", nothing("checkpoints hold what a run needs to go on")),

@@ -38,6 +38,7 @@ def convert(draft: Draft, devices: int | None) -> None:
     trainer.convert_evaluations(draft)
     trainer.convert_order(draft, shuffles=True)
     trainer.convert_trackers(draft)
+    trainer.convert_hub(draft)
 
 
 def _convert_rows(draft: Draft) -> None:

@@ -6,6 +6,8 @@ import os
 import pytest
 from cli_runner import CliRunner, assert_says
 
+from dsjax.training import reporters
+
 # ---- The YAML file
 
 
@@ -177,13 +179,29 @@ def test_a_yaml_file_of_other_bytes(cli_runner: CliRunner):
             ["gradient_checkpointing: got true", "none, dots, names or full"],
         ),
         (["checkpoint.save_steps=0"], ["checkpoint.save_steps: got 0", "an integer >= 1"]),
-        (["logging.report_to=wandb"], ["logging.report_to: got", "wandb", "tensorboard"]),
+        (["logging.report_to=mlflow"], ["logging.report_to: got", "mlflow", "tensorboard"]),
+        (["export.push_to_hub=tiny"], ["got 'tiny', expected organization/name"]),
+        (
+            ["export.format=null", "export.push_to_hub=me/tiny"],
+            ["export.push_to_hub: got 'me/tiny' with export.format null", "expected null"],
+        ),
         (["output_dir=7"], ["output_dir: got 7", "text; put it in quotes"]),
     ],
     ids=lambda value: value[-1] if value and "=" in value[-1] else None,
 )
 def test_a_wrong_override(cli_runner: CliRunner, words: list[str], parts: list[str]):
     assert_says(cli_runner.refusal(*words), *parts)
+
+
+def test_a_tracker_that_is_not_installed(cli_runner: CliRunner, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reporters, "find_spec", lambda name: None)
+    message = cli_runner.refusal("logging.report_to=[tensorboard, wandb]")
+    assert_says(message, "got wandb, which is not installed", "pip install wandb")
+
+
+def test_a_push_without_a_hub(cli_runner: CliRunner):
+    message = cli_runner.refusal("export.push_to_hub=me/tiny")
+    assert_says(message, "export.push_to_hub: got 'me/tiny', expected a token", "hf auth login")
 
 
 def test_all_wrong_keys_are_named_at_once(cli_runner: CliRunner):
