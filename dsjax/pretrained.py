@@ -74,12 +74,12 @@ def load_pretrained(
     if setup.spec is None:
         setup = replace(setup, partition=setup.partition.for_inference(dtype))
     model = setup.partition.merge(load_trainable(setup, 0), load_frozen(setup, 0))
-    model.origin = Origin(setup)
+    model.origin = CheckpointOrigin(setup)
     return model
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Origin:
+class CheckpointOrigin:
     """What a model was loaded from, and what can be done with it therefore.
 
     Attributes:
@@ -157,7 +157,8 @@ def save_pretrained(
     Raises:
         ConfigError: the folder is in use, or the model has no such form.
     """
-    setup: Assembly = model.origin.setup
+    assert isinstance(model.origin, CheckpointOrigin), "not a model of load_pretrained"
+    setup = model.origin.setup
     directory = os.fspath(directory)
     sources = {"the model's folder": setup.section.path, "the adapter's": setup.adapter_path}
     check_empty(directory, "directory")

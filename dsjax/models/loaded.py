@@ -19,12 +19,12 @@ class Origin(Protocol):
     def read_tokenizer(self) -> Any:
         """Return the checkpoint's tokenizer."""
 
-    def generate(self, model: "Loaded", prompts: Any, **options: Any) -> Any:
-        """Continue prompts."""
+    def generate(
+        self, model: Any, prompts: Any, *, max_new_tokens: int, stop: Sequence[str], **sampling: Any
+    ) -> Any:
+        """Continue prompts with the values that the model has now."""
 
-    def save_pretrained(
-        self, model: "Loaded", directory: str | os.PathLike[str], format: str
-    ) -> None:
+    def save_pretrained(self, model: Any, directory: str | os.PathLike[str], format: str) -> None:
         """Save the values that the model has now."""
 
 
