@@ -8,11 +8,11 @@
 PINS ?= constraints.txt
 ifeq ($(PINS),none)
 VENV := .venv-newest
-PIP_INSTALL := -m pip install --quiet --upgrade --upgrade-strategy eager
+PIP_INSTALL := -m pip install --upgrade --upgrade-strategy eager
 PINNED := always
 else
 VENV := .venv
-PIP_INSTALL := -m pip install --quiet --constraint $(PINS)
+PIP_INSTALL := -m pip install --constraint $(PINS)
 PINNED := $(PINS)
 endif
 BIN := $(VENV)/bin

@@ -24,8 +24,7 @@ import json
 import math
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -48,7 +47,7 @@ from dsjax.distributed.sharding import Params
 from dsjax.errors import ConfigError, raise_all, renamed, run_command
 from dsjax.objectives import objective_of
 from dsjax.training.checkpoint import Checkpointer, from_newest
-from dsjax.training.console import Loading
+from dsjax.training.console import Loading, working
 from dsjax.training.continuation import differing_keys
 from dsjax.training.evaluation import evaluate_loss, make_eval_step
 from dsjax.training.restore import check_frozen, read_meta, restore_trained
@@ -70,8 +69,6 @@ OPTIONS = {
 
 BATCH_SIZE = 8
 """Rows at a time without a configuration, rounded up to the number of devices."""
-
-SECONDS_BETWEEN_LINES = 10.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -165,9 +162,19 @@ def measure(
 ) -> dict[str, Any]:
     """Run over all examples; returns what is printed."""
     loader = make_loader(config, setup, examples, shuffle=False)
-    step = step_config(config, setup.partition, setup.mesh, total_steps=1)
-    told = _told(make_eval_step(step), loader.steps_in_epoch(0))
-    values = evaluate_loss(step.objective, told, trainable, frozen, loader, setup.mesh)
+    length = loader.sequence_length
+    step = step_config(config, setup.partition, setup.mesh, total_steps=1, length=length)
+    eval_step, batches = make_eval_step(step), loader.steps_in_epoch(0)
+    with working("evaluating") as far:
+        values = evaluate_loss(
+            step.objective,
+            eval_step,
+            trainable,
+            frozen,
+            loader,
+            setup.mesh,
+            progress=lambda done: far(f"batch {done:,} of {batches:,}"),
+        )
     report = examples.report
     return {
         **{name.removeprefix("eval_"): value for name, value in values.items()},
@@ -180,21 +187,6 @@ def measure(
         "adapter": config.adapter.path,
         "data": list(config.data.eval or config.data.train),
     }
-
-
-def _told(eval_step: Callable[..., Any], steps: int) -> Callable[..., Any]:
-    """Wrap the step so that it prints now and then on stderr how many have been done."""
-    done, said = 0, time.monotonic()
-
-    def step(*arguments: Any) -> Any:
-        nonlocal done, said
-        done += 1
-        if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            print(f"batch {done} of {steps}", file=sys.stderr, flush=True)
-        return eval_step(*arguments)
-
-    return step
 
 
 def print_results(results: dict[str, Any]) -> None:

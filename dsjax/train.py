@@ -186,7 +186,8 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool) -> int:
         return finish_complete(run, form, dry_run)
 
     # ---- 6. The step: one function, compiled before there is anything to hold
-    step_cfg = step_config(config, setup.partition, setup.mesh, total)
+    length = data.train.sequence_length
+    step_cfg = step_config(config, setup.partition, setup.mesh, total, length)
     check_disk(config, setup, step_cfg, form, start < total, hosts)
     programs = Programs(
         compile_step(step_cfg, data.train, hosts) if start < total else None,

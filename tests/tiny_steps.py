@@ -213,7 +213,7 @@ def run_config(
         model={"path": "none", "dtype": "float32"} | dict(model or {}),
         data={"train": ["none"]},
         optimizer=PLAIN_ADAMW | dict(optimizer or {}),
-        training=dict(training or {}),
+        training={"gradient_accumulation_steps": 1} | dict(training or {}),
         objective=dict(objective or {}),
         output_dir="none",
     )

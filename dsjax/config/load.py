@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError, model_validator
 
 from dsjax.config import rules
+from dsjax.config.moved import absolute, settled, with_paths
 from dsjax.config.other_trainers import TRAINERS, is_of_another, trainer_of
 from dsjax.config.paths import is_url, written_to_url
 from dsjax.config.sections import (
@@ -90,7 +91,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         raise ConfigError(
             f"{path}: got No such file or directory, expected a YAML file; {_recipe_like(path)}"
         )
-    file = read_yaml(path)
+    file = settled(read_yaml(path), Path(path))
     tree = set_overrides(file, overrides, rules.keys(RunConfig))
     try:
         return make_config(tree)
@@ -155,11 +156,11 @@ def _contradictions(config: RunConfig) -> list[str]:
     """Compare keys that are each right but cannot stand together."""
     problems = []
     training, mesh, adapter, export = config.training, config.mesh, config.adapter, config.export
-    portions = training.gradient_accumulation_steps
-    if portions != "auto" and training.batch_size % portions:
+    microbatches = training.gradient_accumulation_steps
+    if microbatches != "auto" and training.batch_size % microbatches:
         problems.append(
             f"training.batch_size: got {training.batch_size}, expected a multiple of "
-            f"training.gradient_accumulation_steps ({portions})"
+            f"training.gradient_accumulation_steps ({microbatches})"
         )
     if config.data.val_size is not None and config.data.eval is not None:
         problems.append(
@@ -273,15 +274,15 @@ def export_format(
 
 
 def located(config: RunConfig) -> RunConfig:
-    """Make the paths of model and adapter absolute, for a process in any folder.
+    """Make the paths of model, adapter, data and output absolute, for a process in any folder.
 
     What is not there as a file or folder, so a hub's id or an address, stays as it is.
     """
-    sections: dict[str, ModelSection | AdapterSection] = {}
-    for name, section in (("model", config.model), ("adapter", config.adapter)):
-        if section.path is not None and os.path.exists(section.path):
-            absolute = {"path": os.path.abspath(section.path)}
-            sections[name] = section.model_copy(update=absolute)
+    sections: dict[str, Any] = {"output_dir": os.path.abspath(config.output_dir)}
+    for name, values in with_paths(config.model_dump(exclude_unset=True), absolute).items():
+        section = getattr(config, name)
+        if isinstance(section, Section):
+            sections[name] = section.model_copy(update=values)
     return config.model_copy(update=sections)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which paths are URLs, and which file of a run's folder says what the run is.
+"""Which paths are URLs, and by which files a run's folder is known.
 
 In: a path as a configuration or a command line names it. Out: whether it is a URL, and the message
 where only a folder will do. Not done here: reading what lies there (`weights.storage`).
@@ -7,8 +7,8 @@ where only a folder will do. Not done here: reading what lies there (`weights.st
 
 import re
 
-RUN_CONFIG = "config.yaml"
-"""In a run's folder: its resolved configuration."""
+RUN_CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+"""In a run's folder: its resolved configuration, and the lines of its steps."""
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://.")
 

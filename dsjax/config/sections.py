@@ -204,9 +204,9 @@ class TrainingSection(Section):
     """Optimizer steps; when given, num_train_epochs is not used and the data repeats."""
     batch_size: Positive = 16
     """Rows per optimizer step, over all devices."""
-    gradient_accumulation_steps: Positive | Literal["auto"] = 1
-    """Microbatches that a batch is split into; the result is the same. auto: as many as leave one
-    row at a time to each device, whatever their number."""
+    gradient_accumulation_steps: Positive | Literal["auto"] = "auto"
+    """Microbatches that a batch is split into; the result is the same. auto: as many as leave 2,048
+    tokens at a time to each device, or one longer row, whatever the number of devices."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of order, dropout and new weights."""
     freeze: Texts = []

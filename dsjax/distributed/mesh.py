@@ -23,6 +23,10 @@ AXES = ("data", "fsdp", "tensor", "expert", "sequence")
 BATCH_AXES = ("data", "fsdp", "expert")
 """Mesh axes over which the rows of a batch are dealt."""
 
+TOKENS_AT_A_TIME = 2048
+"""Of a device, as `training.gradient_accumulation_steps: auto` splits a batch: enough for its
+matrix products to be large; more of them take memory for more activations."""
+
 
 def make_mesh(section: MeshSection, devices: Sequence[Any] | None = None) -> Mesh:
     """Arrange the devices; an axis of -1 takes what the others leave.
@@ -115,13 +119,26 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def portions(asked: int | Literal["auto"], batch_size: int, mesh: Mesh) -> int:
-    """In how many portions a batch is computed; `auto` leaves a row at a time to each device."""
-    return max(batch_size // batch_shards(mesh), 1) if asked == "auto" else asked
+def num_microbatches(asked: int | Literal["auto"], batch_size: int, length: int, mesh: Mesh) -> int:
+    """Into how many microbatches a batch is split.
+
+    Args:
+        asked: `training.gradient_accumulation_steps`. auto: as many as leave `TOKENS_AT_A_TIME` or
+            more to each device, or a row that is longer.
+        batch_size: rows of a batch, over all devices.
+        length: tokens of a row.
+        mesh: the devices.
+    """
+    if asked != "auto":
+        return asked
+    rows = max(batch_size // batch_shards(mesh), 1)
+    enough = -(-TOKENS_AT_A_TIME // length)
+    at_a_time = min((n for n in range(1, rows + 1) if rows % n == 0 and n >= enough), default=rows)
+    return rows // at_a_time
 
 
 def microbatches(x: Shaped[Array, "B T"], count: int, mesh: Mesh) -> Shaped[Array, "count b T"]:
-    """Deal the rows of a batch into `count` portions; each device deals out rows of its own."""
+    """Deal the rows of a batch into `count` microbatches; each device deals out its own rows."""
     shards = batch_shards(mesh)
     x = x.reshape(shards, count, -1, *x.shape[1:]).swapaxes(0, 1)
     return x.reshape(count, -1, *x.shape[3:])

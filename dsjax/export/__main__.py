@@ -15,7 +15,7 @@ from dsjax.export.options import make_parser  # noqa: E402
 
 def main(argv: Sequence[str]) -> int:
     """Print the help, or name a mistake, before the imports that take seconds; then the command."""
-    words = make_parser().parse_args(argv)
+    words = make_parser().parse_intermixed_args(argv)
     check_run_dir(words.run, "--run")
     say_start(f"export {words.run}")
     from dsjax.export.command import main as command

@@ -23,6 +23,7 @@ from dsjax.errors import ConfigError
 from dsjax.export.folder import Output, check_free, check_own
 from dsjax.export.options import make_parser
 from dsjax.export.run import Trained, check_export, export_bytes, export_trained
+from dsjax.training.continuation import differing_keys
 from dsjax.training.restore import check_frozen, restore_trained
 from dsjax.training.run_dir import RunDir, run_config
 from dsjax.training.setup import assemble, load_frozen
@@ -31,14 +32,20 @@ from dsjax.weights.folders import check_room, leftovers_of
 
 def main(argv: Sequence[str]) -> int:
     """Export the newest checkpoint of a run, finished or not."""
-    words = make_parser().parse_args(argv)
+    words = make_parser().parse_intermixed_args(argv)
     refuse_several("dsjax.export", os.environ)
     if is_url(words.out):
         raise ConfigError(written_to_url(words.out, "--out"))
     run, out = RunDir(Path(words.run)), Path(words.out)
     # Not the run's mesh, which may be a pod's: what is here serves, and changes no byte.
     here = {"mesh": MeshSection(), "output_dir": str(run)}
-    config = run_config(run).model_copy(update=here)
+    config = run_config(run, words.overrides).model_copy(update=here)
+    changed = differing_keys(run_config(run), config)
+    if changed:
+        raise ConfigError(
+            f"--run: got {words.run!r}, a run with other {', '.join(changed)}, expected its own; "
+            "leave them out"
+        )
     check_free(out, config, "--out")  # before anything is loaded
     setup = assemble(config)
     form = words.format

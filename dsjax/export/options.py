@@ -14,5 +14,11 @@ def make_parser() -> CommandParser:
     )
     parser.add_argument("--run", required=True, help="output_dir of a run")
     parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="of the run's configuration: model.path=DIR, where its model lies elsewhere by now",
+    )
     parser.add_argument("--format", required=True, choices=("merged", "peft"))
     return parser

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 class Dropout(NamedTuple):
     """What adapters drop of their inputs: for each token what its number says, wherever it lies.
 
-    So masks do not depend on the mesh, nor on the portions that a batch is computed in.
+    So masks do not depend on the mesh, nor on the microbatches that a batch is split into.
 
     Attributes:
         key: of the step, of a layer or of a module.

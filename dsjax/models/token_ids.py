@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from dsjax.errors import ConfigError
@@ -26,7 +27,7 @@ def token_ids(input_ids: Any, vocab_size: int) -> Int[Array, "B T"]:
         ConfigError: rows of several lengths, another number of axes, no integers, or an id that
             the model does not have, for which JAX would take the last one's embedding.
     """
-    if isinstance(input_ids, jax.core.Tracer):
+    if isinstance(input_ids, Tracer):
         return input_ids
     if isinstance(input_ids, jax.Array) and not input_ids.is_fully_addressable:
         return input_ids

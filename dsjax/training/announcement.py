@@ -17,11 +17,13 @@ from dsjax.training import optimizer
 from dsjax.training.console import banner, trainable_table
 from dsjax.training.partition import report
 from dsjax.training.run import Run
-from dsjax.training.run_data import portions_of
 from dsjax.training.state import (
     state_bytes,
     step_config,
 )
+
+LARGE = 1_000_000_000
+"""Parameters of a model that is hardly meant for a CPU."""
 
 
 def announce(run: Run) -> str:
@@ -29,8 +31,9 @@ def announce(run: Run) -> str:
     config, setup, data, total = run.config, run.setup, run.data, run.total
     trained, everything = setup.partition.counts()
     training, loader = config.training, data.train
-    step = step_config(config, setup.partition, setup.mesh, total)
-    held = sum(state_bytes(step, training.batch_size, loader.sequence_length).values())
+    length = loader.sequence_length
+    step = step_config(config, setup.partition, setup.mesh, total, length)
+    held = sum(state_bytes(step, training.batch_size, length).values())
     facts = {
         "model": f"{config.model.path} ({setup.model.config.model_type})",
         "parameters": f"{everything:,}, of which {trained:,} train",
@@ -40,7 +43,7 @@ def announce(run: Run) -> str:
         or "1 device",
         "memory": f"{held / 2**20:,.1f} MiB per device, without gradients and activations",
         "rows": _rows_text(loader),
-        "batch": _batch_text(training.batch_size, portions_of(training, setup)),
+        "batch": _batch_text(training.batch_size, step.accumulation),
         "evaluation": _evaluation_text(data.eval),
         "steps": f"{total:,} ({loader.epoch(total):.2f} epochs of {loader.rows_in_epoch:,} rows, "
         f"{training.batch_size} a step)",
@@ -51,7 +54,8 @@ def announce(run: Run) -> str:
         rows, sequences = loader.rows_in_epoch, loader.sequences
         few = optimizer.few_steps(total, rows, training.batch_size, sequences)
     for line in (
-        data.lines
+        large_on_cpu(everything, jax.devices()[0].platform)
+        + data.lines
         + adapters.notes(setup.model, setup.spec)
         + replication_report(setup.partition.leaves, setup.mesh)
         + few
@@ -62,9 +66,9 @@ def announce(run: Run) -> str:
         kept = f"{len(setup.carried)} tensors are kept as they are, and not computed with: {shown}"
         print(kept, file=sys.stderr)
     longest = setup.model.config.max_position_embeddings
-    if loader.sequence_length > longest:
+    if length > longest:
         print(
-            f"rows of {loader.sequence_length} tokens are longer than the model's "
+            f"rows of {length} tokens are longer than the model's "
             f"max_position_embeddings ({longest})",
             file=sys.stderr,
         )
@@ -83,6 +87,16 @@ def announce(run: Run) -> str:
     return table
 
 
+def large_on_cpu(parameters: int, platform: str) -> list[str]:
+    """Return a line if a model is so large that a CPU will hardly train it."""
+    if platform != "cpu" or parameters < LARGE:
+        return []
+    return [
+        f"WARNING: {parameters / 1e9:.1f} billion parameters on a CPU, where a step takes minutes "
+        "or hours: no GPU or TPU was found; if one is here, pip install 'jax[cuda13]' or 'jax[tpu]'"
+    ]
+
+
 def _rows_text(loader: Loader) -> str:
     rows, length = loader.rows_in_epoch, loader.sequence_length
     if loader.sequences == rows:
@@ -90,9 +104,9 @@ def _rows_text(loader: Loader) -> str:
     return f"{loader.sequences:,} sequences packed into {rows:,} rows of {length:,} tokens"
 
 
-def _batch_text(batch_size: int, portions: int) -> str:
+def _batch_text(batch_size: int, microbatches: int) -> str:
     rows = f"{batch_size} rows over all devices"
-    return rows if portions == 1 else f"{rows}, in {portions} microbatches"
+    return rows if microbatches == 1 else f"{rows}, in {microbatches} microbatches"
 
 
 def _evaluation_text(loader: Loader | None) -> str:

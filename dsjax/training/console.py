@@ -88,7 +88,7 @@ class Progress:
             self._bar.update(self._task, completed=step)
 
     def log(self, step: int, values: Mapping[str, object]) -> None:
-        """Show a training line: in the bar, or as a line where there is none."""
+        """Show a training line, above the bar on a terminal: the losses so far stay to be seen."""
         untrained = values.get("untrained_steps")
         if untrained and not self._untrained_told:
             self._untrained_told = True
@@ -96,12 +96,33 @@ class Progress:
         if self._bar is not None:
             shown = {key: values.get(key) for key in _IN_THE_BAR}
             self._bar.update(self._task, completed=step, shown=self._shown(shown))
+            self._line(step, self._shown(values))
         else:
             self._line(step, f"{self._shown(values)} | ETA {self._eta(step)}")
 
     def log_eval(self, step: int, values: Mapping[str, object]) -> None:
         """Show an evaluation as a line of its own, above the bar on a terminal."""
         self._line(step, self._shown(values))
+
+    @contextmanager
+    def evaluating(self, batches: int) -> Iterator[Callable[[int], None]]:
+        """Show how far an evaluation is: as a second bar, else in lines if it takes long.
+
+        Yields:
+            A function that is told how many of its batches are done.
+        """
+        if self._bar is not None:
+            bar = self._bar
+            task = bar.add_task("", total=batches, shown="batches of the evaluation")
+            try:
+                yield lambda done: bar.update(task, completed=done)
+            finally:
+                bar.remove_task(task)
+        elif self._primary:
+            with _LinesNowAndThen("evaluating", at_once=False) as lines:
+                yield lambda done: lines.tell(f"batch {done:,} of {batches:,}")
+        else:
+            yield lambda done: None
 
     def _line(self, step: int, text: str) -> None:
         # While a bar is up, rich stands in for sys.stderr and puts the line above it.
@@ -161,10 +182,15 @@ def working(text: str, primary: bool = True) -> Iterator[Callable[[str], None]]:
 
 
 class _LinesNowAndThen:
-    """A line at once, and others ever more seldom, from a thread: the work may be a compiler's."""
+    """Lines, ever more seldom, from a thread: the work may be a compiler's.
 
-    def __init__(self, text: str) -> None:
-        self._text, self._far = text, ""
+    Args:
+        text: what is done.
+        at_once: whether the first line comes at the start, not only where it takes longer.
+    """
+
+    def __init__(self, text: str, at_once: bool = True) -> None:
+        self._text, self._far, self._at_once = text, "", at_once
         self._began, self._ended = time.monotonic(), threading.Event()
         self._thread = threading.Thread(target=self._say, name=text, daemon=True)
 
@@ -180,7 +206,8 @@ class _LinesNowAndThen:
             print(f"{self._text}{self._far} ({passed})", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "_LinesNowAndThen":
-        print(self._text, file=sys.stderr, flush=True)
+        if self._at_once:
+            print(self._text, file=sys.stderr, flush=True)
         self._thread.start()
         return self
 

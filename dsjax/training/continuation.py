@@ -20,7 +20,7 @@ FREE = (
     "data.eval",  # measures, and changes nothing
     "training.num_train_epochs",
     "training.max_steps",
-    "training.gradient_accumulation_steps",  # the same sums in other portions
+    "training.gradient_accumulation_steps",  # the same sums in other microbatches
     "training.gradient_checkpointing",  # the same numbers, computed again or kept
     "training.eval_steps",
 )

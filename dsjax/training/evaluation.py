@@ -2,7 +2,7 @@
 """The loss of a model over a whole data set, exact to the token.
 
 In: the parts of a step, arrays, and a loader. Out: the objective's metrics of an evaluation, such
-as the token-weighted mean loss and its perplexity. A batch is computed in the portions of the
+as the token-weighted mean loss and its perplexity. A batch is computed in the microbatches of the
 training, so that an evaluation holds no more rows at a time than a step. Not done here: loading the
 model or the data.
 """
@@ -57,8 +57,8 @@ def to_devices(batch: Batch, mesh: Mesh, loader: Loader | None = None) -> Batch:
 def make_eval_step(config: StepConfig) -> Any:
     """The jitted sums of a batch, `(trainable, frozen, batch) -> Sums`, without dropout.
 
-    Where the devices leave a device fewer rows than the training's portions are, there are fewer
-    portions: as many as divide both.
+    Where the devices leave a device fewer rows than the training's microbatches, there are fewer
+    of them: as many as divide both.
     """
     leaves, mesh = config.partition.leaves, config.mesh
     shardings = leaf_shardings(leaves, mesh)
@@ -108,6 +108,7 @@ def evaluate_loss(
     loader: Loader,
     mesh: Mesh,
     stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, float | int]:
     """Evaluate one pass over the loader's data.
 
@@ -119,6 +120,7 @@ def evaluate_loss(
         loader: the data.
         mesh: the devices.
         stop: asked after each batch whether to give up.
+        progress: told after each batch how many are done.
 
     Returns:
         The objective's metrics of an evaluation, each under its name with `eval_` before it; a mean
@@ -129,10 +131,11 @@ def evaluate_loss(
     """
     metrics = objective.eval_metrics
     totals = {name: 0 for metric in metrics.values() for name in metric.names()}
-    for batch in loader.iterate(0, loader.steps_in_epoch(0)):
+    for done, batch in enumerate(loader.iterate(0, loader.steps_in_epoch(0)), 1):
         sums = jax.device_get(eval_step(trainable, frozen, to_devices(batch, mesh, loader)))
         if stop():
             raise StoppedError
         totals = {name: total + sums[name].item() for name, total in totals.items()}
+        progress(done)
     values = {f"eval_{name}": metric.of(totals) for name, metric in metrics.items()}
     return {name: math.nan if value is None else value for name, value in values.items()}

@@ -263,7 +263,8 @@ class Loop:
         run, rows = self.run, self.run.data.eval
         assert rows is not None
         evaluate = partial(evaluate_loss, run.objective, self.programs.eval_step)
-        values = evaluate(state.trainable, self.frozen, rows, run.setup.mesh, stop)
+        with self.reporting.progress.evaluating(rows.steps_in_epoch(0)) as told:
+            values = evaluate(state.trainable, self.frozen, rows, run.setup.mesh, stop, told)
         self.reporting.log.log_eval(step, values)
         self.reporting.progress.log_eval(step, values)
         return values

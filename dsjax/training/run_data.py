@@ -13,9 +13,9 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
-from dsjax.config import RunConfig, TrainingSection
+from dsjax.config import RunConfig
 from dsjax.data import Examples, Loader, decode_sample, find_tokenizer, load_training
-from dsjax.distributed.mesh import check_batch, portions, process_rows
+from dsjax.distributed.mesh import check_batch, process_rows
 from dsjax.distributed.processes import Hosts
 from dsjax.training.console import working
 from dsjax.training.resume import ResumePoint, split_as_before
@@ -79,7 +79,8 @@ def read_data(config: RunConfig, setup: Assembly, today: datetime, primary: bool
     Raises:
         ConfigError: a row, a file, or a batch that the devices do not divide.
     """
-    pieces = portions_of(config.training, setup)
+    asked = config.training.gradient_accumulation_steps
+    pieces = 1 if asked == "auto" else asked  # auto follows the rows, and divides what devices do
     with working("reading rows", primary) as tell:
         load = partial(load_training, progress=lambda name, rows: tell(f"{rows:,} of {name}"))
         (examples, held_out), tokenizer = read_rows(config, setup, today, load, pieces)
@@ -99,8 +100,3 @@ def read_as_before(
     split = split_as_before(config, earlier, hosts)
     data = read_data(split, setup, today, hosts.primary)
     return split, data if split is config else replace(data, eval=None, eval_fingerprint="")
-
-
-def portions_of(training: TrainingSection, setup: Assembly) -> int:
-    """Return how many pieces a batch is split into, one after the other."""
-    return portions(training.gradient_accumulation_steps, training.batch_size, setup.mesh)

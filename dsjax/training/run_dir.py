@@ -9,6 +9,7 @@ only looks at a run starts at once.
 
 import json
 import os.path
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from dsjax.config import RunConfig, load_config
 from dsjax.config.inputs import check_run_dir
-from dsjax.config.paths import RUN_CONFIG
+from dsjax.config.paths import METRICS, RUN_CONFIG
 from dsjax.distributed.lock_file import LOCK_FILE
 
 BOARD = "tensorboard"
@@ -51,7 +52,7 @@ class RunDir:
     @property
     def metrics(self) -> Path:
         """Return the file with a line for each logged step and evaluation."""
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
     @property
     def checkpoints(self) -> Path:
@@ -107,10 +108,10 @@ def fresh_path(path: str) -> str:
     return next(place for place in chain([path], beside) if not os.path.lexists(place))
 
 
-def run_config(run: RunDir) -> RunConfig:
-    """Read the resolved configuration of a run."""
+def run_config(run: RunDir, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the resolved configuration of a run, with words of a command line over it."""
     check_run_dir(str(run), "--run")
-    return load_config(run.config)
+    return load_config(run.config, overrides)
 
 
 MANIFEST = "dsjax_export.json"

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import ObjectiveSection, RunConfig
 from dsjax.data import Batch
-from dsjax.distributed.mesh import portions, rows_sharding
+from dsjax.distributed.mesh import num_microbatches, rows_sharding
 from dsjax.distributed.sharding import Params, leaf_shardings, shardings_like
 from dsjax.objectives import objective_of
 from dsjax.objectives.objective import Objective, Sums
@@ -69,9 +69,21 @@ class StepConfig:
 
 
 def step_config(
-    config: RunConfig, partition: Partition, mesh: Mesh, total_steps: int
+    config: RunConfig,
+    partition: Partition,
+    mesh: Mesh,
+    total_steps: int,
+    length: int | None = None,
 ) -> StepConfig:
-    """Return the parts of a run's step."""
+    """Return the parts of a run's step.
+
+    Args:
+        config: the run's.
+        partition: what trains.
+        mesh: the devices.
+        total_steps: of the schedule.
+        length: tokens of a row; `data.max_length` where no row has been read.
+    """
     objective = objective_of(config.objective)
     assert set(objective.batch_fields) <= set(Batch._fields), "the rows lack what it reads"
     schedule = make_schedule(config.optimizer, total_steps)
@@ -84,8 +96,11 @@ def step_config(
         schedule=schedule,
         mesh=mesh,
         max_grad_norm=config.optimizer.max_grad_norm,
-        accumulation=portions(
-            config.training.gradient_accumulation_steps, config.training.batch_size, mesh
+        accumulation=num_microbatches(
+            config.training.gradient_accumulation_steps,
+            config.training.batch_size,
+            length or config.data.max_length,
+            mesh,
         ),
         remat=config.training.gradient_checkpointing,
         dropout=any(leaf.kind == "adapter" for leaf in partition.leaves.values()),

@@ -20,7 +20,13 @@ from dsjax.adapters.prefix import PrefixConfig
 from dsjax.config import MeshSection
 from dsjax.distributed import sharding
 from dsjax.distributed.compiled import collectives_of
-from dsjax.distributed.mesh import batch_shards, check_batch, make_mesh, replicated
+from dsjax.distributed.mesh import (
+    batch_shards,
+    check_batch,
+    make_mesh,
+    num_microbatches,
+    replicated,
+)
 from dsjax.distributed.sharding import Leaf
 from dsjax.errors import ConfigError
 from dsjax.objectives import cross_entropy
@@ -342,6 +348,25 @@ def test_a_mesh_fills_its_free_axis() -> None:
 def test_a_mesh_that_does_not_fit_is_refused(axes: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _mesh(**axes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "batch_size", "max_length", "expected"),
+    [
+        (3, 24, 4096, 3),
+        ("auto", 64, 4096, 16),  # a row of each device is more than enough
+        ("auto", 64, 2048, 16),
+        ("auto", 64, 1024, 8),
+        ("auto", 64, 700, 4),  # three rows are enough, and do not divide sixteen
+        ("auto", 64, 16, 1),
+        ("auto", 20, 1024, 1),  # five rows: one is too few
+        ("auto", 4, 64, 1),
+        ("auto", 1, 4096, 1),
+    ],
+)
+def test_auto_leaves_enough_tokens_at_a_time(asked, batch_size, max_length, expected) -> None:
+    mesh = _mesh(fsdp=2, data=2, tensor=2)
+    assert num_microbatches(asked, batch_size, max_length, mesh) == expected
 
 
 def test_a_batch_has_to_divide() -> None:

@@ -69,12 +69,9 @@ def test_another_thread_hears_no_signals():
     assert str(said[0]).startswith("finetune: got another thread, expected the main one")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "raised"),
-    [
-        (signal.SIGINT, KeyboardInterrupt),
-        pytest.param(signal.SIGTERM, SystemExit, marks=pytest.mark.slow),
-    ],
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
 def test_a_signal_saves_and_the_same_call_resumes(
     number: signal.Signals, raised: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -75,6 +75,7 @@ def test_more_epochs_go_on(again, run: Path):
     assert f"resuming after step {TOTAL} of " in said
 
 
+@pytest.mark.slow
 def test_templates_show_the_day_on_which_the_run_began(again, run: Path, monkeypatch):
     """Another day would make other tokens of the same rows, which are refused."""
     days, read = [], run_data.read_data

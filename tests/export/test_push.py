@@ -165,6 +165,7 @@ def test_a_name_that_cannot_be_is_refused() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_is_pushed_and_a_finished_one_again_where_that_is_missing(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

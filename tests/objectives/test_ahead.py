@@ -113,6 +113,7 @@ def test_sums_are_over_the_tokens_whose_next_is_of_their_segment() -> None:
     np.testing.assert_array_equal(run.trainable()[bias], before + moved.astype(np.float32))
 
 
+@pytest.mark.slow
 def test_the_main_loss_is_the_one_without() -> None:
     plain = tiny_steps.start(tiny_steps.V3)
     expected = plain.step(tiny_steps.batch()).sums

@@ -95,7 +95,7 @@ def _expected(run: tiny_steps.Run, batch: Batch) -> dict[str, jax.Array]:
     ("mesh", "portions"),
     [
         pytest.param(None, 1, marks=pytest.mark.slow),
-        (None, 4),
+        pytest.param(None, 4, marks=pytest.mark.slow),
         pytest.param({"data": 2, "fsdp": 4}, 1, marks=pytest.mark.slow),
         ({"data": 8}, 2),
     ],

@@ -134,8 +134,22 @@ def test_what_takes_long_says_so_at_once_and_again(capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
+def test_an_evaluation_that_takes_long_says_how_far_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(console, "PAUSES", (0.05, 100))
+    with Progress(SFT, 2) as progress, progress.evaluating(2_000) as told:
+        assert capsys.readouterr().err == ""
+        told(1_500)
+        said, until = "", time.monotonic() + 20
+        while not said and time.monotonic() < until:
+            time.sleep(0.01)
+            said = capsys.readouterr().err
+    assert said.startswith("evaluating: batch 1,500 of 2,000 (0:00:")
+
+
 def test_other_processes_print_nothing(capsys):
     with Progress(SFT, 2, primary=False) as progress:
+        with progress.evaluating(3) as told:
+            told(1)
         progress.advance(1)
         progress.log(1, VALUES)
         progress.log_eval(1, {"eval_loss": 0.5})
@@ -146,7 +160,10 @@ SCRIPT = """
 from dsjax.objectives import SFT
 from dsjax.training.console import Progress
 with Progress(SFT, 2) as progress:
-    progress.log(1, {"loss": 1.25, "tokens_per_second": 1234.0})
+    progress.log(1, {"loss": 1.25, "tokens_per_second": 1234.0, "learning_rate": 2e-4})
+    with progress.evaluating(7) as told:
+        told(7)
+        progress._bar.refresh()
     progress.log_eval(1, {"eval_loss": 0.5})
     print("result")
 """
@@ -180,5 +197,7 @@ def test_bar_on_a_terminal_leaves_stdout_alone():
     out, err = run_on_a_terminal(SCRIPT)
     assert out == "result\n"
     assert "\x1b[" in err
-    for text in ("loss 1.2500", "1,234 tokens/s", "1/2", "ETA", "eval loss 0.5000"):
+    line = "step 1/2 | loss 1.2500 | lr 2.00e-04 | 1,234 tokens/s"
+    evaluation = ("7/7", "batches of the evaluation", "eval loss 0.5000")
+    for text in (line, "1/2", "ETA", *evaluation):
         assert text in err

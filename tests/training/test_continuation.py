@@ -23,6 +23,7 @@ BASE: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "t"}, "output_
 
 OTHER: dict[str, Any] = {
     "logging.logging_steps": 20,
+    "training.gradient_accumulation_steps": 2,
     "model.dtype": "float32",
     "model.param_dtype": "bfloat16",
     "adapter.peft_type": "LORA",

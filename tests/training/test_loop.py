@@ -122,6 +122,7 @@ class EndedError(Exception):
     """Stands for the end of the process."""
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_last_exchange_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

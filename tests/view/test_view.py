@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import make_run
+from page_runs import make_run
 
 from dsjax.distributed.lock_file import locked
 from dsjax.errors import ConfigError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from browser import dump_dom, take_picture
-from runs import evaluation, line, make_run
+from page_runs import evaluation, line, make_run
 
 from dsjax.training.run_dir import RunDir
 from dsjax.view.page import source_of, to_html

@@ -30,20 +30,20 @@ SCHEDULES = (
 
 def convert_batch(draft: Draft, devices: int | None) -> None:
     """Count a step's rows: over all devices here, on one of them there."""
-    rows, portions = (
+    rows, microbatches = (
         draft.count(key) for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
     )
-    if rows is None or portions is None:
+    if rows is None or microbatches is None:
         return
     if devices is None:
         draft.problems.append(
             "--devices: got nothing, expected the number of devices that the file was for; "
-            f"training.batch_size is the rows of a step over all of them: {rows} "
-            f"(per_device_train_batch_size) x {portions} (gradient_accumulation_steps) x devices"
+            f"training.batch_size is the rows of a step over all of them: {rows} (per_device_"
+            f"train_batch_size) x {microbatches} (gradient_accumulation_steps) x devices"
         )
         return
-    draft.set("per_device_train_batch_size", "training.batch_size", rows * portions * devices)
-    draft.set("gradient_accumulation_steps", "training.gradient_accumulation_steps", portions)
+    draft.set("per_device_train_batch_size", "training.batch_size", rows * microbatches * devices)
+    draft.set("gradient_accumulation_steps", "training.gradient_accumulation_steps", microbatches)
 
 
 def convert_steps(draft: Draft) -> None:

@@ -32,7 +32,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "max_steps": read("training.max_steps", "-1 is null"),
         "per_device_train_batch_size": read("training.batch_size", _BATCH),
         "gradient_accumulation_steps": read(
-            "training.gradient_accumulation_steps", "the portions of training.batch_size"
+            "training.gradient_accumulation_steps", "microbatches of training.batch_size"
         ),
         "seed": same("training.seed"),
         "learning_rate": same("optimizer.learning_rate"),
