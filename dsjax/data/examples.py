@@ -137,11 +137,9 @@ def load_examples(
     columns = Columns(section.column_mapping)
     for source in open_sources(sources, section, name, columns):
         sink.read(source)
-        if len(sink.problems) >= SHOWN_PROBLEMS:
-            break
     # Rows to evaluate on may have our names already.
     unmet = columns.problems() if name == "data.train" else []
-    raise_all(unmet + sink.problems + sink.refusals())
+    raise_all(unmet + sink.problems + sink.more_problems() + sink.refusals())
     examples.finalize()
     _check_left(examples.report, section)
     return examples
@@ -176,6 +174,7 @@ class _RowEncoder:
         self._kept, self._number = kept, 0  # of rows, over all sources
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self.problems: list[str] = []
+        self._wrong_count = 0
         self._refused: list[str] = []
         self._refused_count = 0
 
@@ -191,8 +190,6 @@ class _RowEncoder:
                 report.rows += 1
                 self._progress(report.name, report.rows)
                 self._add(fields, forms, origin)
-                if len(self.problems) == SHOWN_PROBLEMS:
-                    break
         except EndlessError:
             raise
         except ConfigError as error:
@@ -206,6 +203,16 @@ class _RowEncoder:
 
     def _is_kept(self, number: int) -> bool:
         return self._kept is None or (number < len(self._kept) and bool(self._kept[number]))
+
+    def more_problems(self) -> list[str]:
+        """Return the count of wrong rows, if not all of them are in `problems`."""
+        if self._wrong_count <= SHOWN_PROBLEMS:
+            return []
+        report = self._examples.report
+        return [
+            f"{report.name}: got {self._wrong_count:,} such rows of {report.rows:,}, expected "
+            f"none; the first {SHOWN_PROBLEMS} are above"
+        ]
 
     def refusals(self) -> list[str]:
         """Return the refusal of over-long rows, if any."""
@@ -229,7 +236,9 @@ class _RowEncoder:
         except EndlessError:  # the next rows would take as long
             raise
         except ConfigError as error:
-            self.problems.append(str(error))
+            self._wrong_count += 1
+            if self._wrong_count <= SHOWN_PROBLEMS:
+                self.problems.append(str(error))
             return
         self._tell(content, fields, form)
         self._examples.report.split += len(made) > 1

@@ -198,10 +198,12 @@ def test_several_wrong_rows_come_in_one_message(tmp_path, load_rows):
     assert f"{tmp_path}/rows.jsonl:4: got a list" in str(caught.value)
 
 
-def test_many_wrong_rows_are_cut_off(load_rows):
+def test_of_many_wrong_rows_eight_are_shown_and_all_counted(load_rows):
     with pytest.raises(ConfigError) as caught:
         load_rows([{"input_ids": []}] * 20)
-    assert len(str(caught.value).splitlines()) == 8
+    *shown, count = str(caught.value).splitlines()
+    assert len(shown) == 8
+    assert count == "data.train: got 20 such rows of 20, expected none; the first 8 are above"
 
 
 def test_evaluation_names_its_own_field(tmp_path):
