@@ -37,7 +37,7 @@ from absl import flags
 
 import dsjax
 from dsjax import config as configuration
-from dsjax.config import RunConfig, load_config, make_config, split_arguments
+from dsjax.config import RunConfig, load_run, make_config, split_arguments
 from dsjax.config.train_options import split_process_options
 from dsjax.data import Loader
 from dsjax.distributed.bootstrap import detect_process
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     given, words = split_process_options(argv)
     path, overrides, wanted = split_arguments(words)
     with process_group(detect_process(given, os.environ)) as hosts:
-        config = load_config(path, overrides)
+        config = load_run(path, overrides)
         if "--fresh" in wanted:
             config = beside_earlier(config, hosts)
         code = train(config, hosts, dry_run="--dry-run" in wanted)
@@ -119,7 +119,7 @@ def finetune(
             if isinstance(config, Mapping):
                 config = make_config(config)
             elif not isinstance(config, RunConfig):
-                config = load_config(os.fspath(config))
+                config = load_run(os.fspath(config))
             code = train(config, hosts)
         if code:
             raise KeyboardInterrupt if code == 128 + signal.SIGINT else SystemExit(code)
@@ -151,7 +151,8 @@ def train(config: RunConfig, hosts: Hosts | None = None, *, dry_run: bool = Fals
     hosts.assert_equal(launch_fingerprint(config))
     check_outputs(config)
     check_reporters(config.logging, hosts.primary)
-    check_push(config.export, hosts.primary)
+    if not is_pushed(RunDir.of(config), config.export):
+        check_push(config.export, hosts.primary)
     # Locked, so that nobody else changes what is looked at.
     with locked_run_dir(RunDir.of(config), hosts, keep=not dry_run):
         return _train(config, hosts, dry_run)
@@ -186,12 +187,14 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool) -> int:
         return finish_complete(run, form, dry_run)
 
     # ---- 6. The step: one function, compiled before there is anything to hold
-    length = data.train.sequence_length
-    step_cfg = step_config(config, setup.partition, setup.mesh, total, length)
+    step_of = partial(step_config, config, setup.partition, setup.mesh, total)
+    step_cfg = step_of(data.train.sequence_length)
     check_disk(config, setup, step_cfg, form, start < total, hosts)
     programs = Programs(
         compile_step(step_cfg, data.train, hosts) if start < total else None,
-        compile_evaluation(step_cfg, data.eval, hosts) if data.eval else None,
+        compile_evaluation(step_of(data.eval.sequence_length), data.eval, hosts)
+        if data.eval
+        else None,
     )
     if dry_run:
         hosts.log_once("dry run: inputs are valid and the step compiles; no weights were loaded")

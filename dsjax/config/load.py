@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 from pydantic import ValidationError, model_validator
 
 from dsjax.config import rules
-from dsjax.config.moved import absolute, settled, with_paths
+from dsjax.config.moved import absolute, check_unmoved, settled, with_paths
 from dsjax.config.other_trainers import TRAINERS, is_of_another, trainer_of
 from dsjax.config.paths import is_url, written_to_url
 from dsjax.config.sections import (
@@ -99,6 +99,18 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
         if not is_of_another(file):
             raise
         raise ConfigError(f"{_other_trainer(path, file)}\n{error}") from error
+
+
+def load_run(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the configuration of a run that is to be trained: `load_config`, for one place alone.
+
+    Raises:
+        ConfigError: also for a run's own configuration that names another place than it lies in.
+    """
+    config = load_config(path, overrides)
+    if path is not None and not any(word.startswith("output_dir=") for word in overrides):
+        check_unmoved(read_yaml(path), Path(path))
+    return config
 
 
 def make_config(tree: Mapping[str, Any]) -> RunConfig:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsjax.config.paths import METRICS, RUN_CONFIG, is_url
+from dsjax.errors import ConfigError
 
 _PATHS = {"model": ("path",), "adapter": ("path",), "data": ("train", "eval")}
 """Keys that say where something is read."""
@@ -26,23 +27,54 @@ def settled(tree: Mapping[str, Any], file: Path) -> dict[str, Any]:
         tree: section -> key -> value.
         file: that it was read from; of any other file than a run's own the tree stays as it is.
     """
-    before, here = tree.get("output_dir"), file.absolute().parent
-    # A configuration of a user's own may have this name too; a run writes an absolute path, and
-    # its metrics beside it.
-    if file.name != RUN_CONFIG or not (here / METRICS).is_file():
-        return dict(tree)
-    if not isinstance(before, str) or not os.path.isabs(before):
-        return dict(tree)
-    if os.path.realpath(before) == os.path.realpath(here):
+    before, here = _other_place(tree, file), file.absolute().parent
+    if before is None:
         return dict(tree)
 
     def found(path: str) -> str:
         if not os.path.isabs(path) or _is_there(path):
             return path
         moved = os.path.normpath(here / os.path.relpath(path, before))
-        return moved if _is_there(moved) else path
+        if os.path.exists(moved):
+            return moved
+        far = os.path.relpath(path, glob.escape(before))
+        pattern = os.path.normpath(os.path.join(glob.escape(str(here)), far))
+        return pattern if _is_there(pattern) else path
 
-    return with_paths(tree, found) | {"output_dir": str(file.parent)}
+    changed = with_paths(tree, found) | {"output_dir": str(file.parent)}
+    export = tree.get("export")
+    if isinstance(export, Mapping) and isinstance(export.get("path"), str):
+        inside = os.path.relpath(export["path"], before)
+        if os.path.isabs(export["path"]) and not inside.startswith(os.pardir):
+            changed["export"] = {**export, "path": os.path.normpath(here / inside)}
+    return changed
+
+
+def check_unmoved(tree: Mapping[str, Any], file: Path) -> None:
+    """Refuse to train by a run's own configuration that names another place: moved, or edited?
+
+    Raises:
+        ConfigError: it does.
+    """
+    before, here = _other_place(tree, file), file.parent
+    if before is not None:
+        raise ConfigError(
+            f"output_dir: got {before!r} in {file}, which is of the run in {str(here)!r}, expected "
+            f"one place; add output_dir={here} to go on with that run, which was moved, or "
+            f"output_dir={before} for a new one"
+        )
+
+
+def _other_place(tree: Mapping[str, Any], file: Path) -> str | None:
+    """Return the `output_dir` of a run's own configuration that lies elsewhere."""
+    before, here = tree.get("output_dir"), file.absolute().parent
+    # A configuration of a user's own may have this name too; a run writes an absolute path, and
+    # its metrics beside it.
+    if file.name != RUN_CONFIG or not (here / METRICS).is_file():
+        return None
+    if not isinstance(before, str) or not os.path.isabs(before):
+        return None
+    return None if os.path.realpath(before) == os.path.realpath(here) else before
 
 
 def with_paths(tree: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
@@ -57,8 +89,15 @@ def with_paths(tree: Mapping[str, Any], change: Callable[[str], str]) -> dict[st
 
 
 def absolute(path: str) -> str:
-    """Make a path absolute that is there; a hub's id or an address stays as it is."""
-    return path if is_url(path) or not _is_there(path) else os.path.abspath(path)
+    """Make a path, or a pattern of paths, absolute that stands for something.
+
+    A hub's id or an address stays as it is.
+    """
+    if is_url(path) or os.path.isabs(path) or not _is_there(path):
+        return path
+    if os.path.exists(path):
+        return os.path.abspath(path)
+    return os.path.normpath(os.path.join(glob.escape(os.getcwd()), path))
 
 
 def _each(value: Any, change: Callable[[str], str]) -> Any:

@@ -205,8 +205,8 @@ class TrainingSection(Section):
     batch_size: Positive = 16
     """Rows per optimizer step, over all devices."""
     gradient_accumulation_steps: Positive | Literal["auto"] = "auto"
-    """Microbatches that a batch is split into; the result is the same. auto: as many as leave 2,048
-    tokens at a time to each device, or one longer row, whatever the number of devices."""
+    """Microbatches that a batch is split into; the result is the same. auto: as few as leave
+    2,048 tokens at most to each device at a time, or one longer row."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of order, dropout and new weights."""
     freeze: Texts = []

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 from dsjax.config.command_line import print_text, say_start, versions
 from dsjax.config.inputs import check_inputs
-from dsjax.config.load import describe, json_schema, load_config, recipes, to_yaml
+from dsjax.config.load import describe, json_schema, load_config, load_run, recipes, to_yaml
 from dsjax.config.yaml_file import split_arguments
 
 USAGE = """usage: python -m dsjax.train FILE.yaml [section.key=value ...]
@@ -80,7 +80,7 @@ def answered(argv: Sequence[str], environment: Mapping[str, str]) -> bool:
             print_text(to_yaml(load_config(path, overrides)).rstrip())
             return True
         if path is None or not (given or may_be_several(environment)):
-            check_inputs(load_config(path, overrides))
+            check_inputs(load_run(path, overrides))
         say_start(f"train {path}")
         return False
     return True

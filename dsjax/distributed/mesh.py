@@ -123,8 +123,8 @@ def num_microbatches(asked: int | Literal["auto"], batch_size: int, length: int,
     """Into how many microbatches a batch is split.
 
     Args:
-        asked: `training.gradient_accumulation_steps`. auto: as many as leave `TOKENS_AT_A_TIME` or
-            more to each device, or a row that is longer.
+        asked: `training.gradient_accumulation_steps`. auto: as few as leave `TOKENS_AT_A_TIME` or
+            fewer to each device, or a row that is longer; so shorter rows take no more memory.
         batch_size: rows of a batch, over all devices.
         length: tokens of a row.
         mesh: the devices.
@@ -132,9 +132,8 @@ def num_microbatches(asked: int | Literal["auto"], batch_size: int, length: int,
     if asked != "auto":
         return asked
     rows = max(batch_size // batch_shards(mesh), 1)
-    enough = -(-TOKENS_AT_A_TIME // length)
-    at_a_time = min((n for n in range(1, rows + 1) if rows % n == 0 and n >= enough), default=rows)
-    return rows // at_a_time
+    most = max(TOKENS_AT_A_TIME // length, 1)
+    return rows // max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
 
 
 def microbatches(x: Shaped[Array, "B T"], count: int, mesh: Mesh) -> Shaped[Array, "count b T"]:

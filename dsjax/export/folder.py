@@ -102,7 +102,10 @@ def is_exported(out: Path, manifest: Mapping[str, Any], min_kept: float | None) 
     """
     found = read_manifest(out) or {}
     files, kept = found.pop("files", None), found.pop("kept", None)
-    if found != manifest or not isinstance(files, dict) or not isinstance(kept, float | None):
+    wanted = dict(manifest)
+    for told in (found, wanted):  # the model may have been moved; `run` says which it is
+        told.pop("model", None)
+    if found != wanted or not isinstance(files, dict) or not isinstance(kept, float | None):
         return False
     if is_too_little(kept, min_kept):
         return False

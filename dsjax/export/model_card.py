@@ -105,7 +105,10 @@ def card_text(facts: CardFacts) -> str:
         f"## Versions\n\n{_pairs('framework', 'version', _versions())}",
     ]
     if not _is_hub_id(facts.base_model):
-        note = "The lines above have no `base_model`: add the model's hub id to publish this."
+        note = (
+            "The lines above have no `base_model`, and what else names the model names a place of "
+            "the machine that trained it: put the model's hub id there to publish this."
+        )
         paragraphs.insert(3, note)
     return "\n\n".join(paragraphs) + "\n"
 

@@ -144,7 +144,9 @@ class Loop:
             stopped = hosts.any_preemption()
         if stopped is None and stop.number is not None:
             # It came while the processes agreed to go on, too late for their answer.
-            hosts.end_by(stop.number)
+            if hosts.count > 1:
+                hosts.end_by(stop.number)
+            stopped = stop.number
         if stopped is not None:
             done = int(state.step)
             place = self.checkpointer.directory / str(done)

@@ -274,7 +274,8 @@ def check_reporters(section: LoggingSection, primary: bool) -> None:
 
 def _problem(name: str) -> str:
     """Say why a reporter cannot be used; empty if it can."""
-    if find_spec(name) is None:
+    found = find_spec(name)
+    if found is None or found.origin is None:  # a folder of that name here is no package
         return (
             f"logging.report_to: got {name}, which is not installed, expected a package that is; "
             f"pip install {name}"

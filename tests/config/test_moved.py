@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dsjax.config import load_config, located, to_yaml
+from dsjax.config import load_config, load_run, located, to_yaml
+from dsjax.config.inputs import find_sources
+from dsjax.errors import ConfigError
 
 
 @pytest.fixture
@@ -46,6 +48,52 @@ def test_a_project_that_was_moved_is_found(project: Path):
     assert config.model.path == f"{after}/model"
     assert config.data.train == [f"{after}/*.jsonl"]
     assert config.data.eval == [f"{after}/a.jsonl", "someone/rows"]
+
+
+def test_a_run_is_not_trained_by_guess(project: Path):
+    """Its own configuration names another place: it was moved, or edited for a new run."""
+    file = project / "runs/first/config.yaml"
+    assert load_run(file).output_dir == str(project / "runs/first")
+    file.write_text(file.read_text().replace("runs/first", "runs/second"))
+    here, there = project / "runs/first", project / "runs/second"
+    with pytest.raises(ConfigError) as caught:
+        load_run(file)
+    assert str(caught.value) == (
+        f"output_dir: got '{there}' in {file}, which is of the run in '{here}', expected one "
+        f"place; add output_dir={here} to go on with that run, which was moved, or "
+        f"output_dir={there} for a new one"
+    )
+    for place in (here, there):
+        assert load_run(file, [f"output_dir={place}"]).output_dir == str(place)
+
+
+def test_an_export_in_the_folder_moves_with_it(project: Path):
+    file = project / "runs/first/config.yaml"
+    inside, outside = project / "runs/first/merged", project / "merged"
+    for path in (inside, outside):
+        file.write_text(to_yaml(load_config(file, [f"export.path={path}"])))
+        copy = shutil.copytree(project / "runs/first", project.with_name(f"copy-{path.name}"))
+        expected = copy / "merged" if path is inside else outside
+        assert load_config(copy / "config.yaml").export.path == str(expected)
+        shutil.rmtree(copy)
+
+
+def test_patterns_in_a_folder_with_a_bracket_in_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "before[v2]"
+    (folder / "run").mkdir(parents=True)
+    (folder / "a.jsonl").touch()
+    (folder / "run/metrics.jsonl").touch()
+    monkeypatch.chdir(folder)
+    (folder / "run.yaml").write_text("model: {path: m/m}\noutput_dir: run\n")
+    config = located(load_config(folder / "run.yaml", ["data.train=*.jsonl"]))
+    (folder / "run/config.yaml").write_text(to_yaml(config))
+    (train,) = load_config(folder / "run/config.yaml").data.train
+    assert find_sources(train, "data.train") == [f"{folder}/a.jsonl"]
+    after = Path(shutil.move(folder, tmp_path / "after[*]"))
+    (train,) = load_config(after / "run/config.yaml").data.train
+    assert find_sources(train, "data.train") == [f"{after}/a.jsonl"]
 
 
 def test_of_a_run_that_was_copied_alone_the_rest_stays(project: Path, tmp_path: Path):

@@ -354,17 +354,17 @@ def test_a_mesh_that_does_not_fit_is_refused(axes: dict[str, int], message: str)
     ("asked", "batch_size", "max_length", "expected"),
     [
         (3, 24, 4096, 3),
-        ("auto", 64, 4096, 16),  # a row of each device is more than enough
+        ("auto", 64, 4096, 16),  # a row at a time to each device
         ("auto", 64, 2048, 16),
         ("auto", 64, 1024, 8),
-        ("auto", 64, 700, 4),  # three rows are enough, and do not divide sixteen
+        ("auto", 64, 600, 8),  # three rows would do, and do not divide sixteen
         ("auto", 64, 16, 1),
-        ("auto", 20, 1024, 1),  # five rows: one is too few
+        ("auto", 20, 1024, 5),  # five rows: two do not divide them
         ("auto", 4, 64, 1),
         ("auto", 1, 4096, 1),
     ],
 )
-def test_auto_leaves_enough_tokens_at_a_time(asked, batch_size, max_length, expected) -> None:
+def test_auto_leaves_few_tokens_at_a_time(asked, batch_size, max_length, expected) -> None:
     mesh = _mesh(fsdp=2, data=2, tensor=2)
     assert num_microbatches(asked, batch_size, max_length, mesh) == expected
 

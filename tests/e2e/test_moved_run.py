@@ -33,7 +33,10 @@ def test_a_moved_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert f"the checkpoint of step 2 in {run}" in said.err
     assert json.loads(said.out)["loss"] == pytest.approx(loss, rel=1e-6)
 
-    assert train.main([str(run / "config.yaml"), "training.max_steps=4"]) == 0
+    again = [str(run / "config.yaml"), "training.max_steps=4"]
+    with pytest.raises(ConfigError, match=f"add output_dir={run} to go on with that run, which"):
+        train.main(again)
+    assert train.main([*again, f"output_dir={run}"]) == 0
     assert "resuming after step 2 of 4" in capsys.readouterr().err
     assert not (tmp_path / "before").exists()
 
@@ -43,5 +46,5 @@ def test_a_moved_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(ConfigError, match=f"^model.path: got '{tmp_path}/after/model', expected"):
         export.main(words)
     assert export.main([*words, f"model.path={tmp_path}/model"]) == 0
-    with pytest.raises(ConfigError, match="a run with other adapter.r, expected its own"):
+    with pytest.raises(ConfigError, match="adapter.r=8: got it for an export, expected model.path"):
         export.main([*words, f"model.path={tmp_path}/model", "adapter.r=8"])

@@ -80,7 +80,7 @@ def test_snippet_is_python_that_loads_with_the_library(tmp_path, library, loader
 
 
 def test_directory_as_base_model_is_pointed_out(tmp_path):
-    note = "add the model's hub id"
+    note = "put the model's hub id there"
     for base in (str(tmp_path), "gs://bucket/model"):
         text = write_model_card(tmp_path, facts(base_model=base)).read_text()
         assert note in text and f"Trained from `{base}`" in text

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -76,7 +76,7 @@ def test_a_tracker_without_a_login_is_refused(monkeypatch: pytest.MonkeyPatch):
     def login() -> None:
         raise PermissionError("no API key")
 
-    monkeypatch.setattr(reporters, "find_spec", lambda name: name)
+    monkeypatch.setattr(reporters, "find_spec", lambda name: SimpleNamespace(origin=name))
     kinds = MappingProxyType({"wandb": Kind(Unreachable, login)})
     monkeypatch.setattr(reporters, "REPORTERS", kinds)
     with pytest.raises(ConfigError) as caught:

@@ -16,7 +16,7 @@ from typing import Any
 from dsjax.config.other_trainers.key import Trainer
 from dsjax.errors import nearest, printable
 
-_NULL_MEANS_SOMETHING = ("max_length",)
+_NULL_MEANS_SOMETHING = ("max_length", "max_grad_norm")
 """Keys in which null is a wish; in all others it is their default."""
 
 

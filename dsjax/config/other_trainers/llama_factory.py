@@ -9,10 +9,6 @@ from dsjax.config.other_trainers import trainer
 from dsjax.config.other_trainers.datasets import Registry, convert_datasets, names_of
 from dsjax.config.other_trainers.draft import Draft
 
-_EXPERTS = (
-    "of a model with experts all-linear leaves the routed ones out; theirs takes them where they "
-    "are modules: name gate_proj, up_proj and down_proj for them"
-)
 _CUT = "a longer row is cut at its end, there in each turn by its share of the row"
 _PACKED_LENGTH = "a packed row holds cutoff_len tokens, there one less"
 _PACKED = "attention never crosses packed examples, there only with neat_packing"
@@ -118,7 +114,7 @@ def _convert_lora(draft: Draft) -> None:
         "lora_target", "adapter.target_modules", targets if targets != ["all"] else "all-linear"
     )
     if targets == ["all"]:
-        draft.tell("lora_target", _EXPERTS)
+        draft.tell("lora_target", trainer.EXPERTS)
 
 
 def _convert_number_types(draft: Draft) -> None:

@@ -10,6 +10,11 @@ from pydantic import ValidationError
 from dsjax.config.other_trainers.draft import Draft, shown
 from dsjax.config.sections import LoggingSection
 
+EXPERTS = (
+    "of a model with experts all-linear leaves the routed ones out; theirs takes them where they "
+    "are modules: name gate_proj, up_proj and down_proj for them"
+)
+
 _ADAMW = (
     "adamw_torch",
     "adamw_torch_fused",

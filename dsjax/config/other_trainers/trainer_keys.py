@@ -69,7 +69,9 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         # The same here, or of no consequence.
         **each("do_eval", nothing("evaluations follow data.eval and data.val_size")),
         **each("overwrite_output_dir", nothing("a run goes on in its folder; --fresh: a new one")),
-        **each("resume_from_checkpoint", nothing("the same command again resumes")),
+        "resume_from_checkpoint": differs(
+            "the same command again resumes; a checkpoint of theirs is not read"
+        ),
         **each(
             "per_device_eval_batch_size eval_accumulation_steps prediction_loss_only",
             nothing(_EVAL),

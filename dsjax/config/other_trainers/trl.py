@@ -70,7 +70,8 @@ def _convert_data(draft: Draft) -> None:
     draft.set("dataset_name", "data.train", [name])
     split = draft.values.get("dataset_train_split", "train")
     tested = draft.values.get("dataset_test_split", "test")
-    if draft.values.get("eval_strategy", "no") in ("no", False):
+    strategy = "evaluation_strategy" if "evaluation_strategy" in draft.given else "eval_strategy"
+    if draft.values.get(strategy, "no") in ("no", False):
         if split != "train":
             draft.set("dataset_train_split", "data.split", split)
         return
@@ -81,7 +82,7 @@ def _convert_data(draft: Draft) -> None:
             "the default beside an evaluation: data.split is one for data.train and data.eval",
             "write the splits to files",
         )
-    draft.tell("eval_strategy", _EVAL_SPLIT)
+    draft.tell(strategy, _EVAL_SPLIT)
 
 
 def _convert_mixture(draft: Draft) -> None:
@@ -131,6 +132,7 @@ def _convert_adapter(draft: Draft) -> None:
         draft.set(key, ours, draft.values[key])
     if draft.values["lora_target_modules"] == ["all-linear"]:
         draft.set("lora_target_modules", "adapter.target_modules", "all-linear")
+        draft.tell("lora_target_modules", trainer.EXPERTS)
     for key in ("use_rslora", "use_dora"):
         if draft.on(key):
             draft.set(key, f"adapter.{key}", True)
@@ -142,7 +144,8 @@ def _convert_number_types(draft: Draft) -> None:
     dtype = draft.values.get(key, "float32")
     if "bf16" not in draft.given:  # TRL turns it on unless fp16 is
         draft.values["bf16"] = not draft.on("fp16")
-    trainer.convert_dtype(draft, neither="bfloat16" if dtype == "bfloat16" else "float32")
+    held = {"auto": "bfloat16", "bfloat16": "bfloat16", "float16": "float16"}
+    trainer.convert_dtype(draft, neither=held.get(str(dtype), "float32"))
     if dtype not in ("auto", "bfloat16", "float16", "float32"):
         draft.refuse(key, "auto, bfloat16, float16 or float32", "write one of them")
     elif not draft.on("use_peft") and dtype == "float16":
