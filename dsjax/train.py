@@ -106,7 +106,8 @@ def finetune(
 
     Raises:
         ConfigError: an input is wrong; the command's message.
-        KeyboardInterrupt: the run was interrupted and its state saved; the same call resumes.
+        KeyboardInterrupt: the run was interrupted and its state saved; the same call resumes. A
+            second interrupt ends the process at once.
         SystemExit: the same, by SIGTERM.
     """
     if threading.current_thread() is not threading.main_thread():
