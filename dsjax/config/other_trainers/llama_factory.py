@@ -31,14 +31,7 @@ def convert(draft: Draft, devices: int | None, registry: Registry | None) -> Non
     _convert_rows(draft)
     _convert_adapter(draft)
     _convert_number_types(draft)
-    trainer.convert_batch(draft, devices)
-    trainer.convert_steps(draft)
-    trainer.convert_schedule(draft)
-    trainer.convert_optimizer(draft)
-    trainer.convert_evaluations(draft)
-    trainer.convert_order(draft, shuffles=not draft.on("disable_shuffling"))
-    trainer.convert_trackers(draft)
-    trainer.convert_hub(draft)
+    trainer.convert(draft, devices, shuffles=not draft.on("disable_shuffling"))
 
 
 def _convert_stage(draft: Draft) -> bool:

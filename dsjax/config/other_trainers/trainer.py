@@ -33,7 +33,25 @@ SCHEDULES = (
 )
 
 
-def convert_batch(draft: Draft, devices: int | None) -> None:
+def convert(draft: Draft, devices: int | None, shuffles: bool) -> None:
+    """Convert what `TrainingArguments` has, once the rows to evaluate on are known.
+
+    Args:
+        draft: changed.
+        devices: that the file was for; None if nobody said.
+        shuffles: whether an epoch has a new order by the trainer's other keys.
+    """
+    _convert_batch(draft, devices)
+    _convert_steps(draft)
+    _convert_schedule(draft)
+    _convert_optimizer(draft)
+    _convert_evaluations(draft)
+    _convert_order(draft, shuffles)
+    _convert_trackers(draft)
+    _convert_hub(draft)
+
+
+def _convert_batch(draft: Draft, devices: int | None) -> None:
     """Count a step's rows: over all devices here, on one of them there."""
     rows, microbatches = (
         draft.count(key) for key in ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -51,7 +69,7 @@ def convert_batch(draft: Draft, devices: int | None) -> None:
     draft.set("gradient_accumulation_steps", "training.gradient_accumulation_steps", microbatches)
 
 
-def convert_steps(draft: Draft) -> None:
+def _convert_steps(draft: Draft) -> None:
     """Convert what is counted in steps: the run's length, checkpoints, log."""
     limit = draft.values.get("max_steps", -1)
     if limit != -1:
@@ -65,7 +83,7 @@ def convert_steps(draft: Draft) -> None:
             draft.set(key, ours, steps)
 
 
-def convert_schedule(draft: Draft) -> None:
+def _convert_schedule(draft: Draft) -> None:
     """Convert the course of the learning rate."""
     kind = draft.values["lr_scheduler_type"]
     if kind not in SCHEDULES:
@@ -115,7 +133,7 @@ def _convert_schedule_options(draft: Draft, kind: str) -> None:
             draft.set("lr_scheduler_kwargs", "optimizer.min_lr_ratio", floor)
 
 
-def convert_optimizer(draft: Draft) -> None:
+def _convert_optimizer(draft: Draft) -> None:
     """Convert the update rule; the fused kernels of AdamW are AdamW."""
     rule = draft.values.get("optim", "adamw_torch")
     if isinstance(rule, str) and rule in OPTIMIZERS:
@@ -138,7 +156,7 @@ def convert_dtype(draft: Draft, neither: str) -> None:
     draft.set("fp16" if both[1] else "bf16", "model.dtype", dtype)
 
 
-def convert_evaluations(draft: Draft) -> None:
+def _convert_evaluations(draft: Draft) -> None:
     """Convert when evaluations are made; the rows are set already."""
     name = "evaluation_strategy" if "evaluation_strategy" in draft.given else "eval_strategy"
     strategy = draft.values.get(name, "no")
@@ -159,7 +177,7 @@ def convert_evaluations(draft: Draft) -> None:
         draft.tell(name, "one evaluation, at the end", same=True)
 
 
-def convert_order(draft: Draft, shuffles: bool) -> None:
+def _convert_order(draft: Draft, shuffles: bool) -> None:
     """Convert whether every epoch has a new order."""
     strategy = draft.values.get("train_sampling_strategy", "random")
     if strategy == "sequential" or not shuffles:
@@ -169,7 +187,7 @@ def convert_order(draft: Draft, shuffles: bool) -> None:
         draft.tell("train_sampling_strategy", "only the order of rows, drawn here", same=True)
 
 
-def convert_trackers(draft: Draft) -> None:
+def _convert_trackers(draft: Draft) -> None:
     """Convert where metrics go; those that are not here are told of."""
     wanted = draft.values.get("report_to", "all")
     names = wanted if isinstance(wanted, list) else [wanted]
@@ -182,7 +200,7 @@ def convert_trackers(draft: Draft) -> None:
         draft.tell("report_to", f"{', '.join(missing)} is not here; metrics.jsonl has every figure")
 
 
-def convert_hub(draft: Draft) -> None:
+def _convert_hub(draft: Draft) -> None:
     """Convert where the export is uploaded."""
     if not draft.on("push_to_hub"):
         return

@@ -31,14 +31,7 @@ def convert(draft: Draft, devices: int | None) -> None:
     _convert_data(draft)
     _convert_adapter(draft)
     _convert_number_types(draft)
-    trainer.convert_batch(draft, devices)
-    trainer.convert_steps(draft)
-    trainer.convert_schedule(draft)
-    trainer.convert_optimizer(draft)
-    trainer.convert_evaluations(draft)
-    trainer.convert_order(draft, shuffles=True)
-    trainer.convert_trackers(draft)
-    trainer.convert_hub(draft)
+    trainer.convert(draft, devices, shuffles=True)
 
 
 def _convert_rows(draft: Draft) -> None:
