@@ -111,6 +111,15 @@ def test_defaults_of_trl_are_written_down(capsys: pytest.CaptureFixture[str]):
     assert "every token" not in text
 
 
+def test_what_is_not_the_same_is_told(capsys: pytest.CaptureFixture[str]):
+    changes = {"use_peft": True, "lora_target_modules": ["all-linear"]}
+    _, text = converted(TRL | changes | {"resume_from_checkpoint": "out/checkpoint-9"}, capsys)
+    differs = text.partition("Nothing to set here")[0]
+    assert "Not the same" in differs
+    assert "lora_target_modules: " in differs and "leaves the routed ones out" in differs
+    assert "resume_from_checkpoint: " in differs and "of theirs is not read" in differs
+
+
 def test_an_upload_is_private_unless_the_file_says_otherwise(capsys: pytest.CaptureFixture[str]):
     pushed = {"push_to_hub": True, "hub_model_id": "someone/tuned"}
     config, text = converted(TRL | pushed, capsys)
@@ -189,6 +198,9 @@ TRL_VALUES = [
     ({"torch_dtype": "auto"}, {"model.param_dtype": "bfloat16"}),
     ({"torch_dtype": "bfloat16", "use_peft": True}, {"model.param_dtype": None}),
     ({"bf16": False}, {"model.dtype": "float32"}),
+    ({"bf16": False, "dtype": "auto"}, {"model.dtype": "bfloat16"}),
+    ({"max_grad_norm": None}, {"optimizer.max_grad_norm": None}),
+    ({"evaluation_strategy": "epoch"}, {"data.eval": ["someone/rows"]}),
     ({"fp16": True}, {"model.dtype": "float16"}),
     ({"eval_strategy": "steps", "eval_steps": 5}, {"data.eval": ["someone/rows"]}),
     ({"dataset_config": "en", "dataset_train_split": "half"}, {"data.subset": "en"}),

@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import small_run
 from hub_server import Hub, Repository
+from huggingface_hub import HfApi
 
 from dsjax import train
 from dsjax.config import ExportSection
@@ -167,7 +168,7 @@ def test_a_name_that_cannot_be_is_refused() -> None:
 
 @pytest.mark.slow
 def test_a_run_is_pushed_and_a_finished_one_again_where_that_is_missing(
-    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = small_run.write_inputs(
         tmp_path,
@@ -197,5 +198,13 @@ def test_a_run_is_pushed_and_a_finished_one_again_where_that_is_missing(
     assert train.main(words) == 0
     assert "nothing to do" in capsys.readouterr().err
     assert len(hub.commits) == 1
+
+    def unreachable(self: HfApi) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr(
+        HfApi, "whoami", unreachable
+    )  # it is asked where something is to be uploaded
+    assert train.main(words) == 0
     record = json.loads((tmp_path / "run" / "pushed.json").read_text())
     assert (record["endpoint"], record["repository"]) == (hub.url, NAME)
