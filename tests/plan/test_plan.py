@@ -328,7 +328,10 @@ def test_the_compiler_of_tpus_refuses_what_is_too_large(
     tmp_path: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     file = _config(tmp_path, "lora", "llama_gqa")
-    many = "training.batch_size=262144 training.gradient_checkpointing=full".split()
+    many = (
+        "training.batch_size=262144 training.gradient_checkpointing=full "
+        "training.gradient_accumulation_steps=1"
+    ).split()
     words = ["--config", str(file), _bare(tmp_path), "--topology=v5e:1x1", "--json", *many]
     done = run_cli("plan", *words)
     assert done.returncode == 0
