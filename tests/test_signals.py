@@ -150,7 +150,7 @@ def half_written():
 
 TRAIN: dict[str, Moment] = {
     "import": ("", "", ""),
-    "config": ("dsjax.train", "", "load_config"),
+    "config": ("dsjax.train", "", "load_run"),
     "data": ("dsjax.training.run_data", "", "read_data"),
     "compile": ("dsjax.train", "", "compile_step"),
     "load": ("dsjax.train", "", "load_frozen"),
