@@ -17,7 +17,7 @@ from dsjax.config.paths import RUN_CONFIG, is_url
 from dsjax.errors import ConfigError, nearest, raise_all
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
-PATTERN = re.compile(r"[*?\[]")
+_PATTERN = re.compile(r"[*?\[]")
 
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DATASET_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -100,7 +100,7 @@ def find_sources(source: str, field: str) -> list[str]:
         ConfigError: a pattern matches no file.
     """
     path = os.path.expanduser(source)
-    if is_url(source) or not PATTERN.search(source) or os.path.exists(path):
+    if is_url(source) or not _PATTERN.search(source) or os.path.exists(path):
         return [source]
     found = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
     if not found:

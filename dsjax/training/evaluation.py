@@ -2,9 +2,8 @@
 """The loss of a model over a whole data set, exact to the token.
 
 In: the parts of a step, arrays, and a loader. Out: the objective's metrics of an evaluation, such
-as the token-weighted mean loss and its perplexity. A batch is computed in the microbatches of the
-training, so that an evaluation holds no more rows at a time than a step. Not done here: loading the
-model or the data.
+as the token-weighted mean loss and its perplexity. A batch is computed in microbatches, as
+that of a step is. Not done here: loading the model or the data.
 """
 
 import math
@@ -57,8 +56,8 @@ def to_devices(batch: Batch, mesh: Mesh, loader: Loader | None = None) -> Batch:
 def make_eval_step(config: StepConfig) -> Any:
     """The jitted sums of a batch, `(trainable, frozen, batch) -> Sums`, without dropout.
 
-    Where the devices leave a device fewer rows than the training's microbatches, there are fewer
-    of them: as many as divide both.
+    Where a device has fewer rows than there are microbatches, there are fewer of them: as many as
+    divide both.
     """
     leaves, mesh = config.partition.leaves, config.mesh
     shardings = leaf_shardings(leaves, mesh)

@@ -7,52 +7,14 @@ holds those that are asked for. Not here: which are needed and whether they are 
 huggingface_hub itself.
 """
 
-import glob
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 
 from dsjax.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Repository:
-    """A model repository of the hub.
-
-    Attributes:
-        name: hub id, `organization/name`.
-        revision: branch, tag or commit; None for the main branch.
-        files: names of all its files; empty where the hub could not be asked.
-        cached: where it lies in the hub's cache, if the hub could not be asked.
-    """
-
-    name: str
-    revision: str | None
-    files: tuple[str, ...]
-    cached: Path | None = None
-
-    def download(self, wanted: Collection[str]) -> Path:
-        """Bring files to this machine; without the hub, take what is cached.
-
-        Returns:
-            The directory that holds them, and what of the same commit was fetched earlier.
-
-        Raises:
-            ConfigError: the download fails.
-        """
-        if self.cached is not None:
-            return self.cached
-        try:
-            directory = huggingface_hub.snapshot_download(
-                self.name,
-                revision=self.revision,
-                allow_patterns=[glob.escape(file) for file in wanted],
-            )
-        except Exception as error:
-            raise ConfigError(_problem(self.name, self.revision, error)) from error
-        return Path(directory)
+from dsjax.weights.repository import Repository
 
 
 def find_repository(name: str, revision: str | None) -> Repository:
@@ -61,13 +23,25 @@ def find_repository(name: str, revision: str | None) -> Repository:
     Raises:
         ConfigError: the hub refuses or cannot be reached, and the repository is not cached.
     """
+    fetch = partial(_download, name, revision)
     # Trap: the hub client's HTTP errors have other roots in each version (requests, httpx, httpx2),
     # so all are caught. Not `list_repo_files`: without a network it retries for 23 seconds.
     try:
         siblings = huggingface_hub.model_info(name, revision=revision).siblings or []
     except Exception as error:
-        return Repository(name, revision, (), _find_in_cache(name, revision, error))
-    return Repository(name, revision, tuple(sibling.rfilename for sibling in siblings))
+        return Repository(name, (), fetch, _find_in_cache(name, revision, error))
+    return Repository(name, tuple(sibling.rfilename for sibling in siblings), fetch)
+
+
+def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=list(patterns)
+            )
+        )
+    except Exception as error:
+        raise ConfigError(_problem(name, revision, error)) from error
 
 
 def _find_in_cache(name: str, revision: str | None, reason: Exception) -> Path:

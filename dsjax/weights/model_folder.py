@@ -10,7 +10,7 @@ shard. Not done here: weights and their index (`hf_directory`).
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from dsjax.config.inputs import check_model_path
 from dsjax.config.json_file import read_object
@@ -27,6 +27,7 @@ from dsjax.weights.model_files import (
     read_tokenizer_config,
     wanted_names,
 )
+from dsjax.weights.repository import Repository
 from dsjax.weights.safetensors import is_lfs_pointer, lfs_problem
 from dsjax.weights.storage import Folder, copied, open_folder
 
@@ -35,30 +36,6 @@ _MOST_NAMES = 8
 
 Fetch = Callable[[Collection[str]], Path]
 """Brings files to this machine; gives the directory that holds them."""
-
-
-@runtime_checkable
-class Repository(Protocol):
-    """A repository of a hub (`hub`, `modelscope_hub`)."""
-
-    @property
-    def name(self) -> str:
-        """Its id, `organization/name`."""
-        ...
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Names of all its files; empty where the hub could not be asked."""
-        ...
-
-    @property
-    def cached(self) -> Path | None:
-        """Where it lies on this machine, if the hub could not be asked."""
-        ...
-
-    def download(self, wanted: Collection[str]) -> Path:
-        """Bring files here; returns the directory that holds them."""
-        ...
 
 
 @dataclass(frozen=True)

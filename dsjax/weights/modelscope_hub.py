@@ -7,61 +7,19 @@ here: which are needed (`model_folder`). The library, an extra of dsjax, itself 
 MODELSCOPE_ENDPOINT, MODELSCOPE_CACHE and MODELSCOPE_API_TOKEN.
 """
 
-import glob
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dsjax.errors import ConfigError
+from dsjax.weights.repository import Repository
 
 PREFIX = "modelscope://"
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-@dataclass(frozen=True)
-class Repository:
-    """A model repository of ModelScope.
-
-    Attributes:
-        name: `organization/name`.
-        revision: branch, tag or commit; None for master.
-        files: names of all its files; empty where ModelScope could not be asked.
-        cached: where it lies in the cache, if ModelScope could not be asked.
-    """
-
-    name: str
-    revision: str | None
-    files: tuple[str, ...]
-    cached: Path | None = None
-
-    def download(self, wanted: Collection[str]) -> Path:
-        """Bring files to this machine; without ModelScope, take what is cached.
-
-        Returns:
-            The directory that holds them, and what of the same revision was fetched earlier.
-
-        Raises:
-            ConfigError: the download fails.
-        """
-        if self.cached is not None:
-            return self.cached
-        library: Any = import_module("modelscope")
-        patterns = [glob.escape(file) for file in wanted]
-        try:
-            found = library.snapshot_download(
-                self.name, revision=self.revision, allow_patterns=patterns
-            )
-            # Trap: some versions log the files that failed, and return.
-            missing = [file for file in wanted if not (Path(found) / file).is_file()]
-            if missing:
-                raise FileNotFoundError(f"{missing[0]} was not downloaded")
-        except Exception as error:
-            raise ConfigError(_problem(self.name, self.revision, error)) from error
-        return Path(found)
 
 
 def find_repository(path: str, revision: str | None) -> Repository:
@@ -79,13 +37,29 @@ def find_repository(path: str, revision: str | None) -> Repository:
             "installed; pip install modelscope"
         )
     api: Any = import_module("modelscope.hub.api")
+    fetch = partial(_download, name, revision)
     try:
         # Older versions list folders as well.
         entries = api.HubApi().get_model_files(name, revision=revision, recursive=True)
         files = [entry["Path"] for entry in entries if entry.get("Type") != "tree"]
     except Exception as error:  # of several libraries
-        return Repository(name, revision, (), _find_in_cache(name, revision, error))
-    return Repository(name, revision, tuple(files))
+        return Repository(name, (), fetch, _find_in_cache(name, revision, error))
+    return Repository(name, tuple(files), fetch)
+
+
+def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    library: Any = import_module("modelscope")
+    try:
+        found = Path(
+            library.snapshot_download(name, revision=revision, allow_patterns=list(patterns))
+        )
+        # Trap: some versions log the files that failed, and return.
+        missing = [pattern for pattern in patterns if not any(found.glob(pattern))]
+        if missing:
+            raise FileNotFoundError(f"{missing[0]} was not downloaded")
+    except Exception as error:
+        raise ConfigError(_problem(name, revision, error)) from error
+    return found
 
 
 def _find_in_cache(name: str, revision: str | None, reason: Exception) -> Path:

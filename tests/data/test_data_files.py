@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsjax.config.inputs import DATA_SUFFIXES
 from dsjax.data import json_reader
 from dsjax.data.columns import Columns
-from dsjax.data.files import read_rows
+from dsjax.data.files import READERS, read_rows
 from dsjax.errors import ConfigError
 
 FIELD = "data.train[0]"
@@ -262,3 +263,7 @@ def test_a_subset_of_a_hub_dataset_is_asked_for_and_named(monkeypatch):
     columns = Columns({"text": "body"})
     rows = read_rows("owner/rows", FIELD, ("train",), "en", columns)
     assert list(rows) == [("owner/rows[en, train]:1", {"text": "owner/rows en train"})]
+
+
+def test_every_kind_of_file_that_is_let_in_has_a_reader():
+    assert tuple(READERS) == DATA_SUFFIXES
