@@ -151,7 +151,7 @@ def test_a_training_whose_evaluation_always_fails_ends_without_it(
     with pytest.raises(RuntimeError, match="no such kernel"):
         train.train(load_config(finished, given), Several())
     assert not (run / "export").exists()
-    said = re.search("evaluation failed; with (.*) the run ends without\n", capsys.readouterr().err)
+    said = re.search("evaluation failed; to leave it out, add (.*)\n", capsys.readouterr().err)
     assert said is not None and said[1] == f"{key}=null training.eval_steps=null"
     lines = small_run.metrics(run)
     for _ in range(2):
