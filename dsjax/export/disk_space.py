@@ -14,7 +14,7 @@ import jax
 from dsjax.config import RunConfig
 from dsjax.distributed.processes import Hosts
 from dsjax.export.run import export_bytes
-from dsjax.training.checkpoint import half_written
+from dsjax.training.orbax_store import half_written
 from dsjax.training.run_dir import RunDir
 from dsjax.training.setup import Assembly
 from dsjax.training.state import StepConfig, abstract_state

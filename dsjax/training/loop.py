@@ -149,7 +149,7 @@ class Loop:
             stopped = stop.number
         if stopped is not None:
             done = int(state.step)
-            place = self.checkpointer.directory / str(done)
+            place = self.checkpointer.place(done)
             saved = f"step {done} is saved in {place}" if done else "no step was taken"
             hosts.log_once(f"stopped by {signals.name_of(stopped)}; {saved}")
         return state, stopped

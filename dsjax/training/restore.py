@@ -92,7 +92,7 @@ def read_meta(checkpointer: Checkpointer, step: int) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(
-            f"{checkpointer.directory / str(step)}: got a checkpoint whose "
+            f"{checkpointer.place(step)}: got a checkpoint whose "
             f"{'.'.join(map(str, first['loc']))} is not what this version saves ({first['msg']}), "
             "expected one that it can go on with; finish the run with the version that began it, "
             "or choose another output_dir"
