@@ -7,7 +7,7 @@ moment. Not done here: what the objects mean; reading weights by byte ranges (`w
 one holder at a time (`distributed.lease`).
 """
 
-from dsjax.buckets.bucket import Bucket
+from dsjax.buckets.bucket import Bucket, Place, open_place
 from dsjax.buckets.connection import connect, reason
 
-__all__ = ["Bucket", "connect", "reason"]
+__all__ = ["Bucket", "Place", "connect", "open_place", "reason"]

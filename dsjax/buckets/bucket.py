@@ -15,12 +15,14 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import fsspec
 
 from dsjax.buckets.connection import connect, reason
+from dsjax.config.paths import is_url
 from dsjax.errors import ConfigError
 
 DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -38,6 +40,7 @@ _FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError)
 
 T = TypeVar("T")
 S = TypeVar("S")
+_hash = partial(hashlib.blake2b, digest_size=16)
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,13 @@ class Bucket:
     def __str__(self) -> str:
         return self.url
 
+    def __truediv__(self, name: str) -> str:
+        return f"{self.url}/{name}"
+
+    def holds_place(self, place: str) -> bool:
+        """Whether a URL is of this folder, or of something in it."""
+        return f"{place.rstrip('/')}/".startswith(f"{self.url}/")
+
     def folder(self, name: str) -> "Bucket":
         """Return the folder of a name in this one."""
         return Bucket(f"{self.url}/{name}", self.key, self._system, self._path(name))
@@ -91,12 +101,20 @@ class Bucket:
 
     def folders(self) -> list[str]:
         """List the names of the folders in the folder, that is, of those with anything in them."""
+        return self._children("directory")
+
+    def files(self) -> list[str]:
+        """List the names of the objects in the folder, without those in folders in it."""
+        return self._children("file")
+
+    def _children(self, kind: str) -> list[str]:
         try:
             entries = self._again(lambda: self._system.ls(self._root, detail=True), self.url)
         except FileNotFoundError:
             return []
-        found = [entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory"]
-        return sorted(path.rpartition("/")[2] for path in found)
+        paths = [entry["name"] for entry in entries if entry["type"] == kind]
+        names = {path.rstrip("/").removeprefix(self._root).lstrip("/") for path in paths}
+        return sorted(names - {""})
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
         """Read an object, or a byte range of it; safe to call from several threads.
@@ -120,6 +138,18 @@ class Bucket:
             return self.read(name)
         except FileNotFoundError:
             return None
+
+    def digest(self, name: str) -> str:
+        """Return the BLAKE2b digest of an object, as `weights.storage.file_digest` of a file.
+
+        Raises:
+            FileNotFoundError: there is none of that name.
+        """
+        place, whole = f"{self.url}/{name}", _hash()
+        size = self._again(lambda: self._system.info(self._path(name))["size"], place)
+        for start in range(0, size, _CHUNK):
+            whole.update(self.read(name, start, min(start + _CHUNK, size)))
+        return whole.hexdigest()
 
     def holds(self, name: str) -> bool:
         """Whether there is an object of a name."""
@@ -164,11 +194,11 @@ class Bucket:
         """
 
         with file.open("rb") as content:
-            digest = hashlib.file_digest(content, "blake2b").digest()
+            digest = hashlib.file_digest(content, _hash).hexdigest()
 
         def put() -> None:
             self._system.put_file(str(file), self._path(name))
-            if self._digest(name, file.stat().st_size) != digest:
+            if not self.holds(name) or self.digest(name) != digest:
                 raise OSError(_OTHER_BYTES)
 
         self._put(put, name)
@@ -228,13 +258,6 @@ class Bucket:
             "make it, or check its name"
         )
 
-    def _digest(self, name: str, size: int) -> bytes:
-        whole = hashlib.blake2b()
-        with suppress(FileNotFoundError):
-            for start in range(0, size, _CHUNK):
-                whole.update(self.read(name, start, min(start + _CHUNK, size)))
-        return whole.digest()
-
     def _again(self, request: Callable[[], T], place: str) -> T:
         """Make a request until it is answered; one that can be made twice.
 
@@ -260,3 +283,17 @@ class Bucket:
             "check the address, the credentials, the permissions and the network, and run the same "
             "command again"
         ) from last
+
+
+Place = Path | Bucket
+"""Where a folder lies that is written: on a file system, or in a store."""
+
+
+def open_place(path: str, key: str) -> Place:
+    """Return the folder of a path or of a URL.
+
+    Args:
+        path: as the configuration or a command line gives it.
+        key: what names it there, for messages.
+    """
+    return Bucket.open(path, key) if is_url(path) else Path(path)

@@ -55,15 +55,22 @@ def _problems(checks: Sequence[tuple[Callable[[str, str], None], str, str]]) -> 
             yield str(error)
 
 
-def check_run_dir(path: str, field: str) -> None:
+def check_run_dir(path: str | Path, field: str, place: str | None = None) -> None:
     """Refuse a folder that is no run's.
+
+    Args:
+        path: the folder; what lies behind a URL is not looked at.
+        field: what the message begins with.
+        place: what it calls the folder, if that is another.
 
     Raises:
         ConfigError: it holds no resolved configuration.
     """
-    if not (Path(path) / RUN_CONFIG).is_file():
+    place = place or str(path)
+    if not is_url(str(path)) and not (Path(path) / RUN_CONFIG).is_file():
         raise ConfigError(
-            f"{field}: got {path!r}, expected the output_dir of a run; no {Path(path) / RUN_CONFIG}"
+            f"{field}: got {place!r}, expected the output_dir of a run; no "
+            f"{os.path.join(place, RUN_CONFIG)}"
         )
 
 

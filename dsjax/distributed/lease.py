@@ -96,6 +96,14 @@ def leased(
         release()
 
 
+def holder_in(folder: Bucket) -> Holder | None:
+    """Who holds the lock of a folder in a bucket, or did when it was killed; None: nobody."""
+    lock = folder.folder(LOCK_FILE)
+    last = max(_numbers(lock), default=None)
+    lease = None if last is None else _Lease.parse(lock.read_if_there(_name(last)))
+    return lease.holder if lease else None
+
+
 def _acquire(lock: Bucket, ours: _Lease, refusal: str) -> int:
     """Create the object of the next number, once the last one's holder is gone."""
     while True:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints in an object store, which every process writes its own part of.
 
-In: arrays by name, and a record of them that JSON can hold. Out: under `<step>/` pieces of arrays
-as plain bytes, `<process>.json` saying which lie there, and, once all are there, `record.json`,
-without which nothing is a checkpoint; the arrays again, in the shardings asked for. Written in the
-background, with no exchange between processes. Not done here: which steps are saved, and proving
-that what is read was saved (`checkpoint`); requests and their retries (`buckets`).
+In: arrays by name, and a record of them that JSON can hold. Out: under `<step>/` objects with
+pieces of arrays as plain bytes, one after the other; `<process>.json`, which says which lie where;
+and, once all are there, `record.json`, without which nothing is a checkpoint. The arrays again, in
+the shardings asked for. Written in the background, with no exchange between processes. Not done
+here: which steps are saved, and proving that what is read was saved (`checkpoint`); requests and
+their retries (`buckets`).
 
 Why not Orbax: it writes to gs:// and to no other store, by three libraries each with its own way
 to find credentials.
@@ -25,7 +26,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from dsjax.buckets import Bucket
-from dsjax.distributed.arrays import row_pieces
+from dsjax.distributed.arrays import PIECE_BYTES, row_pieces
 from dsjax.errors import ConfigError
 
 RECORD = "record.json"
@@ -36,17 +37,27 @@ PATIENCE = 1800.0
 
 
 class Piece(NamedTuple):
-    """A box of an array, and the object that holds its numbers.
+    """A box of an array, and where its numbers lie.
 
     Attributes:
         start: its first index of each dimension.
         shape: its extent.
         object: name below the step's folder.
+        offset: bytes before it in the object.
     """
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
     object: str
+    offset: int
+
+
+class Box(NamedTuple):
+    """What one process writes of an array: its name, the first index of each dimension, numbers."""
+
+    name: str
+    start: tuple[int, ...]
+    values: np.ndarray
 
 
 class BucketStore:
@@ -96,19 +107,23 @@ class BucketStore:
     def _write(
         self,
         step: int,
-        boxes: Sequence[tuple[str, tuple[int, ...], np.ndarray]],
+        boxes: Sequence[Box],
         record: dict[str, Any],
     ) -> None:
         """Write this process's part; process 0 then waits for all others', and completes it."""
         folder = self._folder.folder(str(step))
 
-        def put(numbered: tuple[int, tuple[str, tuple[int, ...], np.ndarray]]) -> list[Any]:
-            number, (name, start, values) = numbered
-            piece = Piece(start, values.shape, f"{self._process}/{number}")
-            folder.write(piece.object, values.tobytes())
-            return [name, *piece]
+        def put(numbered: tuple[int, Sequence[Box]]) -> list[list[Any]]:
+            number, group = numbered
+            name, index, offset = f"{self._process}/{number}", list[list[Any]](), 0
+            for box in group:
+                index.append([box.name, *Piece(box.start, box.values.shape, name, offset)])
+                offset += box.values.nbytes
+            folder.write(name, b"".join(box.values.tobytes() for box in group))
+            return index
 
-        index = self._folder.at_once(put, list(enumerate(boxes)))
+        parts = self._folder.at_once(put, list(enumerate(_groups(boxes))))
+        index = [entry for part in parts for entry in part]
         folder.write(f"{self._process}.json", json.dumps(index).encode())
         if self._process == 0:
             pieces = [piece for part in self._all_parts(folder, step) for piece in part]
@@ -153,9 +168,9 @@ class BucketStore:
     ) -> dict[str, jax.Array]:
         """Read arrays into their shardings; no others are read in any case."""
         pieces: dict[str, list[Piece]] = {name: [] for name in wanted}
-        for name, start, shape, place in self._read(step)["pieces"]:
+        for name, start, shape, place, offset in self._read(step)["pieces"]:
             if name in wanted:
-                pieces[name].append(Piece(tuple(start), tuple(shape), place))
+                pieces[name].append(Piece(tuple(start), tuple(shape), place, offset))
         folder = self._folder.folder(str(step))
         return {name: _read_leaf(folder, leaf, pieces[name]) for name, leaf in wanted.items()}
 
@@ -190,8 +205,21 @@ class BucketStore:
         folder.remove(list(folder.sizes()))
 
 
-def _boxes(name: str, leaf: jax.Array) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
-    """Yield what this process writes of an array: name, first indices, numbers.
+def _groups(boxes: Sequence[Box]) -> Iterator[list[Box]]:
+    """Put boxes together for one object each, of PIECE_BYTES at most: a request takes its time."""
+    group, size = list[Box](), 0
+    for box in boxes:
+        if group and size + box.values.nbytes > PIECE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(box)
+        size += box.values.nbytes
+    if group:
+        yield group
+
+
+def _boxes(name: str, leaf: jax.Array) -> Iterator[Box]:
+    """Yield what this process writes of an array.
 
     Of the copies of a box that several devices hold, one is written, in pieces of bounded size.
     """
@@ -202,7 +230,7 @@ def _boxes(name: str, leaf: jax.Array) -> Iterator[tuple[str, tuple[int, ...], n
         start = tuple(index.start or 0 for index in shard.index)
         for rows in row_pieces(values.shape, values.dtype.itemsize):
             first = rows[0].start if rows else 0
-            yield name, (start[0] + first, *start[1:]) if rows else (), values[rows]
+            yield Box(name, (start[0] + first, *start[1:]) if rows else (), values[rows])
 
 
 def _read_leaf(folder: Bucket, leaf: jax.ShapeDtypeStruct, pieces: Sequence[Piece]) -> jax.Array:
@@ -258,7 +286,7 @@ def _read_rows(folder: Bucket, piece: Piece, dtype: np.dtype, held: Sequence[sli
     """Read a part of a piece: whole rows of it by one request, of which the columns are kept."""
     row = dtype.itemsize * math.prod(piece.shape[1:])
     first, last = (held[0].start, held[0].stop) if held else (0, 1)
-    data = folder.read(piece.object, first * row, last * row)
+    data = folder.read(piece.object, piece.offset + first * row, piece.offset + last * row)
     shape = (last - first, *piece.shape[1:]) if held else ()
     rows = np.frombuffer(data, dtype).reshape(shape)
     return rows[(slice(None), *held[1:])] if held else rows

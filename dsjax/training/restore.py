@@ -47,11 +47,12 @@ def restore_trained(config: RunConfig, setup: Assembly) -> Restored:
 
 def _restore_newest(config: RunConfig, setup: Assembly) -> Restored:
     run = RunDir.of(config)
-    folder = run.checkpoints
-    checkpointer = Checkpointer(folder, config.checkpoint, read_only=True)
-    step = checkpointer.latest() if folder.is_dir() else None
+    checkpointer = Checkpointer(run.checkpoints, config.checkpoint, read_only=True)
+    step = checkpointer.latest()
     if step is None:
-        raise ConfigError(f"{folder}: got no complete checkpoint, expected one; train first")
+        raise ConfigError(
+            f"{run.checkpoints}: got no complete checkpoint, expected one; train first"
+        )
     meta = read_meta(checkpointer, step)
     check_contents(setup.contents(), meta["contents"], run)
     shardings, leaves = setup.shardings, setup.partition.leaves

@@ -16,6 +16,7 @@ from typing import Any
 from dsjax.config.inputs import check_run_dir
 from dsjax.config.json_file import read_object
 from dsjax.config.yaml_file import read_yaml, to_text
+from dsjax.distributed.lease import holder_in
 from dsjax.distributed.lock_file import holder_of
 from dsjax.errors import ConfigError
 from dsjax.training.metrics_log import read_metrics
@@ -61,7 +62,7 @@ def read_snapshot(run: RunDir, name: str) -> Snapshot:
     Raises:
         ConfigError: it is no run's folder, its first line is still to come, or a file is damaged.
     """
-    check_run_dir(str(run), "RUN")
+    check_run_dir(run.path, "RUN", str(run))
     config = read_yaml(run.config)
     rows = [_in_json(row) for row in read_metrics(run.metrics)]
     if not rows:
@@ -104,7 +105,7 @@ def _series(rows: Sequence[Row]) -> dict[str, tuple[list[int], list[Any]]]:
 
 def _state(run: RunDir, rows: Sequence[Row], summary: Row) -> str:
     """Say whether the run is at work: a lock of another host counts, for none can ask there."""
-    holder = holder_of(run.lock)
+    holder = holder_in(run.bucket) if run.bucket else holder_of(run.lock)
     if holder is not None and (holder.lives_here or not holder.is_of_here):
         return "running"
     return "finished" if summary and summary["step"] >= _done(rows) else "stopped"
@@ -135,7 +136,7 @@ def _facts(run: RunDir, config: Row) -> dict[str, str]:
         "model": _text(_value(config, "model", "path")),
         "method": _method(config),
         "data": _text(_value(config, "data", "train")),
-        "folder": str(run.path),
+        "folder": str(run),
         "last start": f"{_written(run.config)} (time of {run.config.name})",
         "last line": f"{_written(run.metrics)} (time of {run.metrics.name})",
     }
