@@ -2,11 +2,12 @@
 """An object store that several processes share: objects whole or not at all, no rename, and faults.
 
 In: a folder of this machine, and what goes wrong when. Out: store:// as fsspec opens it. As a
-command, `python object_store.py FOLDER MODULE WORD...` runs one of dsjax's with it. Not here: what
-has to be true.
+command, `python object_store.py FOLDER SHARE MODULE WORD...` runs one of dsjax's with it, where so
+large a share of requests goes wrong. Not here: what has to be true.
 """
 
 import os
+import random
 import runpy
 import sys
 import time
@@ -126,8 +127,26 @@ def disturbed(fault: Callable[[str, str], str]) -> Iterator[None]:
         ObjectStore.fault = staticmethod(undisturbed)
 
 
-if __name__ == "__main__":
-    register(Path(sys.argv[1]))
-    sys.argv = sys.argv[2:]
+def words(folder: Path, *command: str, share: float = 0) -> list[str]:
+    """Give the words after `python` of a command of dsjax with the store in a folder."""
+    return [__file__, str(folder), str(share), *command]
+
+
+def run_command() -> None:
+    """Run what the command line names."""
+    from dsjax.buckets import bucket
+
+    folder, share, *sys.argv = sys.argv[1:]
+    register(Path(folder))
+    chance = random.Random(0)
+    if float(share):
+        bucket.DELAYS = (0.0,) * len(bucket.DELAYS)
+        ObjectStore.fault = staticmethod(
+            lambda *_: chance.choice(FAULTS) if chance.random() < float(share) else ""
+        )
     sys.orig_argv = [sys.executable, "-m", *sys.argv]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    run_command()
