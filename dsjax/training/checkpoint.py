@@ -4,7 +4,7 @@
 In: a pytree of jax arrays (what trains, optimizer, counters, random keys) and a small JSON dict
 (data position, what the run was started with).
 Out: `<directory>/<step>/`, written by Orbax; and the state again, in the shardings asked for.
-Not done here: deciding what the state is (step.py), resuming (train.py), model files (export.py).
+Not done here: deciding what the state is (`state`), resuming (`resume`), model files (`export`).
 
 Leaves are stored flat, under their dotted path in the pytree (`opt_state.0.mu.model.norm.weight`),
 so the containers around them do not matter to a reader. With the JSON dict lies the record: dtype,
