@@ -4,8 +4,9 @@
 In: a `LoraConfig` and a model. Out: A and B in the slot of every targeted linear map, and where in
 them each module's factors lie. A stack holds one A and one B for all its layers; where layers (or
 experts) differ in rank, or have no adapter, the missing rows are zeros, which stay zeros: each
-factor's gradient is a product with the other. Not done here: the update of routed experts
-(`expert_lora`), PEFT's files (`lora_peft`, `weights.peft`), merging (`export`).
+factor's gradient is a product with the other. `LoraConfig.scaling_of` computes the scaling of every
+form: `Lora`, routed experts, merged weights. Not done here: the update of routed experts
+(`expert_lora`), PEFT's files (`lora_peft`, `weights.peft`), merged weights (`lora_method`).
 """
 
 import math

@@ -13,6 +13,10 @@ The parts, in the order in which a row passes them: `sources` (patterns of paths
 `limits` of time and memory), `shown` (what it shows), `chat` (-> tokens), `examples` (tokens on
 disk, length policy, report), `held_out` (rows to evaluate on), `packing` (global plan), `loader`
 (batches).
+
+A row's labels are its own tokens, each with a loss weight, 0 where a trainer of transformers would
+have the label -100: `chat` makes them of messages, `examples` of text and tokens. `loader` shifts
+them by one.
 """
 
 from dsjax.data.chat import encode_chat

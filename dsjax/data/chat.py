@@ -93,7 +93,7 @@ def chat_examples(tokenizer: PreTrainedTokenizerFast, chat: Chat, origin: str) -
 
 
 def _examples(template: Template, chat: Chat) -> list[Example]:
-    """Tokenise one reading of a conversation."""
+    """Tokenise one reading of a conversation; labels are the tokens, prompts weigh nothing."""
     check_null(template, chat)
     sequences: list[tuple[list[int], list[float]]] = []
     done = 0

@@ -133,13 +133,13 @@ def load_examples(
       ConfigError: a source or row is wrong (several rows in one message), or nothing is left.
     """
     examples = Examples(name)
-    sink = _RowEncoder(section, tokenizer, vocab_size, examples, kept, progress)
+    encoder = _RowEncoder(section, tokenizer, vocab_size, examples, kept, progress)
     columns = Columns(section.column_mapping)
     for source in open_sources(sources, section, name, columns):
-        sink.read(source)
+        encoder.read(source)
     # Rows to evaluate on may have our names already.
     unmet = columns.problems() if name == "data.train" else []
-    raise_all(unmet + sink.problems + sink.more_problems() + sink.refusals())
+    raise_all(unmet + encoder.problems + encoder.more_problems() + encoder.refusals())
     examples.finalize()
     _check_left(examples.report, section)
     return examples
@@ -285,6 +285,7 @@ class _RowEncoder:
 def _encode(
     content: Content, tokenizer: PreTrainedTokenizerFast | None, origin: str
 ) -> list[Example]:
+    """Give each token its label, itself or the row's own, and its loss weight."""
     if isinstance(content, Tokens):
         trained = content.labels != IGNORED_LABEL
         labels = np.where(trained, content.labels, 0).astype(np.int32)

@@ -2,10 +2,11 @@
 """Examples -> this process's batch of any optimizer step.
 
 In: examples, the `data` section, the batch size, the seed, the rows that this process provides.
-Out: `Batch`es of one static shape. A step's batch depends on (seed, step) alone: any position is
-reached without replay, and the processes' batches together are the batch of a single process.
-Padding is known by length (`segment_ids` 0), never by a token's value: most DeepSeek tokenizers pad
-with EOS, which is trained. Not here: device placement, microbatches (`dsjax.training.step`).
+Out: `Batch`es of one static shape, in which labels are shifted by one: `targets`. A step's batch
+depends on (seed, step) alone: any position is reached without replay, and the processes' batches
+together are the batch of a single process. Padding is known by length (`segment_ids` 0), never by a
+token's value: most DeepSeek tokenizers pad with EOS, which is trained. Not here: device placement,
+microbatches (`dsjax.training.step`).
 """
 
 import functools

@@ -132,10 +132,10 @@ def make_layout(mesh: Mesh) -> Layout:
 
 def _gather(mesh: Mesh, x: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.Array:
     """Undo the division by FSDP_AXES; gradients are summed into the divided form again."""
-    ruled, placed = _ruled(x.shape, axes, mesh), _placed(x.shape, axes, mesh)
-    if _size([axis for extra in placed for axis in extra], mesh) == 1 or ruled == placed:
+    computed, stored = _compute_axes(x.shape, axes, mesh), _storage_axes(x.shape, axes, mesh)
+    if _size([axis for extra in stored for axis in extra], mesh) == 1 or computed == stored:
         return x
-    return _gathered(x, _sharding(ruled, mesh), _sharding(placed, mesh), dtype)
+    return _gathered(x, _sharding(computed, mesh), _sharding(stored, mesh), dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -183,40 +183,40 @@ _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 def leaf_sharding(leaf: Leaf, mesh: Mesh) -> NamedSharding:
     """Sharding of one leaf by its logical axes."""
-    return _sharding(_placed(leaf.shape, leaf.axes, mesh), mesh)
+    return _sharding(_storage_axes(leaf.shape, leaf.axes, mesh), mesh)
 
 
 def computed_sharding(leaf: Leaf, mesh: Mesh) -> NamedSharding:
     """Sharding of one leaf while it is computed with, once what FSDP_AXES divide is gathered."""
-    return _sharding(_ruled(leaf.shape, leaf.axes, mesh), mesh)
+    return _sharding(_compute_axes(leaf.shape, leaf.axes, mesh), mesh)
 
 
-Placed = list[tuple[str, ...]]
-"""For every dimension the mesh axes that divide it."""
+MeshAxes = list[tuple[str, ...]]
+"""For every dimension of an array the mesh axes that divide it."""
 
 
-def _sharding(placed: Placed, mesh: Mesh) -> NamedSharding:
-    parts = [axes[0] if len(axes) == 1 else axes or None for axes in placed]
+def _sharding(mesh_axes: MeshAxes, mesh: Mesh) -> NamedSharding:
+    parts = [axes[0] if len(axes) == 1 else axes or None for axes in mesh_axes]
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 
-def _ruled(shape: Sequence[int], axes: Axes, mesh: Mesh) -> Placed:
-    """Divide a leaf as RULES say, for computation alone."""
+def _compute_axes(shape: Sequence[int], axes: Axes, mesh: Mesh) -> MeshAxes:
+    """Find the mesh axes that divide an array while it is computed with: those of RULES."""
     return [
         (RULES[axis],) if axis in RULES and size % mesh.shape[RULES[axis]] == 0 else ()
         for axis, size in zip(axes, shape, strict=True)
     ]
 
 
-def _placed(shape: Sequence[int], axes: Axes, mesh: Mesh) -> Placed:
-    """Divide a leaf as RULES say, and a matrix by FSDP_AXES besides."""
-    placed = _ruled(shape, axes, mesh)
+def _storage_axes(shape: Sequence[int], axes: Axes, mesh: Mesh) -> MeshAxes:
+    """Find the mesh axes that divide an array as it is held: FSDP_AXES besides, for a matrix."""
+    mesh_axes = _compute_axes(shape, axes, mesh)
     for free in _free_groups(axes):
         for i, (axis, size) in enumerate(zip(axes, shape, strict=True)):
-            if axis not in ("layers", "vocab") and size % _size(placed[i] + free, mesh) == 0:
-                placed[i] += free
-                return placed
-    return placed
+            if axis not in ("layers", "vocab") and size % _size(mesh_axes[i] + free, mesh) == 0:
+                mesh_axes[i] += free
+                return mesh_axes
+    return mesh_axes
 
 
 def _free_groups(axes: Axes) -> list[tuple[str, ...]]:
@@ -241,14 +241,14 @@ def replication_report(leaves: Mapping[str, Leaf], mesh: Mesh) -> list[str]:
     """Return a line for everything that is replicated because mesh axes do not divide it."""
     lines = []
     for path, leaf in leaves.items():
-        placed = _placed(leaf.shape, leaf.axes, mesh)
+        stored = _storage_axes(leaf.shape, leaf.axes, mesh)
         lines += [
             f"{path}: {axis} {size} is replicated, mesh.{RULES[axis]} {mesh.shape[RULES[axis]]} "
             "does not divide it"
-            for axis, size, axes in zip(leaf.axes, leaf.shape, placed, strict=True)
+            for axis, size, axes in zip(leaf.axes, leaf.shape, stored, strict=True)
             if axis in RULES and RULES[axis] not in axes
         ]
-        held = {name for axes in placed for name in axes}
+        held = {name for axes in stored for name in axes}
         wanted = next(iter(_free_groups(leaf.axes)), ())
         left = [name for name in wanted if name not in held and mesh.shape[name] > 1]
         if left:

@@ -3,7 +3,7 @@
 
 In: facts of a finished or interrupted run. Out: the file, the same bytes for the same facts and
 installed versions (no time stamps, no speeds), so that repeating an export changes nothing.
-Not done here: copying the source's licence files (export.py does).
+Not done here: copying the source's licence files (`weights.model_files`).
 """
 
 import importlib.metadata

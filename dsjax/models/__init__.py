@@ -33,7 +33,7 @@ from dsjax.models.llama.model import causal_lm as llama
 from dsjax.models.llama.model import prefix_shape
 from dsjax.models.moe import ExpertLinear
 from dsjax.models.slots import PrefixShape
-from dsjax.models.storage import DENSE, STORAGE, base_shape, store
+from dsjax.models.storage import DENSE, Storage, base_shape, store
 from dsjax.models.weight_rules import Entry, Rule, expand
 
 Model = CausalLM
@@ -79,6 +79,9 @@ MODELS = {
     **dict.fromkeys(("deepseek_v3", "deepseek_v32"), _DEEPSEEK_V3),
 }
 """config.json's model_type -> family."""
+
+STORAGE: dict[str, Storage] = {"dense": DENSE}
+"""Kind of storage of frozen matrices -> how it works."""
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -4,7 +4,8 @@
 In: a linear map of a stack. Out: in place of its `weight` the arrays of a kind of storage. They lie
 beside one another (`weight`, `weight_absmax`), each with its shape, dtype and logical axes, so that
 they are loaded, sharded, gathered and counted as any array is; a layer's matrix is decoded inside
-the scanned body, after the gather. Not done here: which kind a run asks for, reading files.
+the scanned body, after the gather. Not done here: the registry of kinds (`models.STORAGE`), which
+of them a run asks for, reading files.
 """
 
 import math
@@ -76,9 +77,6 @@ DENSE = Storage(
     decode=lambda arrays, dtype: arrays[""],
 )
 """The parameter itself, in the dtype that the partition gives it; it may train."""
-
-STORAGE: dict[str, Storage] = {"dense": DENSE}
-"""Kind of storage -> how it works."""
 
 
 def store(linear: Any, storage: Storage) -> None:

@@ -4,7 +4,7 @@
 In: the `optimizer` section, the number of steps, the paths of the trainable leaves.
 Out: a schedule (step -> learning rate), an `optax.GradientTransformation`, and clipping as a
 function of its own, because the step also reports the norm before clipping.
-Not done here: choosing what trains (partition.py), casting, loss scaling and applying (step.py).
+Not done here: choosing what trains (`partition`), casting, loss scaling and applying (`step`).
 
 Dtypes: call `init` with a float32 view of the trainable leaves and `update` with float32 gradients
 and that view; then moments and updates are float32, whatever the parameters are stored in. The

@@ -26,8 +26,8 @@ from dsjax.distributed import arrays
 from dsjax.distributed.arrays import row_pieces
 from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import Leaf, leaf_shardings
-from dsjax.models import base_shapes, build, entries_of
-from dsjax.models.storage import STORAGE, Storage, StoredArray
+from dsjax.models import STORAGE, base_shapes, build, entries_of
+from dsjax.models.storage import Storage, StoredArray
 from dsjax.training import setup
 from dsjax.training.partition import make_partition
 from dsjax.training.state import state_bytes
