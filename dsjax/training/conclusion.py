@@ -41,7 +41,7 @@ class FinetuneResult:
         """Read the results of a run that is finished."""
         history = read_metrics(run.metrics)
         closing = [row for row in history if "eval_loss" in row or "train_loss" in row]
-        metrics = {key: value for row in closing for key, value in row.items()}
+        metrics = {key: value for row in closing for key, value in row.items() if key != "time"}
         return cls(run.path, run.export if run.export.is_dir() else None, metrics, history)
 
 
