@@ -7,7 +7,7 @@
 set -euo pipefail
 
 : "${PROJECT:?the project}" "${ZONE:?a zone with TPU v5p}"
-: "${BUCKET:?the bucket that holds DeepSeek-R1/}"
+: "${BUCKET:?the bucket that holds DeepSeek-R1/ and train.jsonl, and where the run goes}"
 : "${IMAGE:?where the image goes, such as us-east5-docker.pkg.dev/PROJECT/dsjax/dsjax:1}"
 CLUSTER=${CLUSTER:-dsjax}
 TYPE=${TYPE:-v5p-64}    # counts cores: 32 chips, 8 hosts
@@ -18,20 +18,22 @@ place=(--cluster "$CLUSTER" --project="$PROJECT" --zone="$ZONE")
 case "${1:-}" in
   create)
     xpk cluster create "${place[@]}" --tpu-type="$TYPE" --num-slices=1 "$TIER"
-    # The Filestore instance `dsjax` of docs/tpu_pods.md.
-    xpk storage attach dsjax "${place[@]}" --type=gcpfilestore --vol=runs \
-      --mount-point=/mnt/runs --readonly=false --auto-mount=false
     ;;
   image)
     docker build --file launch/Dockerfile --build-arg EXTRAS=tpu,gcs --tag "$IMAGE" .
     docker push "$IMAGE"
     ;;
   start) # the same command starts, continues after a stop, and finishes what is missing
-    # `exec`, so that the signal that xpk passes on reaches Python and not a shell.
+    # In a file, since anybody on this machine can read the words of a command.
+    env=$(mktemp)
+    trap 'rm "$env"' EXIT
+    echo "${HF_TOKEN:+HF_TOKEN=$HF_TOKEN}" >"$env"
+    # xpk restarts what ended by a signal (128 + 15 too) or lost its machine, and not what was
+    # refused (2). `exec`, so that the signal that it passes on reaches Python and not a shell.
     xpk workload create "${place[@]}" --workload dsjax-r1 --tpu-type="$TYPE" --num-slices=1 \
-      --docker-image="$IMAGE" --storage=dsjax --max-restarts=50 \
+      --docker-image="$IMAGE" --env-file="$env" --max-restarts=50 \
       --termination-grace-period-seconds=600 \
-      --command="exec python -m dsjax.train --config configs/deepseek_r1_lora.yaml model.path=gs://$BUCKET/DeepSeek-R1 data.train=/mnt/runs/train.jsonl output_dir=/mnt/runs/r1"
+      --command="exec python -m dsjax.train --config configs/deepseek_r1_lora.yaml model.path=gs://$BUCKET/DeepSeek-R1 data.train=gs://$BUCKET/train.jsonl output_dir=gs://$BUCKET/runs/r1"
     ;;
   list)
     xpk workload list "${place[@]}"
@@ -39,7 +41,7 @@ case "${1:-}" in
   stop) # saves first
     xpk workload delete "${place[@]}" --workload dsjax-r1
     ;;
-  delete) # the file server stays
+  delete) # the bucket stays
     xpk cluster delete "${place[@]}"
     ;;
   *)

@@ -6,7 +6,7 @@
 set -euo pipefail
 
 : "${HOSTS:?names of the hosts, the first is where they meet}"
-: "${MODEL:?the checkpoint}" "${DATA:?the rows}" "${RUN:?the output directory, on all hosts the same}"
+: "${MODEL:?the checkpoint}" "${DATA:?the rows}" "${RUN:?the output directory, of all hosts, or a URL}"
 COORDINATOR="${HOSTS%%,*}:8476"
 export COORDINATOR MODEL DATA RUN
 
@@ -14,7 +14,7 @@ count=$(tr ',' '\n' <<<"$HOSTS" | wc -l)
 
 # --bind-to none: else each process has one core for all its threads.
 mpirun -np "$count" --host "$HOSTS" --map-by ppr:1:node --bind-to none \
-  -x COORDINATOR -x MODEL -x DATA -x RUN bash -c '
+  -x COORDINATOR -x MODEL -x DATA -x RUN ${HF_TOKEN:+-x HF_TOKEN} bash -c '
   exec .venv/bin/python -m dsjax.train --config configs/deepseek_v2_lora.yaml \
     --coordinator "$COORDINATOR" --processes "$OMPI_COMM_WORLD_SIZE" \
     --process "$OMPI_COMM_WORLD_RANK" \

@@ -3,11 +3,11 @@
 # A LoRA of DeepSeek-R1 on 32 chips of TPU v5p: a queued resource, one process on each of its hosts.
 # What has to be there first, and when to run which step: docs/tpu_pods.md.
 #
-#   PROJECT=... ZONE=... BUCKET=... NFS=ADDRESS:/runs bash launch/tpu_vm.sh STEP
+#   PROJECT=... ZONE=... BUCKET=... bash launch/tpu_vm.sh STEP
 set -euo pipefail
 
 : "${PROJECT:?the project}" "${ZONE:?a zone with TPU v5p}"
-: "${BUCKET:?the bucket that holds DeepSeek-R1/}" "${NFS:?the file server, such as 10.0.0.2:/runs}"
+: "${BUCKET:?the bucket that holds DeepSeek-R1/ and train.jsonl, and where the run goes}"
 NAME=${NAME:-dsjax-r1}
 TYPE=${TYPE:-v5p-64}    # counts cores: 32 chips, 8 hosts
 TIER=${TIER---spot}     # --reserved for a reservation; empty for on-demand
@@ -18,25 +18,51 @@ on_hosts() {
   gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker="$1" --command="$2"
 }
 
+state() { # nothing where there is no queued resource of this name
+  gcloud compute tpus queued-resources list "${place[@]}" --filter="name~/$NAME\$" \
+    --format='value(state.state)'
+}
+
+is_gone() { # what was taken away, or not granted, never becomes active again
+  case "$(state)" in
+    FAILED | SUSPENDING | SUSPENDED) true ;;
+    *) false ;;
+  esac
+}
+
 case "${1:-}" in
+  up) # all it takes to train, as far as it is missing; after a pre-emption the same again
+    if is_gone; then bash "$0" delete; fi
+    if [ -z "$(state)" ]; then bash "$0" create; fi
+    until [ "$(state)" = ACTIVE ]; do
+      if is_gone; then
+        echo "the slice was not granted, or taken away again; run the same command once more" >&2
+        exit 1
+      fi
+      sleep 30
+    done
+    bash "$0" setup
+    bash "$0" start
+    ;;
   create)
     gcloud compute tpus queued-resources create "$NAME" "${place[@]}" --node-id="$NAME" \
       --accelerator-type="$TYPE" --runtime-version=v2-alpha-tpuv5 \
       --scopes=https://www.googleapis.com/auth/cloud-platform ${TIER:+"$TIER"}
     ;;
   state) # goes on with `setup` when it says ACTIVE
-    gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" --format='value(state.state)'
+    state
     ;;
-  setup)
-    archive=$(mktemp --suffix=.tar.gz)
-    git archive --format=tar.gz --output="$archive" HEAD
-    gcloud compute tpus tpu-vm scp "$archive" "$NAME":dsjax.tar.gz "${place[@]}" --worker=all
-    rm "$archive"
+  setup) # not where it trains: that would take its environment away
+    files=$(mktemp -d)
+    trap 'rm -r "$files"' EXIT
+    git archive --format=tar.gz --output="$files/dsjax.tar.gz" HEAD
+    # In a file, since anybody on a machine can read the words of a command.
+    (umask 077 && echo "${HF_TOKEN:+HF_TOKEN=$HF_TOKEN}" >"$files/dsjax.env")
+    gcloud compute tpus tpu-vm scp "$files/dsjax.tar.gz" "$files/dsjax.env" "$NAME": \
+      "${place[@]}" --worker=all
     on_hosts all "set -e
-      sudo apt-get install -y nfs-common
-      sudo mkdir -p /mnt/runs
-      mountpoint -q /mnt/runs || sudo mount $NFS /mnt/runs
-      sudo chmod 777 /mnt/runs
+      chmod 600 dsjax.env
+      if systemctl is-active --quiet dsjax; then exit; fi
       mkdir -p dsjax && tar -xzf dsjax.tar.gz -C dsjax
       curl -LsSf https://astral.sh/uv/install.sh | sh
       ~/.local/bin/uv venv --clear --python 3.12 ~/env
@@ -44,11 +70,13 @@ case "${1:-}" in
     ;;
   start) # the same command starts, continues after a stop, and finishes what is missing
     # A service: systemd sends it SIGTERM when the machine is told to stop, and waits.
-    on_hosts all "sudo systemd-run --unit=dsjax --collect --uid=\$USER \
-      --working-directory=\$HOME/dsjax --property=TimeoutStopSec=600 \
+    on_hosts all "systemctl is-active --quiet dsjax || sudo systemd-run --unit=dsjax --collect \
+      --uid=\$USER --working-directory=\$HOME/dsjax --property=TimeoutStopSec=600 \
       --property=LimitMEMLOCK=infinity --property=LimitNOFILE=65536 \
+      --property=EnvironmentFile=\$HOME/dsjax.env \
       \$HOME/env/bin/python -m dsjax.train --config configs/deepseek_r1_lora.yaml \
-      model.path=gs://$BUCKET/DeepSeek-R1 data.train=/mnt/runs/train.jsonl output_dir=/mnt/runs/r1"
+      model.path=gs://$BUCKET/DeepSeek-R1 data.train=gs://$BUCKET/train.jsonl \
+      output_dir=gs://$BUCKET/runs/r1"
     ;;
   log)
     on_hosts 0 "sudo journalctl --unit=dsjax --lines=100 --follow --output=cat"
@@ -56,22 +84,18 @@ case "${1:-}" in
   errors) # the last words of every host
     on_hosts all "sudo journalctl --unit=dsjax --lines=20 --output=cat"
     ;;
-  tensorboard) # then open http://localhost:6006
-    gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker=0 \
-      --command="~/env/bin/tensorboard --logdir /mnt/runs/r1/tensorboard" -- -L 6006:localhost:6006
-    ;;
   stop) # saves first
     on_hosts all "sudo systemctl stop dsjax"
     ;;
   fetch)
-    gcloud compute tpus tpu-vm scp --recurse "$NAME":/mnt/runs/r1/export ./r1-adapter \
-      "${place[@]}" --worker=0
+    mkdir -p r1-adapter
+    gcloud storage rsync --recursive "gs://$BUCKET/runs/r1/export" r1-adapter
     ;;
   delete)
     gcloud compute tpus queued-resources delete "$NAME" "${place[@]}" --force --quiet
     ;;
   *)
-    echo "steps: create state setup start log errors tensorboard stop fetch delete" >&2
+    echo "steps: up create state setup start log errors stop fetch delete" >&2
     exit 2
     ;;
 esac

@@ -23,7 +23,8 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 EXPORT_MARKS = (".export.partial", ".export.old")
-SPEEDS = ("tokens_per_second", "mfu")
+MEASURED = ("tokens_per_second", "mfu", "step_time", "device_memory_gib", "time")
+"""Keys of a line that the machine and the hour decide, not the training."""
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"peft_type": "LORA", "r": 4, "lora_dropout": 0.2}},
@@ -122,12 +123,12 @@ def kill_while(process: subprocess.Popen[str], there: Callable[[], Any]) -> bool
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without speeds and the summary, which time decides."""
+    """The lines of metrics.jsonl, without what is MEASURED and the summary, which time decides."""
     with contextlib.suppress(FileNotFoundError):
         lines = (run / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         return [
-            {key: value for key, value in row.items() if key not in SPEEDS}
+            {key: value for key, value in row.items() if key not in MEASURED}
             for row in rows
             if "train_loss" not in row
         ]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A conversation -> training sequences, through the checkpoint's own chat template.
 
-In: a `Chat`. Out: one or more `Example`s. Rule: the model is trained to continue exactly what it
-will be shown at inference. For each trained assistant turn the prompt is the template's rendering
-of the messages before it with the generation prompt, tokenised alone, as at inference; the target
-is the turn's text and whatever closes the turn (EOS) in the template.
+In: a `Chat`. Out: one or more `Example`s, with their answers. Rule: the model is trained to
+continue exactly what it will be shown at inference. For each trained assistant turn the prompt is
+the template's rendering of the messages before it with the generation prompt, tokenised alone, as
+at inference; the target is the turn's text and whatever closes the turn (EOS) in the template.
 
 - No template of the family has `{% generation %}` marks, so masks come from where prompts end.
 - R1's and V3.1's templates delete everything up to `</think>` from assistant messages, the last one
@@ -15,7 +15,8 @@ is the turn's text and whatever closes the turn (EOS) in the template.
 - Where the generation prompt opens `<think>` and the row has no reasoning, the target closes it
   empty (`</think>`, blank line, answer): the form in which R1 itself answers without thinking.
 
-Not here: BOS rules and the tokenizer (`tokenizer`), how rows state messages (`formats`).
+Not here: BOS rules and the tokenizer (`tokenizer`), how rows state messages (`formats`), counts of
+answers without reasoning (`reasoning`).
 """
 
 import re
@@ -27,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from dsjax.data.formats import Chat
 from dsjax.data.messages import CLOSE, OPEN
 from dsjax.data.readings import check_null, check_tool_results, readings, without_ends
+from dsjax.data.reasoning import Answer, Encoded, kind_of
 from dsjax.data.shown import Piece, Place, find_pieces
 from dsjax.data.store import Example
 from dsjax.data.template import (
@@ -72,7 +74,7 @@ def encode_chat(
     return encode_text(tokenizer, text)
 
 
-def chat_examples(tokenizer: PreTrainedTokenizerFast, chat: Chat, origin: str) -> list[Example]:
+def chat_examples(tokenizer: PreTrainedTokenizerFast, chat: Chat, origin: str) -> list[Encoded]:
     """Tokenise a conversation for training.
 
     Raises:
@@ -92,23 +94,31 @@ def chat_examples(tokenizer: PreTrainedTokenizerFast, chat: Chat, origin: str) -
     raise next((error for error in errors if not isinstance(error, RenderError)), errors[0])
 
 
-def _examples(template: Template, chat: Chat) -> list[Example]:
+def _examples(template: Template, chat: Chat) -> list[Encoded]:
     """Tokenise one reading of a conversation; labels are the tokens, prompts weigh nothing."""
     check_null(template, chat)
-    sequences: list[tuple[list[int], list[float]]] = []
+    sequences: list[tuple[list[int], list[float], list[Answer]]] = []
     done = 0
     for turn in _turns(chat, template):
         ids, weights = _prompt_tokens(template, chat, turn, done)
+        answers: list[Answer] = []
         if sequences and ids[: len(sequences[-1][0])] == sequences[-1][0]:
-            earlier = sequences.pop()[1]
+            _, earlier, answers = sequences.pop()
             weights[: len(earlier)] = earlier
+        kind = kind_of(template, turn.prompt, turn.target) if turn.weight else None
+        answers += [Answer(len(ids), kind)] if kind else []
         answer = encode_text(template.tokenizer, turn.target, add_bos=False)
-        sequences.append((ids + answer, weights + [turn.weight] * len(answer)))
+        sequences.append((ids + answer, weights + [turn.weight] * len(answer), answers))
         done = turn.end
     check_tool_results(template, chat)
     return [
-        Example(np.array(ids, np.int32), np.array(ids, np.int32), np.array(weights, np.float32))
-        for ids, weights in sequences
+        Encoded(
+            Example(
+                np.array(ids, np.int32), np.array(ids, np.int32), np.array(weights, np.float32)
+            ),
+            answers,
+        )
+        for ids, weights, answers in sequences
     ]
 
 

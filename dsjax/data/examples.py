@@ -17,6 +17,7 @@ from jaxtyping import Bool
 from transformers import PreTrainedTokenizerFast
 
 from dsjax.config import DataSection
+from dsjax.data import reasoning
 from dsjax.data.chat import chat_examples
 from dsjax.data.columns import Columns
 from dsjax.data.formats import (
@@ -29,6 +30,7 @@ from dsjax.data.formats import (
     parse_row,
     unread_keys,
 )
+from dsjax.data.reasoning import Answer, Encoded
 from dsjax.data.sources import Source, open_sources
 from dsjax.data.store import Example, ExampleStore
 from dsjax.data.template import EndlessError, turn_ending, without_end
@@ -58,6 +60,8 @@ class DataReport:
     untrained: int = 0
     ended_inside: int = 0
     unread: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+    """Trained ones by their kind (`reasoning`), where the template asks for reasoning."""
     ending: str = ""
 
     def lines(self) -> list[str]:
@@ -79,6 +83,7 @@ class DataReport:
         )
         if self.ended_inside:
             lines.append(f"{self.name}: {self.ended_inside:,} texts hold EOS before their end")
+        lines += [f"{self.name}: {line}" for line in reasoning.lines(self.answers)]
         if self.unread:
             keys = [f"{key} ({count:,} rows)" for key, count in self.unread.most_common(MOST_KEYS)]
             more = ", ..." if len(self.unread) > MOST_KEYS else ""
@@ -232,7 +237,7 @@ class _RowEncoder:
             forms[form] += 1
             content = parse_row(fields, form, origin, chosen=self._section.format != "auto")
             made = _encode(content, self._tokenizer, origin)
-            _check_vocabulary(made, self._vocab_size, origin)
+            _check_vocabulary([each.example for each in made], self._vocab_size, origin)
         except EndlessError:  # the next rows would take as long
             raise
         except ConfigError as error:
@@ -242,10 +247,10 @@ class _RowEncoder:
             return
         self._tell(content, fields, form)
         self._examples.report.split += len(made) > 1
-        for example in made:
+        for example, answers in made:
             kept = self._fit(example, origin)
             if kept is not None:
-                self._keep(kept)
+                self._keep(kept, answers)
 
     def _tell(self, content: Content, fields: dict[str, Any], form: str) -> None:
         """Note what of a row is not as the user may think."""
@@ -272,24 +277,27 @@ class _RowEncoder:
             self._refused.append(f"{origin}: {length} tokens")
         return None
 
-    def _keep(self, example: Example) -> None:
+    def _keep(self, example: Example, answers: Sequence[Answer]) -> None:
         report, trained = self._examples.report, example.trained()
+        length = len(example.input_ids)
         report.sequences += 1
-        report.tokens += len(example.input_ids)
+        report.tokens += length
         report.trained_tokens += trained
         report.untrained += not trained
-        report.longest = max(report.longest, len(example.input_ids))
+        report.longest = max(report.longest, length)
+        report.answers.update(answer.kind for answer in answers if answer.start < length)
         self._examples.append(example)
 
 
 def _encode(
     content: Content, tokenizer: PreTrainedTokenizerFast | None, origin: str
-) -> list[Example]:
+) -> list[Encoded]:
     """Give each token its label, itself or the row's own, and its loss weight."""
     if isinstance(content, Tokens):
         trained = content.labels != IGNORED_LABEL
         labels = np.where(trained, content.labels, 0).astype(np.int32)
-        return [Example(content.input_ids, labels, trained.astype(np.float32))]
+        example = Example(content.input_ids, labels, trained.astype(np.float32))
+        return [Encoded(example, [])]
     if tokenizer is None:
         raise ConfigError(
             f"{origin}: got text and a model without tokenizer, expected tokenizer.json beside the "
@@ -297,7 +305,7 @@ def _encode(
         )
     if isinstance(content, Chat):
         return chat_examples(tokenizer, content, origin)
-    return [_text_example(content, tokenizer, origin)]
+    return [Encoded(_text_example(content, tokenizer, origin), [])]
 
 
 def _text_example(content: Text, tokenizer: PreTrainedTokenizerFast, origin: str) -> Example:

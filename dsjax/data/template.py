@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dsjax.data.limits import LimitError, limited
+from dsjax.data.messages import OPEN
 from dsjax.data.tokenizer import backend
 from dsjax.errors import ConfigError
 
@@ -143,6 +144,22 @@ def _turn_ending(tokenizer: PreTrainedTokenizerFast, template: str) -> Ending | 
     added = [token for token in ids if token in tokenizer.added_tokens_decoder]
     eos = tokenizer.eos_token_id
     return Ending(text, eos if eos in added else next(iter(added), None))
+
+
+def opens_reasoning(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether a chat template opens reasoning before an answer, at least where it is asked to."""
+    return _opens_reasoning(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=8)
+def _opens_reasoning(tokenizer: PreTrainedTokenizerFast, template: str) -> bool:
+    """Find it once; `template` is what the answer depends on."""
+    messages = [{"role": "user", "content": "?"}]
+    try:
+        prompt = Template(tokenizer, "messages")(messages, generate=True, thinking=True)
+    except ConfigError:
+        return False
+    return prompt.rstrip().endswith(OPEN)
 
 
 def stop_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:

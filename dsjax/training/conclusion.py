@@ -44,7 +44,7 @@ class FinetuneResult:
         with fetched(run):
             history = read_metrics(run.metrics)
         closing = [row for row in history if "eval_loss" in row or "train_loss" in row]
-        metrics = {key: value for row in closing for key, value in row.items()}
+        metrics = {key: value for row in closing for key, value in row.items() if key != "time"}
         export = run.export
         there = bool(export.files()) if isinstance(export, Bucket) else export.is_dir()
         place = str(export) if isinstance(export, Bucket) else export

@@ -37,6 +37,8 @@ _OF_STEP = {
     "grad_norm": "grad norm {:.3f}",
     "tokens_per_second": "{:,.0f} tokens/s",
     "mfu": "MFU {:.1%}",
+    "step_time": "{:,.3f} s/step",
+    "device_memory_gib": "{:.1f} GiB",
 }
 _OF_RUN = {
     "loss_scale": "loss scale {:g}",

@@ -25,6 +25,7 @@ from dsjax.distributed.sharding import Params
 from dsjax.errors import ConfigError, first_line
 from dsjax.training.checkpoint import Checkpointer
 from dsjax.training.console import Progress
+from dsjax.training.device_memory import peak_memory_gib
 from dsjax.training.eval_results import evaluated_rows, is_evaluated, write_results
 from dsjax.training.evaluation import StoppedError, evaluate_loss, to_devices
 from dsjax.training.meter import Meter
@@ -201,6 +202,9 @@ class Loop:
             values |= {"loss_scale": float(report.loss_scale), "skipped_steps": int(report.skipped)}
         if report.updates_lost is not None:
             values["updates_lost"] = float(report.updates_lost)
+        memory = peak_memory_gib(self.run.setup.mesh.local_devices)
+        if memory is not None:
+            values["device_memory_gib"] = memory
         self.reporting.log.log(step, values)
         self.reporting.progress.log(step, values)
 

@@ -42,7 +42,8 @@ class Meter:
         self._zeros = dict.fromkeys(_names(self._means), 0.0) | {TOKENS: 0}
         self._since_log, self._run = dict(self._zeros), dict(self._zeros)
         self._untrained = 0  # steps of the run whose batch had no trained token
-        self._timed_tokens = self._tokens_here = self._steps_here = 0
+        self._timed_tokens = self._timed_steps = 0
+        self._tokens_here = self._steps_here = 0
         self._started = self._clock = time.monotonic()
 
     def start(self) -> None:
@@ -59,6 +60,7 @@ class Meter:
         # A step that float16 skipped tells of no token at all.
         self._untrained += tokens > 0 and self._loss.of(step) is None
         self._timed_tokens += tokens
+        self._timed_steps += 1
         self._tokens_here += tokens
         self._steps_here += 1
 
@@ -67,21 +69,23 @@ class Meter:
 
         A mean over nothing, such as no trained token, is None. Optional metrics are there where
         steps told of them, and `untrained_steps`, of the whole run, where a batch had no trained
-        token.
+        token. `step_time` is in seconds.
 
         Args:
             of_step: values of the last step alone; they are written after the means.
         """
         now = time.monotonic()
-        rate = self._timed_tokens / max(now - self._clock, 1e-9)
+        seconds, steps = max(now - self._clock, 1e-9), self._timed_steps
+        rate = self._timed_tokens / seconds
         sums, self._since_log = self._since_log, dict(self._zeros)
-        self._clock, self._timed_tokens = now, 0
+        self._clock, self._timed_tokens, self._timed_steps = now, 0, 0
         return {
             **{name: metric.of(sums) for name, metric in self._means.items()},
             **(of_step or {}),
             "tokens": self._run[TOKENS],
             "tokens_per_second": rate,
             "mfu": None if self._mfu_per_rate is None else self._mfu_per_rate * rate,
+            "step_time": seconds / steps if steps else None,
             **{name: m.of(sums) for name, m in self._optional.items() if m.sum in sums},
             **self._told_untrained(),
         }
@@ -102,7 +106,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep what happens inside (an evaluation, a compilation) out of `tokens_per_second`."""
+        """Keep what happens inside (an evaluation, a compilation) out of speeds and `step_time`."""
         stopped = time.monotonic()
         try:
             yield

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -120,11 +121,17 @@ class MetricsLog:
             return
         row = {key: _json_value(step, key, value) for key, value in values.items()}
         with files_of(self._path):
-            self._file.write(json.dumps({"step": step} | row, allow_nan=False) + "\n")
+            line = {"step": step} | row | {"time": _now()}
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         shown = {tag(k): v for k, v in row.items() if isinstance(v, int | float)}
         for reporter in self._reporters:
             reporter.scalars(step, shown)
+
+
+def _now() -> str:
+    """Return when a line is written: in UTC, so that lines of hosts elsewhere compare."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _json_value(step: int, key: str, value: Any) -> Any:

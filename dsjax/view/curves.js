@@ -5,7 +5,10 @@
 // cursor and a range of steps that all share.
 
 const COLOURS = 6;
-const FIRST = ["loss", "accuracy", "learning_rate", "grad_norm", "tokens_per_second", "mfu"];
+const FIRST = [
+  ...["loss", "accuracy", "learning_rate", "grad_norm"],
+  ...["tokens_per_second", "mfu", "step_time", "device_memory_gib"],
+];
 const COUNTERS = ["epoch", "tokens", "eval_tokens"]; // their last value says it all
 const FEW = 60; // evaluations, which are then shown one by one
 const MANY = 200; // lines, which are smoothed unless a user wants otherwise: of few it lags too far

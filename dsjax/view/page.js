@@ -17,6 +17,7 @@ function showRun(run, index) {
     ["loss", last(run, "loss")],
     ["eval loss", run.final.eval_loss ?? last(run, "eval_loss")],
     ["tokens/s", last(run, "tokens_per_second")],
+    ["peak GiB", last(run, "device_memory_gib")],
   ].filter(([, value]) => value !== undefined);
   const tiles = [["step", run.progress], ...numbers.map(([name, value]) => [name, shown(value)])];
   if (typeof run.summary.train_runtime === "number") {

@@ -34,7 +34,8 @@ class Snapshot:
         state: finished, running or stopped, as far as files tell.
         progress: the steps done, of how many.
         facts: what is said of the run as a whole, by what it is called.
-        series: for each key of `metrics.jsonl`: its steps and its values, in the file's order.
+        series: for each key of `metrics.jsonl`: its steps and its values, in the file's order. When
+            the lines were written is left out here and below: of the last one `facts` tell it.
         evaluations: the evaluations' values, each with its step, in the file's order.
         summary: the closing line; empty if there is none.
         final: `eval_results.json`; empty if there is none.
@@ -70,6 +71,8 @@ def read_snapshot(run: RunDir, name: str) -> Snapshot:
             f"RUN: got {str(run)!r}, of which {run.metrics.name} has no line, expected a run that "
             "has logged a step; wait for its first line, or train it"
         )
+    last = rows[-1].get("time")
+    rows = [{key: value for key, value in row.items() if key != "time"} for row in rows]
     logged = [row for row in rows if "train_loss" not in row]
     summary = next((row for row in reversed(rows) if "train_loss" in row), {})
     final = read_object(run.eval_results, "RUN") if run.eval_results.is_file() else {}
@@ -77,7 +80,7 @@ def read_snapshot(run: RunDir, name: str) -> Snapshot:
         name,
         _state(run, logged, summary),
         _progress(config, logged, summary),
-        _facts(run, config),
+        _facts(run, config, last),
         _series(logged),
         [row for row in logged if "eval_loss" in row],
         summary,
@@ -130,15 +133,15 @@ def _done(rows: Sequence[Row]) -> int:
     return max((row["step"] for row in rows), default=0)
 
 
-def _facts(run: RunDir, config: Row) -> dict[str, str]:
-    """Say what the run is of, and when its files were written."""
+def _facts(run: RunDir, config: Row, last: Any) -> dict[str, str]:
+    """Say what the run is of, and when its files, and its `last` line, were written."""
     return {
         "model": _text(_value(config, "model", "path")),
         "method": _method(config),
         "data": _text(_value(config, "data", "train")),
         "folder": str(run),
         "last start": f"{_written(run.config)} (time of {run.config.name})",
-        "last line": f"{_written(run.metrics)} (time of {run.metrics.name})",
+        "last line": _last_line(run, last),
     }
 
 
@@ -161,9 +164,20 @@ def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def _last_line(run: RunDir, last: Any) -> str:
+    """Say when the last line was written: as it says itself, or as its file does if it does not."""
+    try:
+        return _local(datetime.fromisoformat(last))
+    except (TypeError, ValueError):  # a line of another version
+        return f"{_written(run.metrics)} (time of {run.metrics.name})"
+
+
 def _written(file: Path) -> str:
-    when = datetime.fromtimestamp(file.stat().st_mtime).astimezone()
-    return f"{when:%Y-%m-%d %H:%M:%S %Z}"
+    return _local(datetime.fromtimestamp(file.stat().st_mtime))
+
+
+def _local(when: datetime) -> str:
+    return f"{when.astimezone():%Y-%m-%d %H:%M:%S %Z}"
 
 
 def _config_lines(config: Row) -> Iterator[tuple[str, str, str]]:

@@ -26,7 +26,7 @@ def marked(tokenizer, row: dict) -> list[str]:
     """The sequences of a row as text, trained parts marked."""
     chat = parse_row(row, "messages", "f:1")
     assert isinstance(chat, Chat)
-    texts = [decode_sample(made, tokenizer) for made in chat_examples(tokenizer, chat, "f:1")]
+    texts = [decode_sample(made, tokenizer) for made, _ in chat_examples(tokenizer, chat, "f:1")]
     return [
         text.replace("<｜begin▁of▁sentence｜>", "B").replace("<｜end▁of▁sentence｜>", "E")
         for text in texts

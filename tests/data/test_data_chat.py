@@ -98,7 +98,7 @@ def test_turns_part_where_the_tokens_of_the_history_differ(tokenizers):
 def test_what_precedes_a_target_is_what_inference_sees(tokenizers, family):
     row = conversation("a", "b", "c", "d")
     chat = parse_row(row, "messages", "f:1")
-    last = chat_examples(tokenizers[family], chat, "f:1")[-1]
+    last, _ = chat_examples(tokenizers[family], chat, "f:1")[-1]
     shown = encode_chat(tokenizers[family], row["messages"][:3])
     assert last.input_ids[: len(shown)].tolist() == shown
     assert not last.loss_weights[len(shown) - 1] and last.loss_weights[len(shown)]
@@ -122,7 +122,7 @@ def test_loss_weight_multiplies_and_can_train_other_roles(tokenizers):
     for message, weight in zip(row["messages"], weights, strict=True):
         message["loss_weight"] = weight
     chat = parse_row(row, "messages", "f:1")
-    (made,) = chat_examples(tokenizers["v3"], chat, "f:1")
+    ((made, _),) = chat_examples(tokenizers["v3"], chat, "f:1")
     text = decode_sample(made, tokenizers["v3"])
     assert "<｜User｜>⟦a⟧<｜Assistant｜>b" in text and "<｜Assistant｜>⟦d" in text
     assert sorted(set(made.loss_weights.tolist())) == [0, 0.25, 0.5]

@@ -57,6 +57,9 @@ def test_sources_follow_one_another_and_are_reported(tmp_path, tokenizers):
         "data.train: 3 rows -> 3 sequences, 28 tokens, 15 trained (53.6 %), longest 12",
         "data.train: over-long: 0 truncated, 0 dropped; 0 without a trained token; "
         "0 conversations split over several sequences",
+        "data.train: 2 of 2 answers are without reasoning: the chat template opens <think>, and "
+        "the model learns </think> at once; what it should think first belongs in "
+        "reasoning_content",
     ]
 
 

@@ -128,7 +128,7 @@ def check_shown_or_refused(tokenizer, messages, hidden: frozenset[str], as_json:
             chat_examples(tokenizer, chat, "f:1")
         assert all(line.startswith("f:1 messages[") for line in str(caught.value).splitlines())
     else:
-        (made,) = chat_examples(tokenizer, chat, "f:1")
+        ((made, _),) = chat_examples(tokenizer, chat, "f:1")
         assert decode_sample(made, tokenizer).replace(BOS, "") == shown(messages)
 
 

@@ -18,7 +18,7 @@ from dsjax.errors import ConfigError
 def test_eos_is_trained_though_it_is_the_padding_token(tokenizers):
     tokenizer = tokenizers["v3"]
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    (made,) = chat_examples(tokenizer, Chat(conversation("a", "b")["messages"], [0, 1]), "f:1")
+    ((made, _),) = chat_examples(tokenizer, Chat(conversation("a", "b")["messages"], [0, 1]), "f:1")
     assert made.input_ids[-1] == tokenizer.eos_token_id and made.loss_weights[-1] == 1
 
 
@@ -68,7 +68,7 @@ def check_one_ending(tokenizers, family: str, question: str, answer: str) -> Non
     tokenizer = tokenizers[family]
     try:
         chat = parse_row(conversation(question, answer), "messages", "f:1")
-        (made,) = chat_examples(tokenizer, chat, "f:1")
+        ((made, _),) = chat_examples(tokenizer, chat, "f:1")
     except ConfigError as error:
         assert str(error).startswith("f:1 messages[")
         return

@@ -19,7 +19,7 @@ from dsjax.config import LoggingSection
 from dsjax.training.metrics_log import MetricsLog
 from dsjax.training.run_dir import RunDir
 
-SPEEDS = ("train/tokens_per_second", "train/mfu", "train/train_")
+MEASURED = (*(f"train/{key}" for key in small_run.MEASURED), "train/train_")
 # What is left to do is a step and a save, each well under a second; the rest is for a busy machine.
 SECONDS_TO_STOP = 30
 
@@ -37,8 +37,8 @@ def assert_same_end(run: Path, reference: Path) -> None:
 
 
 def shown(run: Path) -> set[tuple[str, int, float]]:
-    """TensorBoard's numbers, without speeds."""
-    return {row for row in small_run.scalars(run) if not row[0].startswith(SPEEDS)}
+    """TensorBoard's numbers, without what is MEASURED."""
+    return {row for row in small_run.scalars(run) if not row[0].startswith(MEASURED)}
 
 
 def writes_checkpoint(run: Path) -> Callable[[], bool]:

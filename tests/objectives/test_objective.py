@@ -141,12 +141,12 @@ def test_a_run_logs_shows_resumes_and_evaluates_its_names(
     assert [list(line) for line in training] == 4 * [
         [
             *("step", "epoch", "loss", "z_loss", "learning_rate", "grad_norm"),
-            *("tokens", "tokens_per_second", "mfu", "filled_rows"),
+            *("tokens", "tokens_per_second", "mfu", "step_time", "filled_rows", "time"),
         ]
     ]
     evaluations = [line for line in lines if "eval_loss" in line]
     assert [list(line) for line in evaluations] == 2 * [
-        ["step", "eval_loss", "eval_z_loss", "eval_z_root"]
+        ["step", "eval_loss", "eval_z_loss", "eval_z_root", "time"]
     ]
     for line in evaluations:
         assert line["eval_z_root"] == math.sqrt(line["eval_z_loss"])

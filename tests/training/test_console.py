@@ -24,6 +24,7 @@ VALUES = {
     "learning_rate": 2e-4,
     "tokens_per_second": 1234.0,
     "mfu": None,
+    "step_time": 0.25,
 }
 
 
@@ -44,13 +45,15 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
         for step in range(11, 21):
             progress.advance(step)
             if step % 5 == 0:
-                progress.log(step, VALUES)
+                memory = {"device_memory_gib": 61.26} if step == 20 else {}
+                progress.log(step, VALUES | memory)
         progress.log_eval(20, {"eval_loss": 0.5, "eval_perplexity": 1.6487, "eval_tokens": 9})
     out, err = capsys.readouterr()
+    start = "step 15/20 | epoch 0.50 | loss 1.2500 | lr 2.00e-04 | 1,234 tokens/s"
     assert out == ""
     assert err.splitlines() == [
-        "step 15/20 | epoch 0.50 | loss 1.2500 | lr 2.00e-04 | 1,234 tokens/s | ETA 0:00:00",
-        "step 20/20 | epoch 0.50 | loss 1.2500 | lr 2.00e-04 | 1,234 tokens/s | ETA 0:00:00",
+        f"{start} | 0.250 s/step | ETA 0:00:00",
+        f"{start.replace('15', '20', 1)} | 0.250 s/step | 61.3 GiB | ETA 0:00:00",
         "step 20/20 | eval loss 0.5000 | perplexity 1.649",
     ]
 

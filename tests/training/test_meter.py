@@ -103,15 +103,19 @@ def test_meter_speed_leaves_out_pauses(monkeypatch):
     values = meter.values()
     assert values["tokens_per_second"] == 10.0
     assert values["mfu"] == 0.5
+    assert values["step_time"] == 4.0
 
 
 def test_meter_leaves_out_what_came_before_the_first_step(monkeypatch):
-    clock = iter([0.0, 100.0, 104.0, 110.0])
+    clock = iter([0.0, 100.0, 104.0, 109.0, 110.0])
     monkeypatch.setattr(meter_module.time, "monotonic", lambda: next(clock))
     meter = Meter(SFT)
     meter.start()
-    add(meter, 1.0, 1.0, 1.0, 40)
-    assert meter.values()["tokens_per_second"] == 10.0
+    for tokens in (20, 20):
+        add(meter, 1.0, 1.0, 1.0, tokens)
+    values = meter.values()
+    assert (values["tokens_per_second"], values["step_time"]) == (10.0, 2.0)
+    assert meter.values()["step_time"] is None  # no step since
     assert meter.summary()["train_runtime"] == 10.0
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +62,20 @@ def test_one_loss_line_per_step_with_the_keys_in_the_order_given(tmp_path):
     write_run(tmp_path, [1, 2])
     rows = lines(tmp_path)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2]
-    assert tuple(rows[0]) == ("step", *train_values())
-    assert tuple(rows[1]) == ("step", *eval_values())
+    assert tuple(rows[0]) == ("step", *train_values(), "time")
+    assert tuple(rows[1]) == ("step", *eval_values(), "time")
     assert rows[0]["mfu"] is None
+
+
+def test_every_line_says_when_it_was_written(tmp_path):
+    before = datetime.now(UTC).replace(microsecond=0)
+    write_run(tmp_path, [1])
+    with MetricsLog(tmp_path, SILENT, 1) as log:
+        log.log_summary(1, {"train_loss": 1.0})
+    times = [datetime.fromisoformat(row["time"]) for row in lines(tmp_path)]
+    assert len(times) == 3 and times == sorted(times)
+    assert before <= times[0] and times[-1] <= datetime.now(UTC)
+    assert all(row["time"].endswith("+00:00") and len(row["time"]) == 25 for row in lines(tmp_path))
 
 
 def test_numbers_are_written_at_full_precision(tmp_path):
@@ -166,6 +178,7 @@ def test_summary_is_written_once_over_restarts(tmp_path):
         "train_runtime",
         "train_steps_per_second",
         "train_tokens_per_second",
+        "time",
     }
 
 

@@ -48,7 +48,7 @@ def line(step: int) -> dict[str, Any]:
     """A training line, with the keys of a run on a CPU."""
     loss = 3 * math.exp(-step / 30) + 0.1 * math.sin(step)
     rates = {"learning_rate": 1e-3 / step, "grad_norm": 1 + math.cos(step) / 3}
-    speed = {"tokens": 512 * step, "tokens_per_second": 2e4 + step, "mfu": None}
+    speed = {"tokens": 512 * step, "tokens_per_second": 2e4 + step, "mfu": None, "step_time": 0.5}
     return {"epoch": step / 40, "loss": loss, "accuracy": 1 - loss / 4, **rates, **speed}
 
 

@@ -69,7 +69,7 @@ def test_the_page_holds_what_the_files_hold(tmp_path: Path, capsys: pytest.Captu
     (held,) = Page(run.view.read_text("utf-8")).data["runs"]
     rows = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     logged = [row for row in rows if "train_loss" not in row]
-    keys = {key for row in logged for key in row} - {"step"}
+    keys = {key for row in logged for key in row} - {"step", "time"}
     assert held["series"] == {
         key: [
             [row["step"] for row in logged if key in row],
@@ -77,13 +77,30 @@ def test_the_page_holds_what_the_files_hold(tmp_path: Path, capsys: pytest.Captu
         ]
         for key in keys
     }
-    assert held["evaluations"] == [row for row in rows if "eval_loss" in row]
-    assert [held["summary"]] == [row for row in rows if "train_loss" in row]
+    timeless = [{key: row[key] for key in row if key != "time"} for row in rows]
+    assert held["evaluations"] == [row for row in timeless if "eval_loss" in row]
+    assert [held["summary"]] == [row for row in timeless if "train_loss" in row]
     assert held["final"] == json.loads(run.eval_results.read_text())
     text = "\n".join(text for _, _, text in held["config"])
     assert re.sub(r"^(  |\w+:\n(?=  ))", "", run.config.read_text(), flags=re.M) == text + "\n"
     assert (held["name"], held["state"], held["progress"]) == ("mine", "finished", "100 of 100")
     assert held["facts"]["method"] == "LORA, r 16"
+
+
+def test_the_last_line_tells_its_own_time(tmp_path: Path):
+    """Of a copy too, whose file has another one; lines of earlier versions have none."""
+    run = make_run(tmp_path / "run", ended=False)
+    *before, last = run.metrics.read_text().splitlines()
+    for written, said in (
+        ("2026-01-02T03:04:05+00:00", f"{MADE.astimezone():%Y-%m-%d %H:%M:%S %Z}"),
+        (None, "1970-01-01 .* (time of metrics.jsonl)"),
+        ("once", "1970-01-01 .* (time of metrics.jsonl)"),
+    ):
+        row = json.dumps(json.loads(last) | {"time": written})
+        run.metrics.write_text("\n".join([*before, row]) + "\n")
+        os.utime(run.metrics, (50_000, 50_000))
+        found = snapshot_of(run).facts["last line"]
+        assert re.fullmatch(said.replace("(", r"\(").replace(")", r"\)"), found)
 
 
 def test_what_a_run_says_stays_text(tmp_path: Path):

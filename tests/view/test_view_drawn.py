@@ -50,17 +50,18 @@ def paths(figure: str) -> list[str]:
 
 
 def test_one_run(tmp_path: Path):
-    run = make_run(tmp_path / "run<b>", more={"device_memory": 5, "note": "text"})
+    run = make_run(tmp_path / "run<b>", more={"device_memory_gib": 5, "note": "text"})
     html = drawn(write_page(tmp_path, run))
     charts = figures(html)
     assert list(charts) == [
         *("loss", "accuracy", "learning_rate", "grad_norm", "tokens_per_second"),
-        *("device_memory", "eval_perplexity"),
+        *("step_time", "device_memory_gib", "eval_perplexity"),
     ]  # no mfu, which is null on a CPU, and no text
     assert len(paths(charts["loss"])) == 2  # training, evaluations
     assert charts["loss"].count("<circle") == 2
     assert [path.count("L") for path in paths(charts["grad_norm"])] == [49]
-    assert paths(charts["device_memory"])[0].endswith("h0")  # a point alone
+    assert paths(charts["device_memory_gib"])[0].endswith("h0")  # a point alone
+    assert re.search(r"<dt>peak GiB</dt><dd>5[.0]*</dd>", html)
     assert "run&lt;b&gt;" in html and "<b>run" not in html
     assert "100 (final)" in html and "1:02:03" in html and "path: runs/quickstart" in html
     assert re.search('<section id="differences"[^>]*hidden', html)
