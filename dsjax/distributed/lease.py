@@ -112,8 +112,20 @@ def _acquire(lock: Bucket, ours: _Lease, refusal: str) -> int:
             _await_end(lock, numbers[-1], refusal)
         number = max(numbers, default=0) + 1
         if lock.create(_name(number), ours.encode()):
+            _check_exclusive(lock, _name(number), ours)
             lock.remove([_name(earlier) for earlier in numbers])
             return number
+
+
+def _check_exclusive(lock: Bucket, name: str, ours: _Lease) -> None:
+    """Tell where a store gives an object twice to those who create it, as some imitations do."""
+    if lock.create(name, b"another"):
+        print(
+            f"{lock}: cannot be locked (this store replaces an object that is to be created); let "
+            "no second process write there",
+            file=sys.stderr,
+        )
+        lock.write(name, ours.encode())
 
 
 def _await_end(lock: Bucket, number: int, refusal: str) -> None:

@@ -121,6 +121,21 @@ def test_it_is_renewed_and_the_store_may_be_away(folder: Bucket, capsys: pytest.
     assert folder.sizes() == {}
 
 
+def test_a_store_that_cannot_lock_is_told(
+    folder: Bucket, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    write = object_store.ObjectStore.pipe_file
+    monkeypatch.setattr(
+        object_store.ObjectStore,
+        "pipe_file",
+        lambda self, path, value, **_: write(self, path, value),
+    )
+    with lease.leased(folder, HELD):
+        assert lease.holder_in(folder) is not None
+    assert "/.dsjax.lock: cannot be locked (this store replaces" in capsys.readouterr().err
+    assert folder.sizes() == {}
+
+
 HOLDS = """
 import sys, time
 from pathlib import Path
