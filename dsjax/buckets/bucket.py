@@ -186,8 +186,11 @@ class Bucket:
             return self.read_if_there(name) == data
         return True
 
-    def upload(self, file: Path, name: str) -> None:
+    def upload(self, file: Path, name: str) -> str:
         """Copy a file into the store, and compare what arrived byte for byte.
+
+        Returns:
+            Its digest, as `digest` gives it.
 
         Raises:
             ConfigError: the store does not take it.
@@ -202,6 +205,7 @@ class Bucket:
                 raise OSError(_OTHER_BYTES)
 
         self._put(put, name)
+        return digest
 
     def download(self, name: str, file: Path) -> None:
         """Copy an object to a file; the folders that it lies in are made.

@@ -57,7 +57,7 @@ def _export(words: Namespace, run: RunDir, out: Place) -> int:
     step, trainable, meta = restore_trained(config, setup)
     output = Output(config, form, step, meta["meter"]["run"], meta["contents"], out, "--out")
     check_own(out, output.name, "--out")
-    size = export_bytes(config, setup, form)
+    size = export_bytes(config, setup, form, out)
     check_room(written_at(out), {"the export": size}, "--out", leftovers_of(out))
     frozen = load_frozen(setup, config.training.seed)
     check_frozen(frozen, meta["frozen"], run)

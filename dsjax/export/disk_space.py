@@ -48,7 +48,7 @@ def check_disk(
         needs[run.path] = {"a checkpoint": size}
     if form is not None:
         place = run.path if config.export.path is None else written_at(run.export)
-        needs.setdefault(place, {})["the export"] = export_bytes(config, setup, form)
+        needs.setdefault(place, {})["the export"] = export_bytes(config, setup, form, run.export)
     for place, wanted in needs.items():
         field = "output_dir" if place == run.path else "export.path"
         check_room(place, wanted, field, [*half_saved, *half_exported])

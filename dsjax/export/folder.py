@@ -10,7 +10,6 @@ import glob
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,7 @@ from dsjax.training.restore import check_contents
 from dsjax.training.resume import ResumePoint
 from dsjax.training.run_dir import MANIFEST, RunDir, read_manifest
 from dsjax.weights.bucket_folder import content
-from dsjax.weights.folders import check_apart, check_empty
-from dsjax.weights.storage import READS_AHEAD, file_digest, in_order
+from dsjax.weights.folders import check_apart, check_empty, file_digests
 
 
 @dataclass(frozen=True)
@@ -84,15 +82,22 @@ class Output:
         return manifest | ({"dtype": dtype} if dtype else {})
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any], kept: float | None = None) -> None:
+def write_manifest(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    kept: float | None = None,
+    contents: Mapping[str, str] | None = None,
+) -> None:
     """Mark a folder whose files are all written, and proven to be what they should be.
 
     Args:
         folder: the export.
         manifest: what it says it is.
         kept: of what training changed, the part that merged weights keep.
+        contents: the digest of each file, where they are not all in the folder.
     """
-    text = json.dumps({**manifest, "kept": kept, "files": _contents(folder)})
+    files = _contents(folder) if contents is None else contents
+    text = json.dumps({**manifest, "kept": kept, "files": files})
     (folder / MANIFEST).write_text(text + "\n", "utf-8")
 
 
@@ -125,10 +130,9 @@ def _contents(folder: Place) -> dict[str, str]:
     if isinstance(folder, Bucket):
         objects = [name for name in content(folder) if name != MANIFEST]
         return dict(zip(objects, folder.at_once(folder.digest, objects), strict=True))
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
-    names = [path.relative_to(folder).as_posix() for path in files]
-    reads = [partial(file_digest, path) for path in files]
-    return dict(zip(names, in_order(reads, READS_AHEAD), strict=True))
+    digests = file_digests(folder)
+    digests.pop(MANIFEST, None)
+    return digests
 
 
 def check_replaceable(out: Place, config: RunConfig, run: str, field: str = "export.path") -> None:

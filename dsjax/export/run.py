@@ -14,6 +14,7 @@ from functools import partial
 from typing import NamedTuple
 
 from dsjax.adapters import check_form
+from dsjax.buckets import Bucket, Place
 from dsjax.config import RunConfig
 from dsjax.distributed.processes import Hosts
 from dsjax.distributed.sharding import Params
@@ -30,7 +31,7 @@ from dsjax.weights.bucket_folder import BucketDraft, Last
 from dsjax.weights.folders import Draft, new_folder
 from dsjax.weights.fp8 import DequantisedSource
 from dsjax.weights.generation_config import write_generation_config
-from dsjax.weights.write import checkpoint_bytes, write_checkpoint
+from dsjax.weights.write import file_bytes, write_checkpoint
 
 
 def check_export(config: RunConfig, setup: Assembly, form: str | None, field: str) -> None:
@@ -55,13 +56,17 @@ def check_export(config: RunConfig, setup: Assembly, form: str | None, field: st
         check_form(setup.model, setup.spec, form, field)
 
 
-def export_bytes(config: RunConfig, setup: Assembly, form: str) -> int:
-    """Bytes of the tensors that an export writes; no array need be there yet."""
+def export_bytes(config: RunConfig, setup: Assembly, form: str, out: Place | None = None) -> int:
+    """Bytes of the tensors that an export writes; no array need be there yet.
+
+    Of one that goes to a bucket, those that are on this machine at a time: of the largest file.
+    """
     leaves = {path: setup.partition.leaves[path] for path in setup.partition.trainable}
     if form == "peft":
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves.values())
     changes = changed_tensors(setup.model, setup.spec, leaves, setup.partition.layer_masks)
-    return checkpoint_bytes(setup.source, changes, config.export.dtype == "fp8")
+    sizes = file_bytes(setup.source, changes, config.export.dtype == "fp8").values()
+    return max(sizes, default=0) if isinstance(out, Bucket) else sum(sizes)
 
 
 PATIENCE = 60.0
@@ -157,7 +162,7 @@ def export_trained(
             manifest = {**manifest, "proof": f"did not run: {card.unproven}"}
         if hosts.primary:
             write_model_card(directory, replace(card, kept=proof.kept))
-            write_manifest(directory, manifest, proof.kept)
+            write_manifest(directory, manifest, proof.kept, draft.contents())
     return Exported(True, proof.failure)
 
 
@@ -172,7 +177,10 @@ def _write_merged(
     setup, trainable, frozen = trained
     directory = draft.directory
     changes = changed_tensors(setup.model, setup.spec, trainable, setup.partition.layer_masks)
-    write_checkpoint(setup.source, directory, changes, progress, fp8, hosts.primary)
+    send = draft.send if isinstance(draft, BucketDraft) else None
+    write_checkpoint(
+        setup.source, directory, changes, progress, fp8, hosts.primary, send, draft.share
+    )
     if hosts.primary:
         write_generation_config(directory, setup.source)
     place = draft.share()

@@ -19,6 +19,7 @@ from dsjax.buckets import Bucket
 from dsjax.distributed.lease import leased
 from dsjax.distributed.lock_file import LOCK_FILE
 from dsjax.errors import ConfigError, files_of
+from dsjax.weights.storage import file_digest
 
 
 class Last(NamedTuple):
@@ -44,28 +45,36 @@ class BucketDraft:
 
     def __init__(self, bucket: Bucket, directory: Path, primary: bool) -> None:
         self._bucket, self.directory, self._primary = bucket, directory, primary
-        self._sent: set[str] = set()
+        self._digests: dict[str, str] = {}
 
     def share(self) -> str:
         """Send what is written so far, and return where all processes can read it."""
         if self._primary:
-            self.send(self._files())
+            self._send_rest(self._files())
         return str(self._bucket)
+
+    def send(self, name: str) -> None:
+        """Send a file that is complete, and remove it here: it may be large."""
+        self._digests[name] = self._bucket.upload(self.directory / name, name)
+        (self.directory / name).unlink()
+
+    def contents(self) -> dict[str, str]:
+        """Return the digest of every file that is written by now, as it lies in the bucket."""
+        self.share()
+        return dict(self._digests)
 
     def complete(self, last: str) -> None:
         """Send the rest, the file that says that all are there at the end; remove what is older."""
-        files = self._files()
-        self.send([name for name in files if name != last])
-        self._bucket.remove(set(content(self._bucket)).difference(files))
-        if last in files:
-            self.send([last])
+        self._send_rest([name for name in self._files() if name != last])
+        self._bucket.remove(set(content(self._bucket)) - {*self._digests, last})
+        self._send_rest([last])
 
-    def send(self, names: list[str]) -> None:
-        """Copy files to the bucket, unless they were; each is compared with what arrived."""
+    def _send_rest(self, names: list[str]) -> None:
+        """Copy files to the bucket, unless they were as they are; compare what arrived."""
         for name in names:
-            if name not in self._sent:
-                self._bucket.upload(self.directory / name, name)
-                self._sent.add(name)
+            file = self.directory / name
+            if self._digests.get(name) != file_digest(file):
+                self._digests[name] = self._bucket.upload(file, name)
 
     def _files(self) -> list[str]:
         files = [path for path in sorted(self.directory.rglob("*")) if path.is_file()]

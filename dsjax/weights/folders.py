@@ -21,6 +21,7 @@ from dsjax.config.paths import is_url, written_to_url
 from dsjax.distributed.lock_file import LOCK_FILE, locked
 from dsjax.errors import ConfigError, files_of
 from dsjax.weights.bucket_folder import BucketDraft, Last, bucket_directory, content
+from dsjax.weights.storage import READS_AHEAD, file_digest, in_order
 
 _SOURCE_FILES = ("config.json", "adapter_config.json")
 """What makes a folder a model's or an adapter's."""
@@ -186,6 +187,18 @@ class Draft:
     def share(self) -> str:
         """Return where all processes can read what is written so far, once it is."""
         return str(self.directory)
+
+    def contents(self) -> dict[str, str]:
+        """Return the digest of every file that is written by now, by its path in the folder."""
+        return file_digests(self.directory)
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Return the digest of every file in a folder by its path in it."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in files]
+    reads = [functools.partial(file_digest, path) for path in files]
+    return dict(zip(names, in_order(reads, READS_AHEAD), strict=True))
 
 
 @contextmanager

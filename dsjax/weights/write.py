@@ -53,10 +53,12 @@ class Output:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def checkpoint_bytes(source: Source, changes: Mapping[str, Change], quantised: bool = False) -> int:
-    """Bytes of all tensors that `write_checkpoint` writes for the same arguments."""
+def file_bytes(
+    source: Source, changes: Mapping[str, Change], quantised: bool = False
+) -> dict[str, int]:
+    """Bytes of the tensors in each file that `write_checkpoint` writes for the same arguments."""
     files = _outputs(source, changes, quantised)
-    return sum(out.nbytes for outs in files.values() for out in outs)
+    return {file: sum(out.nbytes for out in outs) for file, outs in files.items()}
 
 
 def write_checkpoint(
@@ -66,6 +68,8 @@ def write_checkpoint(
     progress: Callable[[int, int], None] = lambda done, total: None,
     quantised: bool = False,
     primary: bool = True,
+    send: Callable[[str], None] | None = None,
+    share: Callable[[], str] | None = None,
 ) -> None:
     """Write a Hugging Face checkpoint like the source, some tensors changed, and prove it.
 
@@ -76,6 +80,8 @@ def write_checkpoint(
         progress: told the bytes written so far and in all.
         quantised: whether FP8 tensors that changed become FP8 again, and not bfloat16.
         primary: whether this is the process that writes; the others help it to the arrays.
+        send: takes away each file of weights once it is written, so that one at a time needs room.
+        share: called when all is written, gives the place where it is proven; else the folder is.
 
     Raises:
         ConfigError: the disk has no room for it.
@@ -86,8 +92,9 @@ def write_checkpoint(
         for out in (out for outs in files.values() for out in outs):
             out.follow()
         return
-    total, done = checkpoint_bytes(source, changes, quantised), 0
-    check_room(directory, {"the checkpoint": total}, "output directory")
+    sizes, done = file_bytes(source, changes, quantised).values(), 0
+    total, needed = sum(sizes), sum(sizes) if send is None else max(sizes, default=0)
+    check_room(directory, {"the checkpoint": needed}, "output directory")
     copy_aux_files(source, directory)
     _write_config(source, directory, files)
     checksums = {}
@@ -103,10 +110,12 @@ def write_checkpoint(
                 checksums[out.name] = checksum
                 done += out.nbytes
                 progress(done, total)
+        if send is not None:
+            send(file)
     index = _index_text(source, files)
     if index is not None:
         (directory / SAFETENSORS_INDEX).write_text(index, "utf-8")
-    _prove_written(directory, checksums)
+    _prove_written(str(directory) if share is None else share(), checksums)
 
 
 def _outputs(
@@ -234,7 +243,7 @@ def _bytes_of(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _prove_written(directory: Path, checksums: Mapping[str, int]) -> None:
+def _prove_written(directory: str, checksums: Mapping[str, int]) -> None:
     """Read everything again, as anybody would, and compare it with what was meant."""
     written = open_source(directory)
     wrong = sorted(set(written.tensors) ^ set(checksums))
