@@ -133,7 +133,9 @@ def _step(kind: str, shown: str) -> Step:
 def unmatched(walked: Sequence[Step]) -> list[str]:
     """Return a line for every entry of the tables that stands for nothing on the pages."""
     first = {step.shown.partition("\n")[0] for step in walked}
-    return [f"nothing shows this any more: {key}" for key in (*NOT_RUN, *IN_PLACE) if key not in first]
+    return [
+        f"nothing shows this any more: {key}" for key in (*NOT_RUN, *IN_PLACE) if key not in first
+    ]
 
 
 class Walk:
