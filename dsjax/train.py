@@ -46,6 +46,7 @@ from dsjax.data import Loader
 from dsjax.distributed.bootstrap import detect_process
 from dsjax.distributed.devices import GPU_MEMORY_SHARE, peak_flops
 from dsjax.distributed.processes import Hosts, process_group
+from dsjax.distributed.sharding import Params
 from dsjax.errors import ConfigError, files_of, orbax_muted, run_command
 from dsjax.export.disk_space import check_disk
 from dsjax.export.folder import Output, check_continues, check_outputs, is_complete
@@ -72,6 +73,7 @@ from dsjax.training.run_dir import RunDir, fresh_path
 from dsjax.training.run_lock import locked_run_dir, make_for_all
 from dsjax.training.setup import Assembly, assemble, load_frozen, load_trainable
 from dsjax.training.state import (
+    StepConfig,
     TrainState,
     abstract_state,
     init_state,
@@ -219,16 +221,7 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool) -> int:
 
     # ---- 8. State: the newest complete checkpoint's, or the first
     meter = Meter(run.objective, *mfu_inputs(setup, config, data.train))
-    with working("restoring the state" if start else "making the first state", primary, False):
-        make_for_all(run.directory.checkpoints, hosts)
-        checkpointer = Checkpointer(run.directory.checkpoints, config.checkpoint)
-        if start:
-            state = checkpointer.restore(start, abstract_state(step_cfg))
-            meter.restore(checkpointer.meta(start)["meter"])
-        else:
-            state = init_state(trainable, step_cfg, seed)
-    if start:
-        hosts.log_once(f"resuming after step {start} of {total}")
+    checkpointer, state = open_state(run, step_cfg, start, trainable, meter)
     del trainable
     if primary:
         write_atomic(run.directory.config, configuration.to_yaml(configuration.located(config)))
@@ -266,6 +259,22 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool) -> int:
     if primary:
         conclude(run, summary, form)
     return 0
+
+
+def open_state(
+    run: Run, step_cfg: StepConfig, start: int, trainable: Params, meter: Meter
+) -> tuple[Checkpointer, TrainState]:
+    """Open the run's checkpoints; restore the state of step `start`, or make the first one."""
+    what = "restoring the state" if start else "making the first state"
+    with working(what, run.hosts.primary, at_once=False):
+        make_for_all(run.directory.checkpoints, run.hosts)
+        checkpointer = Checkpointer(run.directory.checkpoints, run.config.checkpoint)
+        if not start:
+            return checkpointer, init_state(trainable, step_cfg, run.config.training.seed)
+        state = checkpointer.restore(start, abstract_state(step_cfg))
+        meter.restore(checkpointer.meta(start)["meter"])
+    run.hosts.log_once(f"resuming after step {start} of {run.total}")
+    return checkpointer, state
 
 
 def export_run(output: Output, trained: Trained, hosts: Hosts) -> Exception | None:
