@@ -1,9 +1,9 @@
 # Everything runs in .venv, which is made on first use and brought up to date when pyproject.toml
 # or constraints.txt changes. PYTHON=/path/to/python picks the interpreter; another version than
 # .venv's rebuilds it. The versions are those of constraints.txt, which the tests ran with; PINS=none
-# takes the newest that pyproject.toml allows, in .venv-newest. EXTRAS=tpu, or cuda, adds what that
-# hardware needs. The CUDA compiler, which is large, has an environment of its own, .venv-cuda; so have
-# the trackers, which want older libraries than the pinned ones, .venv-trackers.
+# takes the newest that pyproject.toml allows, in .venv-newest. EXTRAS=tpu, cuda or cuda12 adds what
+# that hardware needs. The CUDA compiler, which is large, has an environment of its own, .venv-cuda;
+# so have the trackers, which want older libraries than the pinned ones, .venv-trackers.
 
 PINS ?= constraints.txt
 ifeq ($(PINS),none)
@@ -28,17 +28,26 @@ TRACKERS_TESTS := $(TRACKERS)/tests-$(VERSION)
 # The tests of a file share their runs, so they stay in one process.
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: quickstart test test-slow test-cuda test-trackers lint format newest update always
+.PHONY: quickstart walk test test-slow test-cuda test-trackers lint format newest update always
+
+# The newest CUDA that the driver of a GPU serves, by its own words; nothing where there is no GPU.
+DRIVER_CUDA = $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p')
+CUDA_EXTRA = $(if $(filter 12,$(DRIVER_CUDA)),cuda12,cuda)
+TPU_DEVICE := $(firstword $(wildcard /dev/accel0 /dev/vfio/0))
 
 # A GPU or TPU that is here, and for which nothing is installed, is named.
 quickstart: $(PACKAGE)
 	@test -n "$(EXTRAS)$(wildcard $(VENV)/package-$(VERSION)-*)" || \
-	  ! command -v nvidia-smi >/dev/null || \
-	  echo "an NVIDIA GPU is here, and not used: EXTRAS=cuda make quickstart"
+	  test -z "$(DRIVER_CUDA)" || \
+	  echo "an NVIDIA GPU is here, and not used: EXTRAS=$(CUDA_EXTRA) make quickstart"
 	@test -n "$(EXTRAS)$(wildcard $(VENV)/package-$(VERSION)-*)" || \
-	  { test ! -e /dev/accel0 && test ! -e /dev/vfio/0; } || \
+	  test -z "$(TPU_DEVICE)" || \
 	  echo "a TPU is here, and not used: EXTRAS=tpu make quickstart"
 	$(BIN)/python tools/quickstart.py
+
+# Both READMEs, as a reader goes through them, in a clone of the last commit; takes many minutes.
+walk:
+	$(PYTHON) tools/walk.py
 
 test: $(TESTS)
 	$(PYTEST) -m "not slow"

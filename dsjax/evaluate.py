@@ -15,9 +15,11 @@ if __name__ == "__main__":
     end_at_once()  # what is imported below takes seconds
 
     from dsjax.config.evaluate_options import answered
+    from dsjax.config.stage_clock import import_clock
     from dsjax.errors import answer_early
 
     answer_early(answered)
+    imports = import_clock("jax, flax, orbax, transformers").start()
 
 import argparse
 import json
@@ -27,6 +29,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import jax
@@ -41,6 +44,7 @@ from dsjax.config import (
     load_config,
 )
 from dsjax.config.evaluate_options import parse_words
+from dsjax.config.inputs import may_download
 from dsjax.data import Examples, load_evaluation
 from dsjax.distributed.bootstrap import refuse_several
 from dsjax.distributed.sharding import Params
@@ -92,7 +96,9 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
         )
     # What is of use in training only, such as the module for multi-token prediction, stays out.
     options = objective_of(config.objective).for_evaluation(config.objective)
-    setup = assemble(config.model_copy(update={"objective": options}))
+    here = not may_download(config.model.path)
+    with working("opening the checkpoint", here, at_once=False):
+        setup = assemble(config.model_copy(update={"objective": options}))
     step, meta = from_newest(lambda: newest_checkpoint(config))
     examples = read_examples(config, setup, datetime.fromisoformat(meta["started"]))
     if step is None:
@@ -100,15 +106,19 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
         trainable = load_trainable(setup, config.training.seed, Loading())
     else:
         print(f"the checkpoint of step {step} in {config.output_dir}", file=sys.stderr)
-        step, trainable, _ = restore_trained(config, setup)
+        with working(f"restoring step {step:,}", at_once=False):
+            step, trainable, _ = restore_trained(config, setup)
     frozen = load_frozen(setup, config.training.seed, Loading())
-    check_frozen(frozen, meta["frozen"], RunDir.of(config))
+    with working("summing the weights that stay", at_once=False):
+        check_frozen(frozen, meta["frozen"], RunDir.of(config))
     return {"step": step, **measure(config, setup, trainable, frozen, examples)}
 
 
 def evaluate_model(config: RunConfig) -> dict[str, Any]:
     """Evaluate a checkpoint, with an adapter or without."""
-    setup = assemble(config)
+    here = not may_download(config.model.path)
+    with working("opening the checkpoint", here, at_once=False):
+        setup = assemble(config)
     if setup.spec is None:
         # Nothing trains here: hold the weights as they are computed with, not as float32 masters.
         setup = replace(setup, partition=setup.partition.for_inference(config.model.dtype))
@@ -148,7 +158,9 @@ def newest_checkpoint(config: RunConfig) -> tuple[int | None, dict[str, Any]]:
 
 def read_examples(config: RunConfig, setup: Assembly, today: datetime) -> Examples:
     """Tokenise the rows, once the batch is known to fit the devices; print what became of them."""
-    examples, _ = read_rows(config, setup, today, load_evaluation)
+    with working("reading rows") as tell:
+        load = partial(load_evaluation, progress=lambda name, rows: tell(f"{rows:,} of {name}"))
+        examples, _ = read_rows(config, setup, today, load)
     assert examples is not None
     for line in examples.report.lines():
         print(line, file=sys.stderr)
@@ -241,5 +253,6 @@ def _problems(words: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
+    imports.stop()
     flags.FLAGS.mark_as_parsed()  # grain's workers ask for them
     run_command(main)

@@ -17,10 +17,12 @@ if __name__ == "__main__":
 
     import os
 
+    from dsjax.config.stage_clock import import_clock
     from dsjax.config.train_options import answered
     from dsjax.errors import answer_early
 
     answer_early(lambda argv: answered(argv, os.environ))
+    imports = import_clock("jax, flax, orbax, transformers").start()
 
 import os
 import shlex
@@ -38,11 +40,13 @@ from absl import flags
 import dsjax
 from dsjax import config as configuration
 from dsjax.config import RunConfig, load_run, make_config, split_arguments
+from dsjax.config.inputs import may_download
 from dsjax.config.train_options import split_process_options
 from dsjax.data import Loader
 from dsjax.distributed.bootstrap import detect_process
 from dsjax.distributed.devices import GPU_MEMORY_SHARE, peak_flops
 from dsjax.distributed.processes import Hosts, process_group
+from dsjax.distributed.sharding import Params
 from dsjax.errors import ConfigError, files_of, orbax_muted, run_command
 from dsjax.export.disk_space import check_disk
 from dsjax.export.folder import Output, check_continues, check_outputs, is_complete
@@ -53,7 +57,7 @@ from dsjax.training.announcement import announce
 from dsjax.training.checkpoint import Checkpointer
 from dsjax.training.compilation import compile_evaluation, compile_step
 from dsjax.training.conclusion import FinetuneResult, conclude
-from dsjax.training.console import Loading, Progress
+from dsjax.training.console import Loading, Progress, exporting, working
 from dsjax.training.eval_results import evaluation_manifest
 from dsjax.training.flops import token_flops
 from dsjax.training.loop import Loop, Reporting, finish_evaluation
@@ -69,6 +73,7 @@ from dsjax.training.run_dir import RunDir, fresh_path
 from dsjax.training.run_lock import locked_run_dir, make_for_all
 from dsjax.training.setup import Assembly, assemble, load_frozen, load_trainable
 from dsjax.training.state import (
+    StepConfig,
     TrainState,
     abstract_state,
     init_state,
@@ -149,7 +154,8 @@ def train(config: RunConfig, hosts: Hosts | None = None, *, dry_run: bool = Fals
         ConfigError: an input is wrong.
     """
     hosts = hosts or Hosts()
-    hosts.assert_equal(launch_fingerprint(config))
+    with working("starting the devices", hosts.primary, at_once=False):
+        hosts.assert_equal(launch_fingerprint(config))
     check_outputs(config)
     check_reporters(config.logging, hosts.primary)
     if not is_pushed(RunDir.of(config), config.export):
@@ -163,7 +169,9 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool, publish: Callable[[],
     """The stages of a run, alone in its output directory."""
     seed, primary = config.training.seed, hosts.primary
     # ---- 1. Devices and 2. model: the checkpoint against its config.json, the adapter, what trains
-    setup = assemble(config)
+    here = primary and not may_download(config.model.path)
+    with working("opening the checkpoint", here, at_once=False):
+        setup = assemble(config)
     form = export_form(config, setup)
 
     # ---- 3. Data: rows to tokens, order and packing of the whole run
@@ -206,19 +214,14 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool, publish: Callable[[],
     hosts.barrier()  # the first exchange between devices gives up on a late process after 30 s
     if start:
         check_frozen(frozen, earlier.meta["frozen"], run.directory)
-    began = {"started": started, "contents": contents, "frozen": frozen_sums(frozen)}
-    trainable = {} if start else load_trainable(setup, seed, Loading(primary=primary))
+    with working("summing the weights that stay", primary, at_once=False):
+        began = {"started": started, "contents": contents, "frozen": frozen_sums(frozen)}
+    with working("initialising the adapter", primary and setup.spec is not None, at_once=False):
+        trainable = {} if start else load_trainable(setup, seed, Loading(primary=primary))
 
     # ---- 8. State: the newest complete checkpoint's, or the first
-    make_for_all(run.directory.checkpoints, hosts)
-    checkpointer = Checkpointer(run.directory.checkpoints, config.checkpoint)
     meter = Meter(run.objective, *mfu_inputs(setup, config, data.train))
-    if start:
-        state = checkpointer.restore(start, abstract_state(step_cfg))
-        meter.restore(checkpointer.meta(start)["meter"])
-        hosts.log_once(f"resuming after step {start} of {total}")
-    else:
-        state = init_state(trainable, step_cfg, seed)
+    checkpointer, state = open_state(run, step_cfg, start, trainable, meter)
     del trainable
     if primary:
         write_atomic(run.directory.config, configuration.to_yaml(configuration.located(config)))
@@ -258,13 +261,30 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool, publish: Callable[[],
     return 0
 
 
+def open_state(
+    run: Run, step_cfg: StepConfig, start: int, trainable: Params, meter: Meter
+) -> tuple[Checkpointer, TrainState]:
+    """Open the run's checkpoints; restore the state of step `start`, or make the first one."""
+    what = "restoring the state" if start else "making the first state"
+    with working(what, run.hosts.primary, at_once=False):
+        make_for_all(run.directory.checkpoints, run.hosts)
+        checkpointer = Checkpointer(run.directory.checkpoints, run.config.checkpoint)
+        if not start:
+            return checkpointer, init_state(trainable, step_cfg, run.config.training.seed)
+        state = checkpointer.restore(start, abstract_state(step_cfg))
+        meter.restore(checkpointer.meta(start)["meter"])
+    run.hosts.log_once(f"resuming after step {start} of {run.total}")
+    return checkpointer, state
+
+
 def export_run(output: Output, trained: Trained, hosts: Hosts) -> Exception | None:
     """Export a finished run, and upload what is proven.
 
     Returns:
         Why the proof did not run, or the upload failed, for the caller to raise.
     """
-    done = export_trained(output, trained, hosts, Loading("writing", hosts.primary))
+    with exporting(hosts.primary) as written:
+        done = export_trained(output, trained, hosts, written)
     hosts.log_once(f"exported {output.form} to {output.path}{done}")
     if done.failure is None:
         return push_export(output.run, output.config.export, hosts)
@@ -344,5 +364,6 @@ def mfu_inputs(setup: Assembly, config: RunConfig, loader: Loader) -> tuple[floa
 
 
 if __name__ == "__main__":
+    imports.stop()
     prepare_process()
     run_command(main)

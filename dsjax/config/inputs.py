@@ -55,6 +55,11 @@ def _problems(checks: Sequence[tuple[Callable[[str, str], None], str, str]]) -> 
             yield str(error)
 
 
+def may_download(path: str) -> bool:
+    """Whether reading a model may begin with a download, which shows bars of its own."""
+    return not (is_url(path) or Path(path).expanduser().is_dir())
+
+
 def check_run_dir(path: str | Path, field: str, place: str | None = None) -> None:
     """Refuse a folder that is no run's.
 

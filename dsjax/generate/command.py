@@ -13,11 +13,13 @@ import argparse
 import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
 from dsjax.config import MeshSection
+from dsjax.config.inputs import may_download
 from dsjax.data import encode_chat, encode_text, load_tokenizer
 from dsjax.decoding.decode import (
     generate,
@@ -34,6 +36,7 @@ from dsjax.generate.options import make_parser
 from dsjax.models import Model
 from dsjax.models.config_checks import count_problems
 from dsjax.pretrained import load_pretrained
+from dsjax.training.console import working
 from dsjax.weights.generation_config import stop_tokens
 from dsjax.weights.load import open_checkpoint
 
@@ -81,7 +84,8 @@ def run(words: argparse.Namespace) -> int:
     print(f"loading {words.model}", file=sys.stderr)
     # Every matrix product is shared by all devices: rows are few, weights are many.
     mesh = make_mesh(MeshSection(fsdp=1, tensor=-1))
-    model = load_pretrained(words.model, words.adapter, words.dtype, mesh)
+    with working("loading", not may_download(words.model), at_once=False):
+        model = load_pretrained(words.model, words.adapter, words.dtype, mesh)
     speaker = ChatSession(model, tokenizer, stop_ids, words.stop, words.max_new_tokens, sampling)
     if prompts:
         speaker.say(prompts, words.seed, titles=words.prompt if len(prompts) > 1 else ())
@@ -109,15 +113,23 @@ class ChatSession:
         streams = [TextStream(self.tokenizer, prompt, self.stops) for prompt in prompts]
         batch = TextBatch(streams, self.stop_ids)
         printer = StreamPrinter(batch, titles)
-        generate(
-            self.model,
-            prompts,
-            max_new_tokens=self.max_new_tokens,
-            stop_ids=self.stop_ids,
-            **self.sampling._asdict(),
-            seed=seed,
-            on_token=printer.take,
-        )
+        waiting = ExitStack()
+
+        def take(row: int, token: int) -> bool:
+            waiting.close()  # the screen is the answer's from here on
+            return printer.take(row, token)
+
+        with waiting:
+            waiting.enter_context(working("compiling, and reading the prompt", at_once=False))
+            generate(
+                self.model,
+                prompts,
+                max_new_tokens=self.max_new_tokens,
+                stop_ids=self.stop_ids,
+                **self.sampling._asdict(),
+                seed=seed,
+                on_token=take,
+            )
         for row in printer.close():
             print(f"prompt {row + 1}: cut at {self.max_new_tokens} new tokens", file=sys.stderr)
         return batch.texts

@@ -19,6 +19,7 @@ from dsjax.plan import report, search
 from dsjax.plan.options import split_words
 from dsjax.plan.plan import make_plan
 from dsjax.plan.topologies import open_topology
+from dsjax.training.console import working
 
 COMPILE_ONLY = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -38,15 +39,16 @@ def main(argv: Sequence[str]) -> int:
     config = load_config(path, overrides)
     if topology is None and "--suggest" not in switches:
         raise ConfigError("--topology: got nothing, expected one such as v5p:2x4x4 or h100:8")
-    if "--suggest" in switches:
-        found: Any = search.suggest(config, topology, _say)
-        lines = report.suggestion_lines(found)
-    elif "--search" in switches:
-        found = search.search(config, open_topology(topology or ""), _say)
-        lines = report.search_lines(found)
-    else:
-        found = make_plan(config, open_topology(topology or ""))
-        lines = report.plan_lines(found, "--verbose" in switches)
+    with working("planning: the compiler is at work", at_once=False):
+        if "--suggest" in switches:
+            found: Any = search.suggest(config, topology, _say)
+            lines = report.suggestion_lines(found)
+        elif "--search" in switches:
+            found = search.search(config, open_topology(topology or ""), _say)
+            lines = report.search_lines(found)
+        else:
+            found = make_plan(config, open_topology(topology or ""))
+            lines = report.plan_lines(found, "--verbose" in switches)
     if "--json" in switches:
         print(json.dumps(_plain(found), indent=2))
     else:

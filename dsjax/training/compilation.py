@@ -6,6 +6,8 @@ take. Not done here: the step itself (`step`).
 """
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,29 +26,29 @@ from dsjax.training.step import lower_train_step
 
 def compile_step(step: StepConfig, loader: Loader, hosts: Hosts) -> Any:
     """Compile the step ahead of the loop, so that its time and memory are seen as what they are."""
-    lowered = lower_train_step(step, loader.batch_size, loader.sequence_length)
-    return _compiled(lowered, "the step", 0, hosts)
+    lower = partial(lower_train_step, step, loader.batch_size, loader.sequence_length)
+    return _compiled(lower, "the step", 0, hosts)
 
 
 def compile_evaluation(step: StepConfig, loader: Loader, hosts: Hosts) -> Any:
     """Compile the evaluation ahead as well: what it lacks shows before hours of training."""
     rows, length = loader.batch_size, loader.sequence_length
     beside = state_bytes(step, rows, length)["optimizer"]
-    return _compiled(lower_eval_step(step, rows, length), "the evaluation", beside, hosts)
+    return _compiled(partial(lower_eval_step, step, rows, length), "the evaluation", beside, hosts)
 
 
-def _compiled(lowered: Any, name: str, beside: int, hosts: Hosts) -> Any:
+def _compiled(lower: Callable[[], Any], name: str, beside: int, hosts: Hosts) -> Any:
     """Compile for the devices that are here, and say what it took and takes.
 
     Args:
-        lowered: the program.
+        lower: gives the program; to trace a large model takes seconds too.
         name: what it is.
         beside: bytes of a device that are in use besides.
         hosts: who says it.
     """
     began = time.monotonic()
     with working(f"compiling {name}", hosts.primary):
-        compiled = lowered.compile()
+        compiled = lower().compile()
     peak = beside + memory_of(compiled, jax.devices()[0].platform).peak
     hosts.log_once(
         f"compiled {name} in {time.monotonic() - began:.1f} s; it needs {peak / 2**30:.2f} GiB "

@@ -14,7 +14,8 @@ from typing import Any
 
 from dsjax.buckets import Bucket
 from dsjax.config.sections import UNMERGED
-from dsjax.training.console import banner, clock
+from dsjax.config.stage_clock import clock
+from dsjax.training.console import banner
 from dsjax.training.metrics_log import read_metrics
 from dsjax.training.run import Run
 from dsjax.training.run_dir import RunDir

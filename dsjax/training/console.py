@@ -7,11 +7,9 @@ Not done here: files (`metrics_log`) and deciding which process prints (callers 
 """
 
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, repeat
 
 from rich import box
 from rich.console import Console
@@ -27,6 +25,7 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
+from dsjax.config.stage_clock import StageClock, clock
 from dsjax.objectives.objective import Objective
 
 # What trains of one module kind: path, shape, dtype, trainable parameters, all parameters.
@@ -49,9 +48,6 @@ _UNTRAINED = (
     "{:,} of the steps so far had a batch without one trained token: nothing is added to the loss, "
     "and the optimizer steps with a gradient of 0; later lines count them as `untrained`"
 )
-PAUSES = (2.0, 8.0, 20.0, 30.0)
-"""Seconds between two lines of what takes long; the last of them for ever after."""
-
 _IN_THE_BAR = ("loss", "tokens_per_second", "mfu")
 
 
@@ -70,6 +66,7 @@ class Progress:
         self._began = time.monotonic()
         self._untrained_told = False
         self._bar = None
+        self._first_step = StageClock("the first step", at_once=False)
         console = _console()
         if primary and console.is_terminal and not console.is_dumb_terminal:
             self._bar = _bar(console)
@@ -78,16 +75,20 @@ class Progress:
     def __enter__(self) -> "Progress":
         if self._bar is not None:
             self._bar.start()
+        elif self._primary:
+            self._first_step.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+        self._first_step.stop()
 
     def advance(self, step: int) -> None:
         """Move the bar to a finished step; call it at every step."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
+        self._first_step.stop()
 
     def log(self, step: int, values: Mapping[str, object]) -> None:
         """Show a training line, above the bar on a terminal: the losses so far stay to be seen."""
@@ -121,7 +122,7 @@ class Progress:
             finally:
                 bar.remove_task(task)
         elif self._primary:
-            with _LinesNowAndThen("evaluating", at_once=False) as lines:
+            with StageClock("evaluating", at_once=False) as lines:
                 yield lambda done: lines.tell(f"batch {done:,} of {batches:,}")
         else:
             yield lambda done: None
@@ -140,6 +141,20 @@ class Progress:
         return clock((time.monotonic() - self._began) / done * max(self._total - step, 0))
 
 
+@contextmanager
+def exporting(primary: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Say, with a clock, how far an export is.
+
+    Yields:
+        A function that is told the bytes written so far and in all; what follows the last of them
+        is the proof.
+    """
+    with working("exporting", primary) as far:
+        yield lambda done, total: far(
+            f"{_amount(done, total)} written" if done < total else "written; proving it"
+        )
+
+
 class Loading:
     """Shows how much of a checkpoint has been read or written: `loading(done, total)` in bytes."""
 
@@ -150,20 +165,27 @@ class Loading:
     def __call__(self, done: int, total: int) -> None:
         """Say how far it is: in place on a terminal, else a line now and then and at the end."""
         now, terminal = time.monotonic(), sys.stderr.isatty()
-        early = done < total and now - self._said < (0.2 if terminal else 10)
+        pause = 0.2 if terminal else 2 if now - self._began < 10 else 10
+        early = done < total and now - self._said < pause
         if early or not self._primary:
             return
         self._said = now
         rate = done / max(now - self._began, 1e-9) / 2**20
-        unit, name = (2**30, "GiB") if total >= 2**30 else (2**20, "MiB")
-        text = f"{self._verb}: {done / unit:.2f} of {total / unit:.2f} {name}, {rate:,.0f} MiB/s"
+        text = f"{self._verb}: {_amount(done, total)}, {rate:,.0f} MiB/s"
         end = "\r" if terminal and done < total else "\n"
         print(text, end=end, file=sys.stderr, flush=True)
 
 
 @contextmanager
-def working(text: str, primary: bool = True) -> Iterator[Callable[[str], None]]:
+def working(
+    text: str, primary: bool = True, at_once: bool = True
+) -> Iterator[Callable[[str], None]]:
     """Say what is done until the block ends, with a clock: in place on a terminal, else in lines.
+
+    Args:
+        text: what is done.
+        primary: whether this process says it.
+        at_once: whether the first line comes at the start, or only where it takes longer.
 
     Yields:
         A function that is told how far it is, in a few words.
@@ -179,43 +201,13 @@ def working(text: str, primary: bool = True) -> Iterator[Callable[[str], None]]:
             task = shown.add_task(text)
             yield lambda far: shown.update(task, description=f"{text}: {far}")
     else:
-        with _LinesNowAndThen(text) as lines:
+        with StageClock(text, at_once) as lines:
             yield lines.tell
 
 
-class _LinesNowAndThen:
-    """Lines, ever more seldom, from a thread: the work may be a compiler's.
-
-    Args:
-        text: what is done.
-        at_once: whether the first line comes at the start, not only where it takes longer.
-    """
-
-    def __init__(self, text: str, at_once: bool = True) -> None:
-        self._text, self._far, self._at_once = text, "", at_once
-        self._began, self._ended = time.monotonic(), threading.Event()
-        self._thread = threading.Thread(target=self._say, name=text, daemon=True)
-
-    def tell(self, far: str) -> None:
-        """Take how far it is; the next line says so."""
-        self._far = f": {far}"
-
-    def _say(self) -> None:
-        for pause in chain(PAUSES, repeat(PAUSES[-1])):
-            if self._ended.wait(pause):
-                return
-            passed = clock(time.monotonic() - self._began)
-            print(f"{self._text}{self._far} ({passed})", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> "_LinesNowAndThen":
-        if self._at_once:
-            print(self._text, file=sys.stderr, flush=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
+def _amount(done: int, total: int) -> str:
+    unit, name = (2**30, "GiB") if total >= 2**30 else (2**20, "MiB")
+    return f"{done / unit:.2f} of {total / unit:.2f} {name}"
 
 
 def _forms(objective: Objective) -> dict[str, str]:
@@ -257,12 +249,6 @@ def _console() -> Console:
         highlight=False,
         emoji=False,
     )
-
-
-def clock(seconds: float) -> str:
-    """Write seconds as hours, minutes and seconds: 1:02:03."""
-    whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
 
 
 def banner(facts: Mapping[str, object], title: str = "dsjax") -> None:

@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 
+from dsjax.config import stage_clock
 from dsjax.objectives import SFT
-from dsjax.training import console
 from dsjax.training.console import (
     Loading,
     Progress,
     banner,
+    exporting,
     trainable_line,
     trainable_table,
     working,
@@ -122,31 +123,51 @@ def test_trainable_table_prints_what_it_returns(capsys):
     ]
 
 
+def wait_for(text, capsys):
+    """Whether a clock of 0.05 s comes to say a text."""
+    said, until = "", time.monotonic() + 20
+    while text not in said and time.monotonic() < until:
+        time.sleep(0.01)
+        said += capsys.readouterr().err
+    return text in said
+
+
 def test_what_takes_long_says_so_at_once_and_again(capsys, monkeypatch):
-    monkeypatch.setattr(console, "PAUSES", (0.05, 100))
+    monkeypatch.setattr(stage_clock, "PAUSES", (0.05,))
     with working("reading rows") as tell:
-        assert capsys.readouterr().err == "reading rows\n"
+        assert capsys.readouterr().err.startswith("reading rows\n")
         tell("3 of data.train")
-        said, until = "", time.monotonic() + 20
-        while not said and time.monotonic() < until:
-            time.sleep(0.01)
-            said = capsys.readouterr().err
-        assert said.startswith("reading rows: 3 of data.train (0:00:")
+        assert wait_for("reading rows: 3 of data.train (0:00:", capsys)
     with working("reading rows", primary=False) as tell:
         tell("4 of data.train")
     assert capsys.readouterr() == ("", "")
 
 
+def test_an_export_says_what_is_written_and_that_it_is_proven(capsys, monkeypatch):
+    monkeypatch.setattr(stage_clock, "PAUSES", (0.05,))
+    for done, words in ((2**19, "0.50 of 1.00 MiB written"), (2**20, "written; proving it")):
+        with exporting() as told:
+            assert capsys.readouterr().err.startswith("exporting\n")
+            told(done, 2**20)
+            assert wait_for(f"exporting: {words} (0:00:", capsys)
+
+
+def test_the_first_step_has_a_clock_where_there_is_no_bar(capsys, monkeypatch):
+    monkeypatch.setattr(stage_clock, "PAUSES", (0.05,))
+    with Progress(SFT, 2) as progress:
+        assert wait_for("the first step (0:00:", capsys)
+        progress.advance(1)
+        capsys.readouterr()
+        time.sleep(0.2)
+    assert capsys.readouterr().err == ""
+
+
 def test_an_evaluation_that_takes_long_says_how_far_it_is(capsys, monkeypatch):
-    monkeypatch.setattr(console, "PAUSES", (0.05, 100))
-    with Progress(SFT, 2) as progress, progress.evaluating(2_000) as told:
-        assert capsys.readouterr().err == ""
+    monkeypatch.setattr(stage_clock, "PAUSES", (0.05,))
+    progress = Progress(SFT, 2)
+    with progress.evaluating(2_000) as told:
         told(1_500)
-        said, until = "", time.monotonic() + 20
-        while not said and time.monotonic() < until:
-            time.sleep(0.01)
-            said = capsys.readouterr().err
-    assert said.startswith("evaluating: batch 1,500 of 2,000 (0:00:")
+        assert wait_for("evaluating: batch 1,500 of 2,000 (0:00:", capsys)
 
 
 def test_other_processes_print_nothing(capsys):
