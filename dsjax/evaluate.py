@@ -126,8 +126,6 @@ def newest_checkpoint(config: RunConfig) -> tuple[int | None, dict[str, Any]]:
     """
     nothing = {"started": datetime.now().isoformat(), "frozen": {}}
     run = RunDir.of(config)
-    if not run.checkpoints.is_dir():
-        return None, nothing
     checkpointer = Checkpointer(run.checkpoints, config.checkpoint, read_only=True)
     step = checkpointer.latest()
     meta = nothing if step is None else read_meta(checkpointer, step)

@@ -27,7 +27,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -155,11 +155,11 @@ def train(config: RunConfig, hosts: Hosts | None = None, *, dry_run: bool = Fals
     if not is_pushed(RunDir.of(config), config.export):
         check_push(config.export, hosts.primary)
     # Locked, so that nobody else changes what is looked at.
-    with locked_run_dir(RunDir.of(config), hosts, keep=not dry_run):
-        return _train(config, hosts, dry_run)
+    with locked_run_dir(RunDir.of(config), hosts, keep=not dry_run) as publish:
+        return _train(config, hosts, dry_run, publish)
 
 
-def _train(config: RunConfig, hosts: Hosts, dry_run: bool) -> int:
+def _train(config: RunConfig, hosts: Hosts, dry_run: bool, publish: Callable[[], None]) -> int:
     """The stages of a run, alone in its output directory."""
     seed, primary = config.training.seed, hosts.primary
     # ---- 1. Devices and 2. model: the checkpoint against its config.json, the adapter, what trains
@@ -225,12 +225,12 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool) -> int:
 
     # ---- 9. The loop
     with (
-        MetricsLog(run.directory.path, config.logging, start, primary, config.model_dump()) as log,
+        MetricsLog(run.directory, config.logging, start, primary, config.model_dump()) as log,
         Progress(run.objective, total, start, primary) as progress,
     ):
         log.log_start(configuration.to_yaml(config), table)
         reporting = Reporting(meter, log, progress)
-        loop = Loop(run, programs, frozen, checkpointer, began, reporting)
+        loop = Loop(run, programs, frozen, checkpointer, began, reporting, publish)
         state, stopped = loop.steps(state, start)
         if stopped is not None:
             return 128 + stopped

@@ -29,6 +29,7 @@ from dsjax.training.checkpoint import Checkpointer
 from dsjax.training.event_file import EventFile
 from dsjax.training.loss_plot import plot_loss
 from dsjax.training.metrics_log import MetricsLog
+from dsjax.training.run_dir import RunDir
 from dsjax.weights.convert import to_flax, to_hf
 from dsjax.weights.folders import atomic_directory, write_atomic
 from dsjax.weights.safetensors import SafetensorsWriter
@@ -49,7 +50,7 @@ def no_file_above(size: int) -> Iterator[None]:
 
 
 def write_metrics(folder: Path) -> str:
-    with MetricsLog(folder, LoggingSection(report_to=[]), 0) as log:
+    with MetricsLog(RunDir(folder), LoggingSection(report_to=[]), 0) as log:
         for step in range(1, 60):
             log.log(step, {"loss": 1 / 3, "accuracy": 1 / 3, "grad_norm": 1 / 3, "tokens": step})
     return "metrics.jsonl"

@@ -24,6 +24,7 @@ ROOMS = (
     {"signals"},
     {"errors"},
     {"config"},
+    {"buckets"},
     {"distributed", "data"},
     {"models"},
     {"adapters"},

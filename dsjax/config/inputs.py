@@ -10,7 +10,7 @@ import glob
 import os.path
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from dsjax.config.load import RunConfig
 from dsjax.config.paths import RUN_CONFIG, is_url
@@ -55,15 +55,22 @@ def _problems(checks: Sequence[tuple[Callable[[str, str], None], str, str]]) -> 
             yield str(error)
 
 
-def check_run_dir(path: str, field: str) -> None:
+def check_run_dir(path: str | Path, field: str, place: str | None = None) -> None:
     """Refuse a folder that is no run's.
+
+    Args:
+        path: the folder; what lies behind a URL is not looked at.
+        field: what the message begins with.
+        place: what it calls the folder, if that is another.
 
     Raises:
         ConfigError: it holds no resolved configuration.
     """
-    if not (Path(path) / RUN_CONFIG).is_file():
+    place = place or str(path)
+    if not is_url(str(path)) and not (Path(path) / RUN_CONFIG).is_file():
         raise ConfigError(
-            f"{field}: got {path!r}, expected the output_dir of a run; no {Path(path) / RUN_CONFIG}"
+            f"{field}: got {place!r}, expected the output_dir of a run; no "
+            f"{os.path.join(place, RUN_CONFIG)}"
         )
 
 
@@ -96,11 +103,13 @@ def _check_sources(source: str, field: str) -> None:
 def find_sources(source: str, field: str) -> list[str]:
     """Name the files that a pattern matches, sorted; anything else is one source as it is.
 
+    So is a pattern of URLs, which `data.sources` resolves.
+
     Raises:
         ConfigError: a pattern matches no file.
     """
     path = os.path.expanduser(source)
-    if is_url(source) or not _PATTERN.search(source) or os.path.exists(path):
+    if is_url(source) or not is_pattern(source) or os.path.exists(path):
         return [source]
     found = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
     if not found:
@@ -111,21 +120,25 @@ def find_sources(source: str, field: str) -> list[str]:
     return found
 
 
+def is_pattern(source: str) -> bool:
+    """Whether a source has characters that stand for several."""
+    return _PATTERN.search(source) is not None
+
+
 def check_source(source: str, field: str) -> None:
     """Refuse what is neither a file of rows nor the id of a dataset on the hub.
 
     Args:
-        source: path, or hub id.
+        source: path, URL, or hub id.
         field: config path of the source, for messages (`data.train[0]`).
 
     Raises:
-        ConfigError: nothing there, a folder, a URL, or an unknown kind of file.
+        ConfigError: nothing there, a folder, or an unknown kind of file. Whether anything lies
+            behind a URL is not asked.
     """
     if is_url(source):
-        raise ConfigError(
-            f"{field}: got the URL {source}, expected a file or a hub dataset; copy it to a file "
-            "system that every host sees"
-        )
+        _check_suffix(source, field)
+        return
     path = Path(source).expanduser()
     try:
         if path.is_dir():
@@ -145,13 +158,15 @@ def check_source(source: str, field: str) -> None:
 
 def is_dataset_id(source: str) -> bool:
     """Whether a source that is no file names a dataset on the hub."""
+    if is_url(source):
+        return False
     path = Path(source).expanduser()
     known = path.suffix in DATA_SUFFIXES
     return not known and bool(_DATASET_ID.fullmatch(source)) and not path.exists()
 
 
-def _check_suffix(path: Path, field: str) -> None:
-    if path.suffix not in DATA_SUFFIXES:
+def _check_suffix(path: str | Path, field: str) -> None:
+    if PurePath(path).suffix not in DATA_SUFFIXES:
         raise ConfigError(
             f"{field}: got {path}, expected a file that ends in {', '.join(DATA_SUFFIXES)}; "
             "rename it, or unpack it if it is compressed"

@@ -23,7 +23,7 @@ from pydantic import ValidationError, model_validator
 from dsjax.config import rules
 from dsjax.config.moved import absolute, check_unmoved, settled, with_paths
 from dsjax.config.other_trainers import TRAINERS, is_of_another, trainer_of
-from dsjax.config.paths import is_url, written_to_url
+from dsjax.config.paths import is_url
 from dsjax.config.sections import (
     UNMERGED,
     AdapterSection,
@@ -194,10 +194,6 @@ def _contradictions(config: RunConfig) -> list[str]:
         both = " and ".join(f"mesh.{name}" for name in free)
         problems.append(f"{both}: got -1, expected -1 on one axis; give the others a size")
     problems += _push_problems(export)
-    written = {"output_dir": config.output_dir, "export.path": export.path}
-    problems += [
-        written_to_url(path, key) for key, path in written.items() if path and is_url(path)
-    ]
     return (
         problems
         + _schedule_contradictions(config.optimizer)
@@ -290,7 +286,8 @@ def located(config: RunConfig) -> RunConfig:
 
     What is not there as a file or folder, so a hub's id or an address, stays as it is.
     """
-    sections: dict[str, Any] = {"output_dir": os.path.abspath(config.output_dir)}
+    place = config.output_dir
+    sections: dict[str, Any] = {"output_dir": place if is_url(place) else os.path.abspath(place)}
     for name, values in with_paths(config.model_dump(exclude_unset=True), absolute).items():
         section = getattr(config, name)
         if isinstance(section, Section):

@@ -21,6 +21,6 @@ def is_url(path: str) -> bool:
 def written_to_url(path: str, config_field: str) -> str:
     """Write the message for a URL where something is to be written."""
     return (
-        f"{config_field}: got {path!r}, expected a folder of a file system; URLs are only read: "
-        "mount the bucket, and give the path where it is mounted"
+        f"{config_field}: got {path!r}, expected a folder of a file system; write it there, "
+        "and copy it to the bucket"
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sources -> rows, each with the place it came from.
 
-In: a path or the id of a hub dataset. Out: `(origin, fields)` pairs, one at a time; origin is
-`FILE:LINE` (for Parquet and the hub the number of the row, from 1), which every later complaint
+In: a path, a URL or the id of a hub dataset. Out: `(origin, fields)` pairs, one at a time; origin
+is `FILE:LINE` (for Parquet and the hub the number of the row, from 1), which every later complaint
 about the row repeats. Local files are parsed here, not by `datasets`: its readers infer one type
 per column, so they fail on rows of mixed shape and cannot say which line is wrong.
 Plain text (.txt) is one row per non-empty line. Whatever a reader meets in a damaged file is a
@@ -11,17 +11,20 @@ refusal that begins with the file's name. Not here: the syntax of JSON (`json_re
 """
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 
+from dsjax.buckets import Bucket
 from dsjax.config.inputs import check_source, is_dataset_id
+from dsjax.config.paths import is_url
 from dsjax.data.columns import Columns
 from dsjax.data.csv_reader import csv_rows
 from dsjax.data.json_reader import json_file, json_lines, parse_json
-from dsjax.errors import ConfigError
+from dsjax.errors import ConfigError, renamed
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
@@ -41,7 +44,7 @@ def read_rows(
     """Yield the rows of one file or hub dataset.
 
     Args:
-      source: path, or hub id.
+      source: path, URL, or hub id.
       field: config path of the source, for messages (`data.train[0]`).
       splits: splits of a hub dataset to try, in order.
       subset: subset (configuration) of a hub dataset; None: its default.
@@ -52,10 +55,26 @@ def read_rows(
     """
     check_source(source, field)
     columns = columns or Columns({})
+    if is_url(source):
+        return _remote_rows(source, field, columns)
     path = Path(source).expanduser()
     if is_dataset_id(source):
         return _hub_rows(source, field, splits, subset, columns)
     return _file_rows(path, path.suffix, columns)
+
+
+def _remote_rows(url: str, field: str, columns: Columns) -> Rows:
+    """Yield the rows of a file behind a URL, which is copied to this machine while it is read."""
+    folder, _, name = url.rpartition("/")
+    with tempfile.TemporaryDirectory(prefix="dsjax-data-") as here:
+        path = Path(here, name)
+        try:
+            Bucket.open(folder, field).download(name, path)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{field}: got {url}, expected a file that exists") from error
+        with renamed({f"{path}": url}):
+            for origin, fields in _file_rows(path, path.suffix, columns):
+                yield f"{url}{origin.removeprefix(str(path))}", fields
 
 
 def _file_rows(path: Path, suffix: str, columns: Columns) -> Rows:

@@ -8,10 +8,13 @@ Not here: reading one of them (`files`), which rows are held out (`held_out`).
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dsjax.buckets import connect, reason
 from dsjax.config import DataSection
-from dsjax.config.inputs import find_sources, is_dataset_id
+from dsjax.config.inputs import find_sources, is_dataset_id, is_pattern
+from dsjax.config.paths import is_url
 from dsjax.data.columns import Columns
 from dsjax.data.files import Rows, read_rows
+from dsjax.errors import ConfigError
 
 
 class Source(NamedTuple):
@@ -39,10 +42,30 @@ def open_sources(
     opened = []
     for index, source in enumerate(sources):
         field = f"{name}[{index}]"
-        for found in find_sources(source, field):
+        for found in _find_urls(source, field) or find_sources(source, field):
             rows = read_rows(found, field, _splits(section, name), section.subset, columns)
             opened.append(Source(field, found, rows))
     return opened
+
+
+def _find_urls(source: str, field: str) -> list[str]:
+    """Name the files that a pattern of URLs matches, sorted; of any other source none."""
+    if not is_url(source) or not is_pattern(source):
+        return []
+    system, path = connect(source, field)
+    try:
+        found = sorted(map(str, system.glob(path)))
+    except Exception as error:  # every store's library has its own classes
+        raise ConfigError(
+            f"{field}: got {source}, expected a bucket that can be listed ({reason(error)})"
+        ) from error
+    if not found:
+        raise ConfigError(
+            f"{field}: got {source}, which matches no file, expected one or more; * and ? stand "
+            "for part of a name, ** for folders in folders"
+        )
+    protocol = source.partition("://")[0]
+    return [f"{protocol}://{name.lstrip('/')}" for name in found]
 
 
 def unused_keys(section: DataSection) -> list[str]:

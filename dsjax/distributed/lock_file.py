@@ -54,7 +54,7 @@ class Holder(NamedTuple):
 
         Containers that follow each other on several machines share a name, and often a number.
         """
-        return (self.host, self.boot) == (socket.gethostname(), _boot_id())
+        return (self.host, self.boot) == (socket.gethostname(), boot_id())
 
     @property
     def lives_here(self) -> bool:
@@ -188,7 +188,7 @@ def _is_at(file: Path, descriptor: int) -> bool:
         return False
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
     """Name the time since this machine was started, as Linux does; elsewhere nothing."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
@@ -205,7 +205,7 @@ def _read(descriptor: int) -> Holder | None:
 
 
 def _sign(descriptor: int) -> None:
-    text = f"{socket.gethostname()} {os.getpid()} {_boot_id()}\n"
+    text = f"{socket.gethostname()} {os.getpid()} {boot_id()}\n"
     with suppress(OSError):  # a full disk: locked it is all the same
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text.encode(), 0)

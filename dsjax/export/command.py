@@ -13,11 +13,11 @@ Not done here: training; deciding what to write by default (`config.export_forma
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
+from dsjax.buckets import Place, open_place
 from dsjax.config import MeshSection
-from dsjax.config.paths import is_url, written_to_url
 from dsjax.distributed.bootstrap import refuse_several
 from dsjax.errors import ConfigError
 from dsjax.export.folder import Output, check_free, check_own
@@ -26,7 +26,8 @@ from dsjax.export.run import Trained, check_export, export_bytes, export_trained
 from dsjax.training.restore import check_frozen, restore_trained
 from dsjax.training.run_dir import RunDir, run_config
 from dsjax.training.setup import assemble, load_frozen
-from dsjax.weights.folders import check_room, leftovers_of
+from dsjax.training.working_copy import fetched
+from dsjax.weights.folders import check_room, leftovers_of, written_at
 
 OVERRIDES = ("model.path", "model.revision", "adapter.path", "export.dtype", "export.min_kept")
 """Keys of the run's configuration that may be other ones for an export."""
@@ -36,9 +37,13 @@ def main(argv: Sequence[str]) -> int:
     """Export the newest checkpoint of a run, finished or not."""
     words = make_parser().parse_intermixed_args(argv)
     refuse_several("dsjax.export", os.environ)
-    if is_url(words.out):
-        raise ConfigError(written_to_url(words.out, "--out"))
-    run, out = RunDir(Path(words.run)), Path(words.out)
+    run, out = RunDir.at(words.run), open_place(words.out, "--out")
+    with fetched(run):
+        return _export(words, run, out)
+
+
+def _export(words: Namespace, run: RunDir, out: Place) -> int:
+    """Export a run whose small files are here."""
     # Not the run's mesh, which may be a pod's: what is here serves, and changes no byte.
     here = {"mesh": MeshSection(), "output_dir": str(run)}
     unread = [word for word in words.overrides if word.partition("=")[0] not in OVERRIDES]
@@ -53,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     output = Output(config, form, step, meta["meter"]["run"], meta["contents"], out, "--out")
     check_own(out, output.name, "--out")
     size = export_bytes(config, setup, form)
-    check_room(out, {"the export": size}, "--out", leftovers_of(out))
+    check_room(written_at(out), {"the export": size}, "--out", leftovers_of(out))
     frozen = load_frozen(setup, config.training.seed)
     check_frozen(frozen, meta["frozen"], run)
     done = export_trained(output, Trained(setup, trainable, frozen))

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import jax
 
+from dsjax.buckets import Bucket
 from dsjax.config import RunConfig
 from dsjax.distributed.processes import Hosts
 from dsjax.export.run import export_bytes
-from dsjax.training.checkpoint import half_written
+from dsjax.training.orbax_store import half_written
 from dsjax.training.run_dir import RunDir
 from dsjax.training.setup import Assembly
 from dsjax.training.state import StepConfig, abstract_state
-from dsjax.weights.folders import check_room, leftovers_of
+from dsjax.weights.folders import check_room, leftovers_of, written_at
 
 
 def check_disk(
@@ -37,14 +38,16 @@ def check_disk(
     if not hosts.primary:
         return
     run, needs = RunDir.of(config), dict[Path, dict[str, int]]()
-    half_saved = half_written(run.checkpoints)
+    folder = run.checkpoints
+    half_saved = [] if isinstance(folder, Bucket) else half_written(folder)
     half_exported = () if form is None else leftovers_of(run.export)
+    saves = saves and run.url is None
     if saves:
         leaves = jax.tree.leaves(abstract_state(step))
         size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
         needs[run.path] = {"a checkpoint": size}
     if form is not None:
-        place = run.path if config.export.path is None else run.export
+        place = run.path if config.export.path is None else written_at(run.export)
         needs.setdefault(place, {})["the export"] = export_bytes(config, setup, form)
     for place, wanted in needs.items():
         field = "output_dir" if place == run.path else "export.path"

@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dsjax.buckets import Bucket, Place
 from dsjax.config import RunConfig, located
+from dsjax.config.paths import is_url
 from dsjax.errors import ConfigError
 from dsjax.training.continuation import identity
 from dsjax.training.eval_results import evaluated_rows, evaluation_manifest, is_evaluated
@@ -22,6 +24,7 @@ from dsjax.training.metrics_log import read_metrics
 from dsjax.training.restore import check_contents
 from dsjax.training.resume import ResumePoint
 from dsjax.training.run_dir import MANIFEST, RunDir, read_manifest
+from dsjax.weights.bucket_folder import content
 from dsjax.weights.folders import check_apart, check_empty
 from dsjax.weights.storage import READS_AHEAD, file_digest, in_order
 
@@ -45,7 +48,7 @@ class Output:
     step: int
     sums: Mapping[str, float]
     contents: Mapping[str, str]
-    out: Path | None = None
+    out: Place | None = None
     field: str = "export.path"
 
     @property
@@ -54,7 +57,7 @@ class Output:
         return RunDir.of(self.config)
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         """Return the folder."""
         return self.out or self.run.export
 
@@ -93,7 +96,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any], kept: float | None
     (folder / MANIFEST).write_text(text + "\n", "utf-8")
 
 
-def is_exported(out: Path, manifest: Mapping[str, Any], min_kept: float | None) -> bool:
+def is_exported(out: Place, manifest: Mapping[str, Any], min_kept: float | None) -> bool:
     """Whether a folder holds this very export, whole: every file as it was when it was proven.
 
     The files are read from end to end, for a damaged disk or a hand that edits leaves names and
@@ -117,15 +120,18 @@ def is_too_little(kept: float | None, min_kept: float | None) -> bool:
     return kept is not None and min_kept is not None and kept < min_kept
 
 
-def _contents(folder: Path) -> dict[str, str]:
+def _contents(folder: Place) -> dict[str, str]:
     """Return a digest of each file by its path in the folder, the manifest left out."""
+    if isinstance(folder, Bucket):
+        objects = [name for name in content(folder) if name != MANIFEST]
+        return dict(zip(objects, folder.at_once(folder.digest, objects), strict=True))
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
     names = [path.relative_to(folder).as_posix() for path in files]
     reads = [partial(file_digest, path) for path in files]
     return dict(zip(names, in_order(reads, READS_AHEAD), strict=True))
 
 
-def check_replaceable(out: Path, config: RunConfig, run: str, field: str = "export.path") -> None:
+def check_replaceable(out: Place, config: RunConfig, run: str, field: str = "export.path") -> None:
     """Refuse to replace a folder with anything in it but the own export of the run `run`.
 
     Raises:
@@ -136,24 +142,24 @@ def check_replaceable(out: Path, config: RunConfig, run: str, field: str = "expo
     check_own(out, run, field)
 
 
-def check_free(out: Path, config: RunConfig, field: str) -> None:
+def check_free(out: Place, config: RunConfig, field: str) -> None:
     """Refuse to replace what is no export at all; which run an export is of is not looked at.
 
     Raises:
         ConfigError: what the run reads or writes lies there, or somebody's files.
     """
     check_apart(out, field, _sources(config))
-    for key, path in _needed(config):
-        if path.resolve().is_relative_to(out.resolve()):
+    for key, place in _needed(config):
+        if _holds(out, place):
             raise ConfigError(
-                f"{field}: got {str(out)!r}, in which {key} ({str(path)!r}) lies, expected a "
+                f"{field}: got {str(out)!r}, in which {key} ({str(place)!r}) lies, expected a "
                 "folder that holds nothing but the export"
             )
     if read_manifest(out) is None:
         check_empty(out, field)
 
 
-def check_own(out: Path, run: str, field: str = "export.path") -> None:
+def check_own(out: Place, run: str, field: str = "export.path") -> None:
     """Refuse to replace what is no export of the run `run`.
 
     Raises:
@@ -185,15 +191,27 @@ def _sources(config: RunConfig) -> dict[str, str | None]:
     return {"model.path": config.model.path, "adapter.path": config.adapter.path}
 
 
-def _needed(config: RunConfig) -> list[tuple[str, Path]]:
-    """List the files and folders that a run reads or writes, with their keys; hub ids left out."""
+def _holds(out: Place, place: str | Path) -> bool:
+    """Whether a file or folder is the folder, or lies in it."""
+    if isinstance(out, Bucket):
+        return out.holds_place(str(place))
+    return isinstance(place, Path) and place.resolve().is_relative_to(out.resolve())
+
+
+def _needed(config: RunConfig) -> list[tuple[str, str | Path]]:
+    """List the files and folders that a run reads or writes, with their keys; hub ids left out.
+
+    Of what lies behind a URL, the URL.
+    """
     run, data = RunDir.of(config), config.data
     read = [("model.path", config.model.path), ("adapter.path", config.adapter.path)]
     for key, sources in (("data.train", data.train), ("data.eval", data.eval or [])):
         read += [(key, name) for s in sources for name in (s, *glob.glob(s, recursive=True))]
     there = [(key, Path(name)) for key, name in read if name is not None and Path(name).exists()]
-    written = (run.path, run.checkpoints, run.tensorboard)
-    return [*there, *(("output_dir", path) for path in written)]
+    remote = [(key, name) for key, name in read if name is not None and is_url(name)]
+    written = [run.path, run.checkpoints, run.tensorboard]
+    named = [run.url or run.path, *map(run.shown, written[1:])] if run.url else written
+    return [*there, *remote, *(("output_dir", path) for path in named)]
 
 
 def check_continues(

@@ -11,7 +11,9 @@ import glob
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from dsjax.buckets import Bucket, Place
 from dsjax.config import ExportSection
 from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
@@ -103,13 +106,14 @@ def _push(run: RunDir, section: ExportSection) -> str:
     stale = [file for file in _files(earlier) if same_place and file not in files]
     try:
         api.create_repo(name, private=section.hub_private_repo, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=name,
-            folder_path=run.export,
-            ignore_patterns=[MANIFEST],  # it names folders of this machine
-            delete_patterns=[glob.escape(file) for file in stale] or None,
-            commit_message=f"Step {record['manifest'].get('step')}, by dsjax",
-        )
+        with copied_here(run.export, files) as folder:
+            commit = api.upload_folder(
+                repo_id=name,
+                folder_path=folder,
+                ignore_patterns=[MANIFEST],  # it names folders of this machine
+                delete_patterns=[glob.escape(file) for file in stale] or None,
+                commit_message=f"Step {record['manifest'].get('step')}, by dsjax",
+            )
     except Exception as error:  # see check_push
         private = ["--private"] if section.hub_private_repo else []
         words = ["hf", "upload", name, str(run.export), "--exclude", MANIFEST, *private]
@@ -122,6 +126,18 @@ def _push(run: RunDir, section: ExportSection) -> str:
     write_atomic(run.pushed, json.dumps(record) + "\n")
     print(f"pushed to {commit.repo_url}", file=sys.stderr)
     return ""
+
+
+@contextmanager
+def copied_here(folder: Place, files: Sequence[str]) -> Iterator[Path]:
+    """Give a folder on this machine with the files of one that may lie in a bucket."""
+    if not isinstance(folder, Bucket):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="dsjax-push-") as here:
+        for name in files:
+            folder.download(name, Path(here, name))
+        yield Path(here)
 
 
 def _reason(error: Exception) -> str:

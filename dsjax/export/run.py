@@ -6,11 +6,11 @@ that transformers or PEFT loads; what was written is read again and compared bef
 its name. Not done here: whether it may be written (`folder`), the proof of the logits (`verify`).
 """
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 from dsjax.adapters import check_form
@@ -24,8 +24,10 @@ from dsjax.export.merge import changed_tensors
 from dsjax.export.model_card import card_facts, kept_text, write_model_card
 from dsjax.export.peft import write_peft
 from dsjax.training.metrics_log import read_metrics
+from dsjax.training.run_dir import MANIFEST
 from dsjax.training.setup import Assembly
-from dsjax.weights.folders import atomic_directory
+from dsjax.weights.bucket_folder import BucketDraft, Last
+from dsjax.weights.folders import Draft, new_folder
 from dsjax.weights.fp8 import DequantisedSource
 from dsjax.weights.generation_config import write_generation_config
 from dsjax.weights.write import checkpoint_bytes, write_checkpoint
@@ -141,12 +143,14 @@ def export_trained(
     if hosts.broadcast_from_primary(lambda: is_exported(out, manifest, section.min_kept)):
         return Exported(False)
     check = partial(check_own, out, output.name, output.field)
-    with atomic_directory(out, output.field, hosts.primary, check) as directory:
+    last = Last(MANIFEST, json.dumps({**manifest, "incomplete": True}).encode())
+    with new_folder(out, output.field, last, hosts.primary, check) as draft:
+        directory = draft.directory
         if output.form == "peft":
             write_peft(directory, trained.setup, trained.trainable, hosts.primary)
         else:
             fp8 = section.dtype == "fp8"
-            proof = _write_merged(directory, trained, fp8, hosts, progress)
+            proof = _write_merged(draft, trained, fp8, hosts, progress)
             _check_kept(proof, section.min_kept, fp8, hosts)
         if proof.failure is not None:
             card = replace(card, unproven=first_line(proof.failure))
@@ -158,7 +162,7 @@ def export_trained(
 
 
 def _write_merged(
-    directory: Path,
+    draft: Draft | BucketDraft,
     trained: Trained,
     fp8: bool,
     hosts: Hosts,
@@ -166,12 +170,14 @@ def _write_merged(
 ) -> Proof:
     """Write merged weights, and prove them once all processes see them; gives up the arrays."""
     setup, trainable, frozen = trained
+    directory = draft.directory
     changes = changed_tensors(setup.model, setup.spec, trainable, setup.partition.layer_masks)
     write_checkpoint(setup.source, directory, changes, progress, fp8, hosts.primary)
     if hosts.primary:
         write_generation_config(directory, setup.source)
+    place = draft.share()
     hosts.barrier()  # written: all read it
-    prove = partial(verify.prove, setup, trainable, frozen, directory, changes.keys())
+    prove = partial(verify.prove, setup, trainable, frozen, place, changes.keys())
     return run_proof(prove, hosts)  # and all have read it: it may take its name
 
 

@@ -10,7 +10,6 @@ done here: comparing the tensors with what was meant (`weights.write`).
 
 from collections.abc import Set
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +52,7 @@ class DifferentLogitsError(RuntimeError):
 
 
 def prove(
-    setup: Assembly, trainable: Params, frozen: Params, directory: Path, changed: Set[str]
+    setup: Assembly, trainable: Params, frozen: Params, directory: str, changed: Set[str]
 ) -> float | None:
     """Put what changed into the model as a user would load it: its logits must be the trained ones.
 
@@ -66,7 +65,7 @@ def prove(
         setup: the run's model.
         trainable: the trained arrays.
         frozen: all other arrays.
-        directory: the merged checkpoint.
+        directory: the merged checkpoint, or its URL.
         changed: names of its tensors that training changed.
 
     Returns:
@@ -80,7 +79,7 @@ def prove(
     held = dict(trainable) | dict(frozen)
     base, arrays = _loaded(setup, setup.section, held, set(trainable))
     before = sample_logits(base, {}, arrays, "float32")
-    section = setup.section.model_copy(update={"path": str(directory), "revision": None})
+    section = setup.section.model_copy(update={"path": directory, "revision": None})
     touched = {entry.path for entry in entries_of(base.model) if entry.hf in changed}
     merged, arrays = _loaded(setup, section, arrays, touched)
     written = raw_of(merged.source).tensors

@@ -3,8 +3,8 @@
 
 In: a pytree of jax arrays (what trains, optimizer, counters, random keys) and a small JSON dict
 (data position, what the run was started with).
-Out: `<directory>/<step>/`, written by Orbax; and the state again, in the shardings asked for.
-Not done here: deciding what the state is (step.py), resuming (train.py), model files (export.py).
+Out: `<folder>/<step>/`, and the state again, in the shardings asked for. Not done here: how it lies
+in a folder (`orbax_store`) or in a bucket (`bucket_store`); what the state is (`state`).
 
 Leaves are stored flat, under their dotted path in the pytree (`opt_state.0.mu.model.norm.weight`),
 so the containers around them do not matter to a reader. With the JSON dict lies the record: dtype,
@@ -13,20 +13,20 @@ a damaged checkpoint is refused, and never restored as other numbers.
 """
 
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from dsjax.buckets import Bucket
 from dsjax.config import CheckpointSection
 from dsjax.distributed.checksums import checksums, digest, named_leaves
-from dsjax.errors import ConfigError, files_of, system_fault
+from dsjax.errors import ConfigError, system_fault
+from dsjax.training.bucket_store import BucketStore
+from dsjax.training.orbax_store import OrbaxStore
 
 T = TypeVar("T")
 
@@ -36,16 +36,6 @@ OURS = (MemoryError, jax.errors.JaxRuntimeError)
 
 EARLIER_META = {"position", "data", "meter"}
 """What lay in place of the record before there was one."""
-
-STRAGGLERS = (
-    "Event loop is closed",
-    "Encountered error while reading array index",
-    "sys.meta_path is None",  # at the very end, by what was never awaited
-)
-"""How reads and writes that a failed one leaves behind report themselves."""
-
-NOT_BEGUN = r"coroutine '(ArrayHandler|_read_array)\S*' was never awaited"
-"""What Python warns of where such a read had not begun."""
 
 
 class RemovedError(ConfigError):
@@ -65,45 +55,50 @@ def from_newest(read: Callable[[], T]) -> T:
         return read()
 
 
+class Store(Protocol):
+    """Where checkpoints lie; `OrbaxStore` describes the methods."""
+
+    def place(self, step: int) -> str: ...
+    def steps(self) -> list[int]: ...
+    def steps_there(self) -> set[int]: ...
+    def save(
+        self, step: int, leaves: Mapping[str, jax.Array], record: Mapping[str, Any]
+    ) -> None: ...
+    def read_record(self, step: int) -> dict[str, Any]: ...
+    def read_leaves(
+        self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct], *, partial: bool
+    ) -> dict[str, jax.Array]: ...
+    def wait(self) -> None: ...
+    def close(self) -> None: ...
+
+
 class Checkpointer:
     """The checkpoints of one run. Every process of the run makes one and calls the same methods.
 
     Opening it removes what a killed run left half-written, with one printed line each.
     `read_only` neither creates nor removes anything: for looking at a run that may be alive.
+    `save` returns once the state is copied, and the arrays may be donated or deleted at once.
 
-    `save` returns once the state is copied, and the arrays may be donated or deleted at once: from
-    accelerators Orbax copies to the host; on CPU it takes a view, and as long as a view is held
-    jax copies a donated buffer instead of reusing it.
+    Args:
+        folder: of the checkpoints, on a file system or in a bucket.
+        section: the config's `checkpoint` section.
+        read_only: as said.
     """
 
-    def __init__(self, directory: Path, section: CheckpointSection, *, read_only: bool = False):
-        self.directory = Path(directory).absolute()
+    def __init__(
+        self, folder: Path | Bucket, section: CheckpointSection, *, read_only: bool = False
+    ) -> None:
         self._save_steps = section.save_steps
-        self._report = sys.unraisablehook
-        if not read_only:  # a write may fail at any time, in a thread
-            sys.unraisablehook = _without_stragglers(self._report)
-        if not read_only:
-            self._announce_half_written()
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=section.save_total_limit,
-                create=not read_only,
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-                # Opening must not stumble over a folder that a kill left half-deleted.
-                lightweight_initialize=True,
-            ),
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
+        keep = section.save_total_limit
+        self._store: Store = (
+            BucketStore(folder, keep, read_only=read_only)
+            if isinstance(folder, Bucket)
+            else OrbaxStore(folder, keep, read_only=read_only)
         )
 
-    def _announce_half_written(self) -> None:
-        if jax.process_index() == 0:
-            for path in half_written(self.directory):
-                print(f"{path}: an unfinished checkpoint, not used and removed", file=sys.stderr)
+    def place(self, step: int) -> str:
+        """Name a checkpoint for messages."""
+        return self._store.place(step)
 
     def due(self, step: int) -> bool:
         """Whether `save_steps` asks for a checkpoint after `step` steps."""
@@ -129,20 +124,15 @@ class Checkpointer:
         leaves = named_leaves(state)
         sums = checksums(leaves)
         record = {"meta": meta, "leaves": {k: [_spec(x), sums[k]] for k, x in leaves.items()}}
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(leaves),
-            meta=ocp.args.JsonSave({"record": record, "digest": digest(record)}),
-        )
-        # Which steps are saved is decided above; Orbax would refuse any before its latest.
-        with self._written():
-            return self._manager.save(step, args=items, force=True)
+        self._store.save(step, leaves, {"record": record, "digest": digest(record)})
+        return True
 
     def _refuse_existing(self, step: int) -> None:
-        # Orbax remembers what it found at first and wrote itself, and would replace all else.
-        there = jax.process_index() == 0 and (self.directory / str(step)).exists()
-        if there or step in self._manager.all_steps():
+        # A store remembers what it found at first and wrote itself, and would replace all else.
+        there = jax.process_index() == 0 and step in self._store.steps_there()
+        if there or step in self._store.steps():
             raise ConfigError(
-                f"{self.directory / str(step)}: got a checkpoint of step {step} that is "
+                f"{self.place(step)}: got a checkpoint of step {step} that is "
                 "there already, expected none; another process trains in this directory: stop one, "
                 "or choose another output_dir"
             )
@@ -150,7 +140,7 @@ class Checkpointer:
     def latest(self) -> int | None:
         """Give the newest complete checkpoint's step, once a running save is done; None: none."""
         self.wait()
-        return self._manager.latest_step()
+        return max(self._store.steps(), default=None)
 
     def meta(self, step: int) -> dict[str, Any]:
         """Read what was saved beside the state.
@@ -162,11 +152,10 @@ class Checkpointer:
 
     def _record(self, step: int) -> dict[str, Any]:
         """Return what was saved of the state, proven by its digest."""
-        items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        stored = self._read(step, lambda: dict(self._manager.restore(step, args=items)["meta"]))
+        stored = self._read(step, lambda: self._store.read_record(step))
         if stored.keys() == EARLIER_META:
             raise ConfigError(
-                f"{self.directory / str(step)}: got a checkpoint of an earlier version, whose "
+                f"{self.place(step)}: got a checkpoint of an earlier version, whose "
                 "arrays have no checksums, expected one that can be proven whole; finish the run "
                 "with the version that began it, or choose another output_dir"
             )
@@ -194,14 +183,7 @@ class Checkpointer:
         problems = _misfits(wanted, {name: spec for name, (spec, _) in stored.items()}, partial)
         if problems:
             raise ConfigError(self._misfit_message(step, problems))
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeRestore(
-                wanted,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                partial_restore=partial,
-            )
-        )
-        leaves = self._read(step, lambda: self._restored(step, items))
+        leaves = self._read(step, lambda: self._store.read_leaves(step, wanted, partial=partial))
         found = checksums({name: leaves[name] for name in wanted})
         wrong = [
             name
@@ -215,57 +197,38 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Wait until a running save is complete, and raise if it failed."""
-        with self._written():
-            self._manager.wait_until_finished()
+        self._store.wait()
 
     def close(self) -> None:
         """Wait as `wait` does, then end the background threads."""
-        with self._written():
-            self._manager.close()
-        sys.unraisablehook = self._report
-
-    @contextmanager
-    def _written(self) -> Iterator[None]:
-        """Tell what the disk refuses by one message; a thread of Orbax may have met it earlier."""
-        try:
-            with files_of(self.directory):
-                yield
-        except Exception:
-            self._report = sys.unraisablehook  # what is left behind stays muted
-            raise
+        self._store.close()
 
     def _read(self, step: int, read: Callable[[], Any]) -> Any:
         self.wait()  # The step may still be on its way to disk.
         try:
-            with _silent_stragglers():
-                return read()
+            return read()
         except Exception as error:
             # Orbax tells of an array that it cannot read in a plain Exception around the reason.
             told = error.__cause__ if type(error) is Exception else error
             if isinstance(told, OURS):
                 raise
-            refused = self._removed(step) or system_fault(error, self.directory / str(step))
+            refused = self._removed(step) or system_fault(error, self.place(step))
             if refused is not None:  # that is no damage, and deleting it would not help
                 raise refused from error
             reason = f"{type(told).__name__}: {str(told).strip()}".split("\n")[0][:200]
             raise self._damaged(step, reason) from error
-
-    def _restored(self, step: int, items: ocp.args.Composite) -> dict[str, jax.Array]:
-        if self._manager.item_metadata(step)["state"] is None:  # Orbax would do without
-            raise FileNotFoundError("the list of arrays is missing")
-        return self._manager.restore(step, args=items)["state"]
 
     def _removed(self, step: int) -> RemovedError | None:
         """Return what to say if a run that is alive has removed a checkpoint, or is about to.
 
         It does so file by file, and only when it has a newer one.
         """
-        there = {int(path.name) for path in self.directory.glob("*") if path.name.isdecimal()}
-        newest = max(self._manager.all_steps(), default=step)
+        there = self._store.steps_there()
+        newest = max(self._store.steps(), default=step)
         if step in there and max(there) <= newest:
             return None
         return RemovedError(
-            f"{self.directory / str(step)}: got a checkpoint that was removed while it was read, "
+            f"{self.place(step)}: got a checkpoint that was removed while it was read, "
             "expected it to stay; raise checkpoint.save_total_limit, or wait for the run to end"
         )
 
@@ -274,50 +237,19 @@ class Checkpointer:
         removed = self._removed(step)
         if removed is not None:
             return removed
-        older = [s for s in self._manager.all_steps() if s < step]
+        older = [s for s in self._store.steps() if s < step]
         then = f"continue from step {max(older)}" if older else "begin again"
         return ConfigError(
-            f"{self.directory / str(step)}: got a damaged checkpoint ({reason}), expected one that "
+            f"{self.place(step)}: got a damaged checkpoint ({reason}), expected one that "
             f"can be read; delete this folder to {then}"
         )
 
     def _misfit_message(self, step: int, problems: list[str]) -> str:
         if len(problems) > MOST_LINES:
             problems = [*problems[:MOST_LINES], f"... and {len(problems) - MOST_LINES} more"]
-        head = f"{self.directory / str(step)}: got a checkpoint of another model or configuration"
+        head = f"{self.place(step)}: got a checkpoint of another model or configuration"
         fix = "resume with the configuration that wrote it, or choose another output_dir"
         return "\n  ".join([f"{head}; {fix}", *problems])
-
-
-def half_written(directory: Path) -> list[Path]:
-    """Return what a killed save left, which a `Checkpointer` removes when it is opened."""
-    return sorted(directory.glob(f"*{ocp.path.atomicity.TMP_DIR_SUFFIX}*"))
-
-
-@contextmanager
-def _silent_stragglers() -> Iterator[None]:
-    """Keep reads and writes that a failed one leaves behind from printing tracebacks.
-
-    When one fails, Orbax closes its event loop under the others; each of them, once done or
-    given up, reports it to `sys.unraisablehook`, also long after, and Python warns of each that
-    had not begun. So after a failure, with which the run ends, these reports stay muted.
-    """
-    report = sys.unraisablehook
-    sys.unraisablehook = _without_stragglers(report)
-    try:
-        yield
-    except Exception:
-        warnings.filterwarnings("ignore", NOT_BEGUN, RuntimeWarning)
-        raise
-    sys.unraisablehook = report
-
-
-def _without_stragglers(report: Callable[[Any], object]) -> Callable[[Any], object]:
-    def report_others(unraisable: Any) -> None:
-        if not str(unraisable.exc_value).startswith(STRAGGLERS):
-            report(unraisable)
-
-    return report_others
 
 
 def _misfits(wanted: dict[str, Any], stored: dict[str, str], partial: bool) -> list[str]:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsjax.buckets import Bucket
 from dsjax.config.sections import UNMERGED
 from dsjax.training.console import banner, clock
 from dsjax.training.metrics_log import read_metrics
 from dsjax.training.run import Run
 from dsjax.training.run_dir import RunDir
+from dsjax.training.working_copy import fetched
 
 
 @dataclass(frozen=True)
@@ -24,25 +26,29 @@ class FinetuneResult:
     """What a run left behind.
 
     Attributes:
-        output_dir: the run's directory.
-        export: the exported checkpoint or adapter; None if none was asked for.
+        output_dir: the run's directory, or its URL.
+        export: the exported checkpoint or adapter, or its URL; None if none was asked for.
         metrics: the run's closing numbers by name (`train_loss`, `train_runtime` in seconds, ...),
             and its last evaluation's (`eval_loss`, ...).
         history: every line of metrics.jsonl: `step` with `loss`, `learning_rate` and so on.
     """
 
-    output_dir: Path
-    export: Path | None
+    output_dir: Path | str
+    export: Path | str | None
     metrics: dict[str, Any]
     history: list[dict[str, Any]]
 
     @classmethod
     def of(cls, run: RunDir) -> "FinetuneResult":
         """Read the results of a run that is finished."""
-        history = read_metrics(run.metrics)
+        with fetched(run):
+            history = read_metrics(run.metrics)
         closing = [row for row in history if "eval_loss" in row or "train_loss" in row]
         metrics = {key: value for row in closing for key, value in row.items() if key != "time"}
-        return cls(run.path, run.export if run.export.is_dir() else None, metrics, history)
+        export = run.export
+        there = bool(export.files()) if isinstance(export, Bucket) else export.is_dir()
+        place = str(export) if isinstance(export, Bucket) else export
+        return cls(run.url or run.path, place if there else None, metrics, history)
 
 
 def conclude(run: Run, summary: Mapping[str, float | None], form: str | None) -> None:
@@ -59,7 +65,7 @@ def conclude(run: Run, summary: Mapping[str, float | None], form: str | None) ->
         "train loss": "none: no token was trained" if loss is None else f"{loss:.4f}",
         "runtime": f"{clock(summary['train_runtime'] or 0)}, "
         f"{summary['train_tokens_per_second'] or 0:,.0f} tokens/s",
-        "losses": f"{files.loss_plot}, {files.metrics.name}{board}",
+        "losses": f"{files.shown(files.loss_plot)}, {files.metrics.name}{board}",
         "checkpoints": files.checkpoints,
     }
     if form is not None:
@@ -80,9 +86,9 @@ def _next_commands(run: Run, form: str | None) -> dict[str, list[str]]:
         model = ["--model", run.config.model.path, "--adapter", exported]
         commands["to try it"] = ["generate", *model, "--prompt", "TEXT"]
     if form != "merged" and kind not in UNMERGED:
-        out = str(files.path / "merged")
+        out = files.shown(files.path / "merged")
         merged = ["export", "--run", str(files), "--format", "merged", "--out", out]
         commands["as one model"] = merged
     if data.eval is None and data.val_size is None:
-        commands["to measure it"] = ["evaluate", str(files.config), "data.eval=FILE"]
+        commands["to measure it"] = ["evaluate", files.shown(files.config), "data.eval=FILE"]
     return commands

@@ -122,6 +122,7 @@ class Loop:
         checkpointer: saves states.
         began: what every checkpoint tells of the run's first start: when, and with what contents.
         reporting: where the numbers go.
+        publish: has the lines that are written by now seen by others, before a step is saved.
     """
 
     run: Run
@@ -130,6 +131,7 @@ class Loop:
     checkpointer: Checkpointer
     began: Mapping[str, Any]
     reporting: Reporting
+    publish: Callable[[], None] = lambda: None
 
     def steps(self, state: TrainState, start: int) -> tuple[TrainState, int | None]:
         """Run the steps after `start`; returns the state and the signal that ended them early."""
@@ -150,7 +152,7 @@ class Loop:
             stopped = stop.number
         if stopped is not None:
             done = int(state.step)
-            place = self.checkpointer.directory / str(done)
+            place = self.checkpointer.place(done)
             saved = f"step {done} is saved in {place}" if done else "no step was taken"
             hosts.log_once(f"stopped by {signals.name_of(stopped)}; {saved}")
         return state, stopped
@@ -237,6 +239,7 @@ class Loop:
             "position": self.run.data.train.position(step),
             "meter": self.reporting.meter.state(),
         }
+        self.publish()
         self.checkpointer.save(step, state, meta, force=True)
 
     def _evaluates_after(self, step: int) -> bool:

@@ -32,7 +32,7 @@ class MetricsLog:
     """Appends to `metrics.jsonl` and tells the reporters; a context manager.
 
     Args:
-        output_dir: the run's directory; it must exist.
+        run: the run's files; their folder must exist.
         section: the config's `logging` section.
         resume_step: the optimizer step that the run continues from, 0 for a new run. Lines of later
             steps, which a killed run left behind, are cut; so is a half-written last line.
@@ -42,7 +42,7 @@ class MetricsLog:
 
     def __init__(
         self,
-        output_dir: Path,
+        run: RunDir,
         section: LoggingSection,
         resume_step: int,
         primary: bool = True,
@@ -51,7 +51,6 @@ class MetricsLog:
         self._start_step = resume_step
         self._file = None
         self._reporters: list[Reporter] = []
-        run = RunDir(output_dir)
         self._path = path = run.metrics
         # By every process: all must come to the same answer on what is left to evaluate.
         rows = [row for row in read_metrics(path) if row["step"] <= resume_step]

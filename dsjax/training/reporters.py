@@ -51,7 +51,7 @@ class ReportedRun:
     @property
     def name(self) -> str:
         """Return what it is called: as its output directory is."""
-        return self.directory.path.absolute().name
+        return self.directory.name
 
     @cached_property
     def id(self) -> str:

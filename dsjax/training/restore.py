@@ -47,11 +47,12 @@ def restore_trained(config: RunConfig, setup: Assembly) -> Restored:
 
 def _restore_newest(config: RunConfig, setup: Assembly) -> Restored:
     run = RunDir.of(config)
-    folder = run.checkpoints
-    checkpointer = Checkpointer(folder, config.checkpoint, read_only=True)
-    step = checkpointer.latest() if folder.is_dir() else None
+    checkpointer = Checkpointer(run.checkpoints, config.checkpoint, read_only=True)
+    step = checkpointer.latest()
     if step is None:
-        raise ConfigError(f"{folder}: got no complete checkpoint, expected one; train first")
+        raise ConfigError(
+            f"{run.checkpoints}: got no complete checkpoint, expected one; train first"
+        )
     meta = read_meta(checkpointer, step)
     check_contents(setup.contents(), meta["contents"], run)
     shardings, leaves = setup.shardings, setup.partition.leaves
@@ -92,7 +93,7 @@ def read_meta(checkpointer: Checkpointer, step: int) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(
-            f"{checkpointer.directory / str(step)}: got a checkpoint whose "
+            f"{checkpointer.place(step)}: got a checkpoint whose "
             f"{'.'.join(map(str, first['loc']))} is not what this version saves ({first['msg']}), "
             "expected one that it can go on with; finish the run with the version that began it, "
             "or choose another output_dir"

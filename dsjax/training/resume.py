@@ -57,10 +57,8 @@ def find_resume_point(config: RunConfig) -> ResumePoint:
     run = RunDir.of(config)
     old = earlier_config(run.config) if run.config.is_file() else None
     open_reader = partial(Checkpointer, run.checkpoints, config.checkpoint, read_only=True)
-    done = None
-    if run.checkpoints.is_dir():
-        with closing(open_reader()) as reader:
-            done = reader.latest()
+    with closing(open_reader()) as reader:
+        done = reader.latest()
     if old is not None and (done is not None or _has_results(run, old)):
         _check_same(old, config)
     if done is None:

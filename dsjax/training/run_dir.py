@@ -2,24 +2,30 @@
 """A run's output directory: the names of its files.
 
 In: the configuration. Out: `RunDir`, which knows where everything lies; what the folder says it is
-of. Not done here: the folder's lock (`run_lock`), the files' contents (`checkpoint`, `metrics_log`,
-`eval_results`, `export`), an earlier run's (`resume`). jax is not imported, so that a command which
-only looks at a run starts at once.
+of. Of a run in a bucket the small files lie in a working copy on this machine (`working_copy`),
+checkpoints and the export in the bucket. Not done here: the folder's lock (`run_lock`), the files'
+contents (`checkpoint`, `metrics_log`, `eval_results`, `export`), an earlier run's (`resume`). jax
+is not imported, so that a command which only looks at a run starts at once.
 """
 
+import hashlib
 import json
-import os.path
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
+from dsjax.buckets import Bucket, Place, open_place
 from dsjax.config import RunConfig, load_config
 from dsjax.config.inputs import check_run_dir
-from dsjax.config.paths import METRICS, RUN_CONFIG
+from dsjax.config.paths import METRICS, RUN_CONFIG, is_url
 from dsjax.distributed.lock_file import LOCK_FILE
 
+CHECKPOINTS = "checkpoints"
+"""Folder of the saved steps."""
 BOARD = "tensorboard"
 """Folder of TensorBoard's files and of profiles."""
 
@@ -29,20 +35,46 @@ class RunDir:
     """The files of a run by their names; none of them need be there.
 
     Attributes:
-        path: `output_dir`.
+        path: `output_dir`; of one in a bucket, the working copy.
         export_path: `export.path`; None where the export lies in the output directory.
+        url: `output_dir` of a run in a bucket, else None.
     """
 
     path: Path
     export_path: str | None = None
+    url: str | None = None
 
     @classmethod
     def of(cls, config: RunConfig) -> "RunDir":
         """Name the files of the run of a configuration."""
-        return cls(Path(config.output_dir), config.export.path)
+        return cls.at(config.output_dir, config.export.path)
+
+    @classmethod
+    def at(cls, place: str, export_path: str | None = None) -> "RunDir":
+        """Name the files of the run in a folder, or behind a URL."""
+        if not is_url(place):
+            return cls(Path(place), export_path)
+        url = place.rstrip("/")
+        return cls(_working_path(url), export_path, url)
 
     def __str__(self) -> str:
-        return str(self.path)
+        return self.url or str(self.path)
+
+    @property
+    def name(self) -> str:
+        """Return what the folder is called."""
+        return self.url.rpartition("/")[2] if self.url else self.path.absolute().name
+
+    @property
+    def bucket(self) -> Bucket | None:
+        """Return the folder in a bucket; None for one on a file system."""
+        return Bucket.open(self.url, "output_dir") if self.url else None
+
+    def shown(self, file: Place) -> str:
+        """Name a file of the run for messages: where it lies in the end."""
+        if self.url and isinstance(file, Path) and file.is_relative_to(self.path):
+            return f"{self.url}/{file.relative_to(self.path).as_posix()}"
+        return str(file)
 
     @property
     def config(self) -> Path:
@@ -55,9 +87,9 @@ class RunDir:
         return self.path / METRICS
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> Place:
         """Return the folder with a folder for each saved step."""
-        return self.path / "checkpoints"
+        return self._inside(CHECKPOINTS)
 
     @property
     def tensorboard(self) -> Path:
@@ -80,9 +112,15 @@ class RunDir:
         return self.path / "view.html"
 
     @property
-    def export(self) -> Path:
+    def export(self) -> Place:
         """Return the folder of the export."""
-        return Path(self.export_path or self.path / "export")
+        if self.export_path:
+            return open_place(self.export_path, "export.path")
+        return self._inside("export")
+
+    def _inside(self, name: str) -> Place:
+        bucket = self.bucket
+        return bucket.folder(name) if bucket else self.path / name
 
     @property
     def tracker_id(self) -> Path:
@@ -100,17 +138,31 @@ class RunDir:
         return self.path / LOCK_FILE
 
 
+def _working_path(url: str) -> Path:
+    """Name this process's working copy of a bucket's folder."""
+    name = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
+    return Path(tempfile.gettempdir()) / f"dsjax-{name}-{os.getpid()}"
+
+
 def fresh_path(path: str) -> str:
     """Return the first of `path`, `path-2`, `path-3` and so on that is not there."""
+    if is_url(path):
+        beside = (f"{path.rstrip('/')}-{number}" for number in count(2))
+        return next(url for url in chain([path], beside) if not _is_bucket_folder(url))
     named = os.path.basename(path.rstrip("/")) not in ("", ".", "..")
     base = os.path.normpath(path) if named else os.path.abspath(path)
     beside = (f"{base}-{number}" for number in count(2))
     return next(place for place in chain([path], beside) if not os.path.lexists(place))
 
 
+def _is_bucket_folder(url: str) -> bool:
+    folder = Bucket.open(url, "output_dir")
+    return bool(folder.files() or folder.folders())
+
+
 def run_config(run: RunDir, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the resolved configuration of a run, with words of a command line over it."""
-    check_run_dir(str(run), "--run")
+    check_run_dir(run.path, "--run", str(run))
     return load_config(run.config, overrides)
 
 
@@ -118,11 +170,15 @@ MANIFEST = "dsjax_export.json"
 """Says that an export is ours and what it is of."""
 
 
-def read_manifest(out: Path) -> dict[str, Any] | None:
+def read_manifest(out: Place) -> dict[str, Any] | None:
     """Read what the export in a folder says it is; None if there is none of ours."""
-    file = out / MANIFEST
+    if isinstance(out, Bucket):
+        text = out.read_if_there(MANIFEST)
+    else:
+        file = out / MANIFEST
+        text = file.read_bytes() if file.is_file() else None
     try:
-        manifest = json.loads(file.read_text("utf-8")) if file.is_file() else None
+        manifest = json.loads(text) if text is not None else None
     except (ValueError, RecursionError):
         return None
     return manifest if isinstance(manifest, dict) else None

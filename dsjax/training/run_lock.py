@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's output directory as its processes take it: proven shared, made, and held by a lock.
 
-In: the run's files by their names (`run_dir`), and the processes. Out: a directory that all
-processes of the run share, and that no other run changes meanwhile. Not done here: the lock itself
-(`distributed.lock_file`), an earlier run's files (`resume`).
+In: the run's files by their names (`run_dir`), and the processes. Out: a directory, or a folder of
+a bucket, that all processes of the run share, and that no other run changes meanwhile. Not done
+here: the lock itself (`distributed.lock_file`, `distributed.lease`), an earlier run's files
+(`resume`).
 """
 
 import json
+import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from dsjax import signals
+from dsjax.buckets import Bucket, Place
 from dsjax.distributed.coordinator import numbered
+from dsjax.distributed.lease import leased
 from dsjax.distributed.lock_file import locked
 from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
-from dsjax.training.run_dir import RunDir
+from dsjax.training.run_dir import CHECKPOINTS, RunDir
+from dsjax.training.working_copy import WorkingCopy
 from dsjax.weights.folders import check_possible
 
 SHARED_WITHIN = 20.0
@@ -65,7 +70,9 @@ def check_shared(run: RunDir, hosts: Hosts, within: float = SHARED_WITHIN) -> No
 
 
 @contextmanager
-def locked_run_dir(run: RunDir, hosts: Hosts | None = None, keep: bool = True) -> Iterator[None]:
+def locked_run_dir(
+    run: RunDir, hosts: Hosts | None = None, keep: bool = True
+) -> Iterator[Callable[[], None]]:
     """Make the output directory and lock it, before anything in it is looked at, to the end.
 
     Of several processes the first does so, for all. A run that is refused leaves no folder that was
@@ -76,32 +83,70 @@ def locked_run_dir(run: RunDir, hosts: Hosts | None = None, keep: bool = True) -
         hosts: this process among those of the run; None for a process alone.
         keep: False leaves no such folder either where nothing is refused.
 
+    Returns:
+        What to call for others to see the small files as they are: they lie in a bucket then.
+
     Raises:
         ConfigError: another process is training there, or no folder can be made.
     """
     hosts = hosts or Hosts()
+    refusal = (
+        f"output_dir: got {str(run)!r}, in which another process is training, expected none; "
+        "wait for it, or choose another output_dir"
+    )
+    bucket = run.bucket
+    if bucket is not None:
+        with _leased_run(run, bucket, hosts, refusal, keep) as publish:
+            yield publish
+        return
     check_possible(run.path, "output_dir")
     check_shared(run, hosts)
     if not hosts.primary:
         hosts.barrier()
         _await_folder(run.path)
-        yield
+        yield lambda: None
         return
     made = [
         place for place in (run.path.absolute(), *run.path.absolute().parents) if not place.exists()
     ]
-    refusal = (
-        f"output_dir: got {str(run)!r}, in which another process is training, expected none; "
-        "wait for it, or choose another output_dir"
-    )
-    checkpoints = [run.checkpoints] if made else []
+    checkpoints = [run.path / CHECKPOINTS] if made else []
     with (
         _removed_if_refused(made, keep),
         locked(run.lock, refusal),
         _removed_if_refused(checkpoints, keep),  # while it is locked: they could be another's
     ):
         hosts.barrier()
-        yield
+        yield lambda: None
+
+
+@contextmanager
+def _leased_run(
+    run: RunDir, bucket: Bucket, hosts: Hosts, refusal: str, keep: bool
+) -> Iterator[Callable[[], None]]:
+    """Hold the lock of a run in a bucket, and have its small files here; `locked_run_dir`."""
+    copy = WorkingCopy(run, bucket)
+    with ExitStack() as held:
+        if hosts.primary:
+            publish = copy.publish if keep else lambda: None
+            held.enter_context(leased(bucket, refusal, publish))
+        hosts.barrier()
+        held.callback(shutil.rmtree, run.path, ignore_errors=True)
+        copy.fetch()
+        if not hosts.primary:
+            _check_writable(bucket)
+            yield lambda: None
+            return
+        try:
+            yield publish
+        finally:
+            publish()
+
+
+def _check_writable(bucket: Bucket) -> None:
+    """Write as this process will have to, before hours have been trained."""
+    name = f".dsjax-{uuid.uuid4().hex}"
+    bucket.write(name, b"")
+    bucket.remove([name])
 
 
 @contextmanager
@@ -126,8 +171,10 @@ def _removed_if_refused(folders: Sequence[Path], keep: bool) -> Iterator[None]:
         remove()
 
 
-def make_for_all(folder: Path, hosts: Hosts) -> None:
-    """Make a folder as process 0; the others wait until they see it."""
+def make_for_all(folder: Place, hosts: Hosts) -> None:
+    """Make a folder as process 0; the others wait until they see it. A bucket needs none."""
+    if isinstance(folder, Bucket):
+        return
     if hosts.primary:
         folder.mkdir(exist_ok=True)
     hosts.barrier()

@@ -11,13 +11,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from dsjax.config.command_line import CommandParser
 from dsjax.config.paths import is_url, written_to_url
 from dsjax.errors import ConfigError, printable
 from dsjax.training.run_dir import RunDir
+from dsjax.training.working_copy import fetched
 from dsjax.view.page import to_html
 from dsjax.view.snapshot import read_snapshot
 from dsjax.weights.folders import write_atomic
@@ -37,7 +39,11 @@ def make_parser() -> CommandParser:
     parser = CommandParser("python -m dsjax.view", USAGE)
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", help="output_dir of a run")
-    add("--out", metavar="FILE", help="page to write (view.html in the first RUN)")
+    add(
+        "--out",
+        metavar="FILE",
+        help="page to write (view.html in the first RUN; of one in a bucket NAME.html here)",
+    )
     add("--no-browser", action="store_true", help="write the page, and do not open it")
     return parser
 
@@ -47,10 +53,13 @@ def main(argv: Sequence[str]) -> int:
     words = make_parser().parse_args(argv)
     if words.out is not None:
         check_out(words.out)
-    runs = [RunDir(Path(path)) for path in words.runs]
+    runs = [RunDir.at(path) for path in words.runs]
     names = short_names(words.runs)
-    snapshots = [read_snapshot(run, name) for run, name in zip(runs, names, strict=True)]
-    out = runs[0].view if words.out is None else Path(words.out)
+    with ExitStack() as held:
+        for run in runs:
+            held.enter_context(fetched(run))
+        snapshots = [read_snapshot(run, name) for run, name in zip(runs, names, strict=True)]
+    out = page_of(runs[0]) if words.out is None else Path(words.out)
     write_atomic(out, to_html(snapshots, datetime.now().astimezone()))
     print(printable(str(out)))
     if not words.no_browser and has_display():
@@ -64,12 +73,17 @@ def short_names(paths: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a run is given twice.
     """
-    places = [Path(path).resolve() for path in paths]
+    places = [PurePath(path) if is_url(path) else Path(path).resolve() for path in paths]
     twice = [path for path, place in zip(paths, places, strict=True) if places.count(place) > 1]
     if twice:
         raise ConfigError(f"RUN: got {' and '.join(twice)}, which are one, expected each run once")
     names = [place.name for place in places]
     return names if len(set(names)) == len(names) else list(paths)
+
+
+def page_of(run: RunDir) -> Path:
+    """Where the page of a run goes: into its folder, or here for one in a bucket."""
+    return Path(f"{run.name}.html") if run.url else run.view
 
 
 def check_out(path: str) -> None:

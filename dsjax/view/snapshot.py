@@ -16,6 +16,7 @@ from typing import Any
 from dsjax.config.inputs import check_run_dir
 from dsjax.config.json_file import read_object
 from dsjax.config.yaml_file import read_yaml, to_text
+from dsjax.distributed.lease import holder_in
 from dsjax.distributed.lock_file import holder_of
 from dsjax.errors import ConfigError
 from dsjax.training.metrics_log import read_metrics
@@ -62,7 +63,7 @@ def read_snapshot(run: RunDir, name: str) -> Snapshot:
     Raises:
         ConfigError: it is no run's folder, its first line is still to come, or a file is damaged.
     """
-    check_run_dir(str(run), "RUN")
+    check_run_dir(run.path, "RUN", str(run))
     config = read_yaml(run.config)
     rows = [_in_json(row) for row in read_metrics(run.metrics)]
     if not rows:
@@ -107,7 +108,7 @@ def _series(rows: Sequence[Row]) -> dict[str, tuple[list[int], list[Any]]]:
 
 def _state(run: RunDir, rows: Sequence[Row], summary: Row) -> str:
     """Say whether the run is at work: a lock of another host counts, for none can ask there."""
-    holder = holder_of(run.lock)
+    holder = holder_in(run.bucket) if run.bucket else holder_of(run.lock)
     if holder is not None and (holder.lives_here or not holder.is_of_here):
         return "running"
     return "finished" if summary and summary["step"] >= _done(rows) else "stopped"
@@ -134,14 +135,15 @@ def _done(rows: Sequence[Row]) -> int:
 
 def _facts(run: RunDir, config: Row, last: Any) -> dict[str, str]:
     """Say what the run is of, and when its files, and its `last` line, were written."""
-    return {
+    facts = {
         "model": _text(_value(config, "model", "path")),
         "method": _method(config),
         "data": _text(_value(config, "data", "train")),
-        "folder": str(run.path),
-        "last start": f"{_written(run.config)} (time of {run.config.name})",
-        "last line": _last_line(run, last),
+        "folder": str(run),
     }
+    if run.url is None:  # else the file's time is that of the copy here
+        facts["last start"] = f"{_written(run.config)} (time of {run.config.name})"
+    return facts | {"last line": _last_line(run, last)}
 
 
 def _method(config: Row) -> str:

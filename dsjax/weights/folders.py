@@ -9,15 +9,18 @@ import functools
 import os
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dsjax import signals
+from dsjax.buckets import Bucket, Place
 from dsjax.config.paths import is_url, written_to_url
 from dsjax.distributed.lock_file import LOCK_FILE, locked
 from dsjax.errors import ConfigError, files_of
+from dsjax.weights.bucket_folder import BucketDraft, Last, bucket_directory, content
 
 _SOURCE_FILES = ("config.json", "adapter_config.json")
 """What makes a folder a model's or an adapter's."""
@@ -26,8 +29,14 @@ _LOOKS = 3
 """At a folder that another run may remove between finding and asking: what is so stays so."""
 
 
-def check_empty(path: str | Path, field: str = "output directory") -> None:
+def check_empty(path: str | Place, field: str = "output directory") -> None:
     """Refuse to write where something else lies, or where nothing can."""
+    if isinstance(path, Bucket):
+        if content(path):
+            raise ConfigError(
+                f"{field}: got {str(path)!r}, which is not empty; expected a new folder"
+            )
+        return
     if is_url(str(path)):
         raise ConfigError(written_to_url(str(path), field))
     folder = Path(path)
@@ -123,7 +132,7 @@ def write_atomic(file: Path, text: str) -> None:
         os.replace(beside, file)
 
 
-def check_apart(path: str | Path, field: str, sources: Mapping[str, str | None]) -> None:
+def check_apart(path: str | Place, field: str, sources: Mapping[str, str | None]) -> None:
     """Refuse to write into a folder that is read.
 
     A path that is no model's and no adapter's is for whoever opens it to refuse.
@@ -134,22 +143,70 @@ def check_apart(path: str | Path, field: str, sources: Mapping[str, str | None])
         sources: key or option -> a model's or adapter's path; hub ids, URLs and None may be.
     """
     for key, source in sources.items():
-        if source is None or is_url(source):
-            continue
-        folder = Path(source).expanduser()
-        if not any((folder / name).is_file() for name in _SOURCE_FILES):
-            continue
-        if Path(path).resolve().is_relative_to(folder.resolve()):
+        if source is not None and _lies_in(str(path), source):
             raise ConfigError(
                 f"{field}: got {str(path)!r}, which lies in {key} ({source!r}) or is that folder, "
                 "expected another: a source stays as it is; choose a folder outside of it"
             )
 
 
-def leftovers_of(path: Path) -> tuple[Path, Path]:
+def _lies_in(path: str, source: str) -> bool:
+    """Whether a path, or a URL, is a model's or an adapter's folder, or is in it."""
+    if is_url(path) or is_url(source):
+        return is_url(source) and f"{path.rstrip('/')}/".startswith(f"{source.rstrip('/')}/")
+    folder = Path(source).expanduser()
+    if not any((folder / name).is_file() for name in _SOURCE_FILES):
+        return False
+    return Path(path).resolve().is_relative_to(folder.resolve())
+
+
+def written_at(place: Place) -> Path:
+    """Where the files of a folder are written: those that go to a bucket, on this machine first."""
+    return Path(tempfile.gettempdir()) if isinstance(place, Bucket) else place
+
+
+def leftovers_of(path: Place) -> tuple[Path, ...]:
     """Where a killed attempt to write a folder leaves the new one, and the old one."""
+    if isinstance(path, Bucket):
+        return ()
     path = path.absolute()
     return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+
+
+class Draft:
+    """A folder that is being written.
+
+    Args:
+        directory: where its files go.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def share(self) -> str:
+        """Return where all processes can read what is written so far, once it is."""
+        return str(self.directory)
+
+
+@contextmanager
+def new_folder(
+    place: Place, field: str, last: Last, primary: bool, check: Callable[[], None]
+) -> Iterator[Draft | BucketDraft]:
+    """Give a folder to write; on leaving normally it takes the place, as a whole.
+
+    Args:
+        place: on a file system (`atomic_directory`), or in a bucket (`bucket_directory`).
+        field: what a refusal begins with.
+        last: the file that says that all others are there; it is written among them.
+        primary: whether this is the process that writes.
+        check: refuses what must not be replaced.
+    """
+    if isinstance(place, Bucket):
+        with bucket_directory(place, field, last, primary, check) as draft:
+            yield draft
+        return
+    with atomic_directory(place, field, primary, check) as directory:
+        yield Draft(directory)
 
 
 @contextmanager

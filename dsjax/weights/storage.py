@@ -3,8 +3,8 @@
 
 In: a path, or a URL that fsspec opens (gs://, s3://, hf://). Out: the folder's files by name, each
 readable by byte ranges. Nothing is downloaded as a whole but by `copied`, for small files.
-Not done here: writing; what the files mean (`hf_directory`, `peft`). Credentials are found by the
-store's own library (gcsfs, s3fs, huggingface_hub).
+Not done here: the way to a store, and writing there (`buckets`); what the files mean
+(`hf_directory`, `peft`).
 """
 
 import hashlib
@@ -17,21 +17,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import fsspec
 import numpy as np
 
+from dsjax.buckets import connect, reason
 from dsjax.config.paths import is_url
 from dsjax.errors import ConfigError, files_of
 
 READS_AHEAD = 8
 """Reads of remote files that are under way at a time: one alone mostly waits for its answer."""
-_LIBRARIES: Mapping[str, str] = MappingProxyType(
-    {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}
-)
-"""Protocol -> the library that reads it."""
 _DROP_PAGES_FROM = 1 << 23
 _DIGEST_BYTES = 1 << 24
 
@@ -76,7 +72,7 @@ class RemoteFile:
             data = self._system.cat_file(self._path, start=offset, end=end, **options)
         except Exception as error:  # every store's library has its own classes
             raise ConfigError(
-                f"{self.url}: got {_reason(error)}, expected its bytes {offset} to {end}; check "
+                f"{self.url}: got {reason(error)}, expected its bytes {offset} to {end}; check "
                 "the network and the permission to read, and run again"
             ) from error
         assert isinstance(data, bytes)
@@ -135,7 +131,7 @@ def open_folder(path: str | Path, config_field: str, subfolders: Collection[str]
 
 
 def _open_url(url: str, config_field: str, subfolders: Collection[str]) -> Folder:
-    system, root = _connect(url, config_field)
+    system, root = connect(url, config_field)
     entries = _listed(system, root, url, config_field)
     if [entry["name"] for entry in entries if entry["type"] == "file"] == [root]:
         raise ConfigError(
@@ -177,39 +173,8 @@ def _listed(
     except Exception as error:
         raise ConfigError(
             f"{config_field}: got {url!r}, expected a folder that can be listed "
-            f"({_reason(error)}); check the address, the credentials and the network"
+            f"({reason(error)}); check the address, the credentials and the network"
         ) from error
-
-
-def _connect(url: str, config_field: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system of a URL, and the folder's path in it."""
-    protocol = url.partition("://")[0]
-    if protocol in ("http", "https"):
-        raise ConfigError(
-            f"{config_field}: got {url!r}, expected a directory, a hub id, or a URL of a store "
-            "that lists its files (gs://, s3://, hf://); a page of the hub is named "
-            "organization/name"
-        )
-    try:
-        system, root = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        library = _LIBRARIES.get(protocol)
-        fix = f"pip install {library}" if library else _reason(error)
-        raise ConfigError(
-            f"{config_field}: got {url!r}, expected the library that reads {protocol}://, which is "
-            f"not installed; {fix}"
-        ) from error
-    except Exception as error:
-        raise ConfigError(
-            f"{config_field}: got {url!r}, expected a URL that fsspec opens, such as gs://, s3:// "
-            f"or hf:// ({_reason(error)})"
-        ) from error
-    return system, root.rstrip("/")
-
-
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 def size_of(file: File) -> int:

@@ -26,7 +26,7 @@ from dsjax.training.run_lock import locked_run_dir
 from dsjax.weights.folders import atomic_directory, check_empty
 
 ROOT = Path(__file__).parents[2]
-HERE = socket.gethostname(), lock_file._boot_id()
+HERE = socket.gethostname(), lock_file.boot_id()
 HOLDS = """
 import fcntl, sys, time
 from pathlib import Path

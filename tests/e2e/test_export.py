@@ -26,7 +26,7 @@ from dsjax import train
 from dsjax.config import load_config, located
 from dsjax.errors import ConfigError
 from dsjax.export import command as export
-from dsjax.training.checkpoint import Checkpointer
+from dsjax.training.orbax_store import OrbaxStore
 
 MANIFEST = "dsjax_export.json"
 Q_PROJ = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(3)]
@@ -231,17 +231,17 @@ def test_a_run_that_removes_what_is_read_is_exported_at_its_newest_step(
 ):
     """A run with `save_total_limit` goes on meanwhile."""
     run = shutil.copytree(trained / "run", tmp_path / "run")
-    restored, reads = Checkpointer._restored, []
+    read_leaves, reads = OrbaxStore.read_leaves, []
 
-    def removed_meanwhile(self: Checkpointer, step: int, *arguments: Any) -> Any:
+    def removed_meanwhile(self: OrbaxStore, step: int, *wanted: Any, **options: Any) -> Any:
         reads.append(step)
         if len(reads) == 1:
             shutil.copytree(self.directory / str(step), self.directory / str(step + 1))
             for path in (self.directory / str(step) / "state" / "d").iterdir():
                 path.unlink()
-        return restored(self, step, *arguments)
+        return read_leaves(self, step, *wanted, **options)
 
-    monkeypatch.setattr(Checkpointer, "_restored", removed_meanwhile)
+    monkeypatch.setattr(OrbaxStore, "read_leaves", removed_meanwhile)
     export_here(run, tmp_path / "out", "merged")
     said = capsys.readouterr().err
     assert reads == [6, 7] and json.loads((tmp_path / "out" / MANIFEST).read_text())["step"] == 7

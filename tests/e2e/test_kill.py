@@ -17,6 +17,7 @@ import small_run
 
 from dsjax.config import LoggingSection
 from dsjax.training.metrics_log import MetricsLog
+from dsjax.training.run_dir import RunDir
 
 MEASURED = (*(f"train/{key}" for key in small_run.MEASURED), "train/train_")
 # What is left to do is a step and a save, each well under a second; the rest is for a busy machine.
@@ -100,7 +101,7 @@ def test_killed_and_stopped_run_ends_like_an_undisturbed_one(tmp_path: Path):
 
 def test_logged_points_are_on_disk_at_once(tmp_path: Path):
     """Nothing may be lost of a step that a checkpoint has passed."""
-    log = MetricsLog(tmp_path, LoggingSection(), 0)
+    log = MetricsLog(RunDir(tmp_path), LoggingSection(), 0)
     log.log_eval(3, {"eval_loss": 0.5, "eval_perplexity": 2.0, "eval_tokens": 7})
     assert ("eval/loss", 3, 0.5) in set(small_run.scalars(tmp_path))
     log.close()

@@ -18,7 +18,7 @@ from spoilt import spoilt
 
 from dsjax.config import CheckpointSection
 from dsjax.errors import ConfigError
-from dsjax.training import checkpoint
+from dsjax.training import orbax_store
 from dsjax.training.checkpoint import Checkpointer, RemovedError, from_newest
 
 
@@ -60,7 +60,7 @@ def test_a_checkpoint_that_goes_away_is_not_called_damaged(open_in, capsys):
         assert meta == {"place": step}
         assert_same(state, make_state(step))
         said = capsys.readouterr().err
-        assert f"{writer.directory / str(step - 1)}: got a checkpoint that was removed" in said
+        assert f"{writer.place(step - 1)}: got a checkpoint that was removed" in said
         assert said.endswith("; the newest is read instead\n") and "damaged" not in said
     for before in ("meta", "restore"):
         with pytest.raises(RemovedError, match="was removed while it was read, expected"):
@@ -198,7 +198,7 @@ def test_damaged_meta_is_refused_by_name(open_in, tmp_path, content):
 def test_reads_that_a_failed_one_leaves_behind_are_not_reported(monkeypatch, said, reported):
     reports = []
     monkeypatch.setattr(sys, "unraisablehook", reports.append)
-    with suppress(ValueError), checkpoint._silent_stragglers():
+    with suppress(ValueError), orbax_store._silent_stragglers():
         raise ValueError
     late = SimpleNamespace(exc_value=RuntimeError(said))
     sys.unraisablehook(late)
@@ -210,7 +210,7 @@ def test_reads_that_had_not_begun_are_not_warned_of(recwarn):
         """Stands for Orbax's read of one shard."""
 
     read.__qualname__ = "_read_array_index_and_device_put"
-    with suppress(ValueError), checkpoint._silent_stragglers():
+    with suppress(ValueError), orbax_store._silent_stragglers():
         raise ValueError
     never_awaited = read()
     del never_awaited
@@ -227,7 +227,7 @@ def _files_of(folder: Path) -> dict[str, Any]:
 
 
 def _spoil_files(checkpointer: Checkpointer, examples: int) -> None:
-    folder, like = checkpointer.directory / "3", abstract(make_state(0))
+    folder, like = Path(checkpointer.place(3)), abstract(make_state(0))
     files = _files_of(folder)
     assert {"meta/metadata", "state/_METADATA"} <= files.keys()
     damaged = st.sampled_from(sorted(files)).flatmap(
@@ -255,7 +255,7 @@ def _spoil_files(checkpointer: Checkpointer, examples: int) -> None:
 @pytest.mark.parametrize("content", ["[]", "null", "7", "{", "{}", '{"record": []}', "[" * 90_000])
 def test_a_record_of_another_form_is_refused(open_in, content):
     checkpointer = saved(open_in, 3)
-    (checkpointer.directory / "3" / "meta" / "metadata").write_text(content)
+    (Path(checkpointer.place(3)) / "meta" / "metadata").write_text(content)
     with pytest.raises(ConfigError, match="got a damaged checkpoint"):
         checkpointer.meta(3)
 

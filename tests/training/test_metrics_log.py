@@ -22,6 +22,7 @@ from dsjax.objectives import SFT
 from dsjax.training.loss_plot import MOST_POINTS, _binned, _smooth, plot_loss
 from dsjax.training.meter import Meter
 from dsjax.training.metrics_log import MetricsLog, read_metrics
+from dsjax.training.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
 SILENT = LoggingSection(report_to=[])
@@ -47,7 +48,7 @@ def eval_values(loss=2.0):
 
 
 def write_run(directory, steps, section=SILENT):
-    with MetricsLog(directory, section, 0) as log:
+    with MetricsLog(RunDir(directory), section, 0) as log:
         for step in steps:
             log.log(step, train_values(loss=1 / step))
             log.log_eval(step, eval_values(2 / step))
@@ -78,7 +79,7 @@ def test_every_line_says_when_it_was_written(tmp_path):
 
 
 def test_numbers_are_written_at_full_precision(tmp_path):
-    with MetricsLog(tmp_path, SILENT, 0) as log:
+    with MetricsLog(RunDir(tmp_path), SILENT, 0) as log:
         log.log(3, train_values(loss=0.1 + 0.2, loss_scale=np.float32(1 / 3)))
     (row,) = lines(tmp_path)
     assert row["loss"] == 0.1 + 0.2
@@ -86,21 +87,21 @@ def test_numbers_are_written_at_full_precision(tmp_path):
 
 
 def test_a_line_is_readable_as_soon_as_it_is_logged(tmp_path):
-    with MetricsLog(tmp_path, SILENT, 0) as log:
+    with MetricsLog(RunDir(tmp_path), SILENT, 0) as log:
         log.log(1, train_values())
         assert len(lines(tmp_path)) == 1
 
 
 def test_a_line_waits_for_the_disk_once(tmp_path, monkeypatch):
     synced = []
-    with MetricsLog(tmp_path, BOARD, 0) as log:
+    with MetricsLog(RunDir(tmp_path), BOARD, 0) as log:
         monkeypatch.setattr("os.fsync", synced.append)
         log.log(1, train_values())
         assert len(synced) == 1
 
 
 def test_a_line_without_a_loss_is_our_error(tmp_path):
-    with MetricsLog(tmp_path, SILENT, 0) as log:
+    with MetricsLog(RunDir(tmp_path), SILENT, 0) as log:
         with pytest.raises(AssertionError, match="not a training line"):
             log.log(1, {"epoch": 0.0})
         with pytest.raises(AssertionError, match="not an evaluation"):
@@ -108,7 +109,7 @@ def test_a_line_without_a_loss_is_our_error(tmp_path):
 
 
 def test_non_finite_becomes_null_with_a_warning(tmp_path, capsys):
-    with MetricsLog(tmp_path, SILENT, 0) as log:
+    with MetricsLog(RunDir(tmp_path), SILENT, 0) as log:
         log.log(4, train_values(loss=math.nan, grad_norm=math.inf))
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
@@ -120,7 +121,7 @@ def test_resume_cuts_later_lines_and_keeps_the_rest_byte_for_byte(tmp_path):
     write_run(tmp_path, [1, 2, 3])
     path = tmp_path / "metrics.jsonl"
     before = path.read_bytes().splitlines(keepends=True)
-    MetricsLog(tmp_path, SILENT, 2).close()
+    MetricsLog(RunDir(tmp_path), SILENT, 2).close()
     assert path.read_bytes() == b"".join(before[:4])
     assert list(tmp_path.iterdir()) == [path]
 
@@ -131,7 +132,7 @@ def test_resume_cuts_a_torn_last_line(tmp_path, torn):
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + torn)
-    with MetricsLog(tmp_path, SILENT, 2) as log:
+    with MetricsLog(RunDir(tmp_path), SILENT, 2) as log:
         assert path.read_bytes() == whole
         log.log(3, train_values())
     assert [row["step"] for row in lines(tmp_path)] == [1, 1, 3]
@@ -145,7 +146,7 @@ def test_a_line_that_is_none_of_a_run_s_is_refused_by_its_number(tmp_path, line)
     path = tmp_path / "metrics.jsonl"
     first, *rest = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + line + b"\n" + b"".join(rest))
-    for read in (read_metrics, lambda path: MetricsLog(tmp_path, SILENT, 2)):
+    for read in (read_metrics, lambda path: MetricsLog(RunDir(tmp_path), SILENT, 2)):
         with pytest.raises(ConfigError, match=rf"{path}:2: got a line that is not one of a run's"):
             read(path)
 
@@ -153,22 +154,22 @@ def test_a_line_that_is_none_of_a_run_s_is_refused_by_its_number(tmp_path, line)
 def test_resume_at_the_last_step_leaves_the_file_untouched(tmp_path):
     write_run(tmp_path, [1, 2])
     inode = (tmp_path / "metrics.jsonl").stat().st_ino
-    MetricsLog(tmp_path, SILENT, 2).close()
+    MetricsLog(RunDir(tmp_path), SILENT, 2).close()
     assert (tmp_path / "metrics.jsonl").stat().st_ino == inode
     assert len(lines(tmp_path)) == 4
 
 
 def test_a_new_start_in_the_same_directory_starts_the_file_again(tmp_path):
-    with MetricsLog(tmp_path, SILENT, 0) as log:
+    with MetricsLog(RunDir(tmp_path), SILENT, 0) as log:
         log.log_eval(0, eval_values())
-    MetricsLog(tmp_path, SILENT, 0).close()
+    MetricsLog(RunDir(tmp_path), SILENT, 0).close()
     assert lines(tmp_path) == []
 
 
 def test_summary_is_written_once_over_restarts(tmp_path):
     summary = Meter(SFT).summary()
     for resume_step in (0, 5):
-        with MetricsLog(tmp_path, SILENT, resume_step) as log:
+        with MetricsLog(RunDir(tmp_path), SILENT, resume_step) as log:
             log.log_summary(5, summary | {"train_loss": 1.0})
     (row,) = lines(tmp_path)
     assert set(row) == {
@@ -182,7 +183,7 @@ def test_summary_is_written_once_over_restarts(tmp_path):
 
 
 def test_other_processes_write_nothing(tmp_path):
-    with MetricsLog(tmp_path, BOARD, 0, primary=False) as log:
+    with MetricsLog(RunDir(tmp_path), BOARD, 0, primary=False) as log:
         log.log(1, train_values())
         log.log_start("a: 1", "table")
     assert list(tmp_path.iterdir()) == []
@@ -190,7 +191,7 @@ def test_other_processes_write_nothing(tmp_path):
 
 def test_tensorboard_has_scalars_and_texts(tmp_path):
     write_run(tmp_path, [1, 2], BOARD)
-    with MetricsLog(tmp_path, BOARD, 2) as log:
+    with MetricsLog(RunDir(tmp_path), BOARD, 2) as log:
         log.log_start("model: {}", "module  parameters")
         log.log(3, train_values(loss=math.nan))
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -211,7 +212,7 @@ def test_tensorboard_has_scalars_and_texts(tmp_path):
 
 def test_tensorboard_forgets_the_steps_that_a_resume_repeats(tmp_path):
     write_run(tmp_path, [1, 2, 3], BOARD)
-    with MetricsLog(tmp_path, BOARD, 1) as log:
+    with MetricsLog(RunDir(tmp_path), BOARD, 1) as log:
         log.log(2, train_values(loss=9.0))
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     seen = [(event.step, event.value) for event in board.Scalars("train/loss")]
@@ -219,7 +220,7 @@ def test_tensorboard_forgets_the_steps_that_a_resume_repeats(tmp_path):
 
 
 def test_tensorboard_has_a_point_before_the_next_line_of_code(tmp_path):
-    with MetricsLog(tmp_path, BOARD, 0) as log:
+    with MetricsLog(RunDir(tmp_path), BOARD, 0) as log:
         log.log(1, train_values(loss=2.0))
         board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
         assert [event.value for event in board.Scalars("train/loss")] == [2.0]
@@ -246,7 +247,7 @@ def test_no_tensorboard_unless_asked(tmp_path):
 
 
 def test_a_window_without_loss_is_null_and_not_warned_of(tmp_path, capsys):
-    with MetricsLog(tmp_path, SILENT, 0) as log:
+    with MetricsLog(RunDir(tmp_path), SILENT, 0) as log:
         log.log(1, train_values(loss=None, accuracy=None))
         log.log(2, train_values(loss=2.0))
     assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [None, 2.0]
@@ -292,7 +293,7 @@ def test_a_curve_of_few_points_is_the_mean_of_all(losses):
 
 def test_no_picture_without_a_loss(tmp_path):
     assert plot_loss(tmp_path) is None
-    with MetricsLog(tmp_path, SILENT, 0) as log:
+    with MetricsLog(RunDir(tmp_path), SILENT, 0) as log:
         log.log(1, train_values(loss=math.nan))
     assert plot_loss(tmp_path) is None
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["step"] == 1

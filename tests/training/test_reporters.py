@@ -95,12 +95,12 @@ def test_a_tracker_that_cannot_begin_is_refused(tmp_path: Path, monkeypatch: pyt
     kinds = MappingProxyType({**REPORTERS, "wandb": Kind(refuse)})
     monkeypatch.setattr(reporters, "REPORTERS", kinds)
     with pytest.raises(ConfigError, match=r"got wandb, which did not begin a run \(TimeoutError"):
-        MetricsLog(tmp_path, both, 0)
+        MetricsLog(RunDir(tmp_path), both, 0)
 
 
 @pytest.mark.usefixtures("unreachable")
 def test_a_tracker_that_fails_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture):
-    with MetricsLog(tmp_path, WANDB, 0) as log:
+    with MetricsLog(RunDir(tmp_path), WANDB, 0) as log:
         for step in range(1, 5):
             log.log(step, {"loss": 1 / step})
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
@@ -116,7 +116,7 @@ def test_a_tracker_that_fails_ends_no_run(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.usefixtures("unreachable")
 def test_other_processes_open_no_tracker(tmp_path: Path, capsys: pytest.CaptureFixture):
-    with MetricsLog(tmp_path, WANDB, 0, primary=False) as log:
+    with MetricsLog(RunDir(tmp_path), WANDB, 0, primary=False) as log:
         log.log(1, {"loss": 1.0})
     assert capsys.readouterr().err == ""
 
@@ -146,7 +146,8 @@ from dsjax.training.metrics_log import MetricsLog
 
 name, folder, resume_step, last = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:])
 config = {"model": {"path": "deepseek-ai/tiny"}, "training": {"freeze": [], "max_steps": None}}
-with MetricsLog(folder, LoggingSection(report_to=[name]), resume_step, config=config) as log:
+section = LoggingSection(report_to=[name])
+with MetricsLog(RunDir(folder), section, resume_step, config=config) as log:
     log.log_start("model: {}", "module  parameters")
     for step in range(resume_step + 1, last + 1):
         log.log(step, {"loss": resume_step + 1 / step})

@@ -107,7 +107,7 @@ def test_a_file_of_another_s_that_is_named_like_ours_stays(config: RunConfig):
 def test_lines_of_the_attempt_are_not_mixed_with_the_new_ones(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "eval_loss": 3.0}\n')
-    with MetricsLog(tmp_path, LoggingSection(report_to=[]), 0) as log:
+    with MetricsLog(RunDir(tmp_path), LoggingSection(report_to=[]), 0) as log:
         assert not log.evaluated(2)
         log.log(1, {"loss": 0.5})
     assert [row.get("loss") for row in read_metrics(file)] == [0.5]

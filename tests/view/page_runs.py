@@ -33,7 +33,7 @@ def make_run(
     run = RunDir.of(config)
     run.path.mkdir()
     run.config.write_text(to_yaml(config))
-    with MetricsLog(run.path, config.logging.model_copy(update={"report_to": []}), 0) as log:
+    with MetricsLog(run, config.logging.model_copy(update={"report_to": []}), 0) as log:
         for step in range(every, steps + 1, every):
             log.log(step, line(step) | (dict(more or {}) if step == every else {}))
             if step in (steps // 2, steps) and ended:

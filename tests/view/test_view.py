@@ -209,7 +209,7 @@ def test_what_is_refused(tmp_path: Path):
         ): r"RUN: got .*run and .*link, which are one, expected each run once",
         (run, "--out", tmp_path): r"--out: got the folder '.*', expected a file; name one in it",
         (run, "--out", tmp_path / "no" / "x.html"): r"--out: got '.*x\.html', .* make '.*no'",
-        (run, "--out", "gs://bucket/x.html"): r"--out: got 'gs://.*URLs are only read",
+        (run, "--out", "gs://bucket/x.html"): r"--out: got 'gs://.*copy it to the bucket",
     }
     for words, message in refused.items():
         with pytest.raises(ConfigError, match=message):

@@ -16,13 +16,11 @@ from jax.sharding import NamedSharding
 from memory_bucket import Bucket
 
 import dsjax
-from dsjax import config
 from dsjax.config import MeshSection
 from dsjax.distributed import arrays
 from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import Leaf, Params, leaf_shardings
 from dsjax.errors import ConfigError
-from dsjax.export import command as export
 from dsjax.models import build
 from dsjax.training.partition import make_partition
 from dsjax.weights import load as loading
@@ -280,23 +278,3 @@ def test_a_revision_beside_a_url() -> None:
         "model.revision: got 'main' with the URL 'hf://a/b', expected null; a revision of the hub "
         "is a part of the URL: hf://organization/name@revision"
     )
-
-
-@pytest.mark.parametrize("key", ["output_dir", "export.path"])
-def test_nothing_is_written_behind_a_url(key: str, tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(
-        "model: {path: 'gs://bucket/model'}\ndata: {train: rows.jsonl}\noutput_dir: run\n"
-    )
-    kept = config.load_config(tmp_path / "run.yaml")
-    assert kept.model.path == "gs://bucket/model"
-    with pytest.raises(ConfigError) as caught:
-        config.load_config(tmp_path / "run.yaml", [f"{key}=gs://bucket/run"])
-    assert str(caught.value) == (
-        f"{key}: got 'gs://bucket/run', expected a folder of a file system; URLs are only read: "
-        "mount the bucket, and give the path where it is mounted"
-    )
-
-
-def test_nothing_is_exported_behind_a_url() -> None:
-    with pytest.raises(ConfigError, match="--out: got 'gs://b/out', expected a folder of a file"):
-        export.main(["--run", "run", "--out", "gs://b/out", "--format", "peft"])

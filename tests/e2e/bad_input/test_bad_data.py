@@ -26,12 +26,13 @@ CHAT = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "S
         ("{folder}", ["data.train[0]: got the folder", "list its files", "rows.jsonl"]),
         ("{folder}/run.yaml", ["data.train[0]: got", "run.yaml", "a file that ends in .json"]),
         (
-            "gs://bucket/rows.jsonl",
-            ["data.train[0]: got the URL gs://bucket/rows.jsonl", "copy it"],
+            "memory://bucket/rows.jsonl",
+            ["data.train[0]: got memory://bucket/rows.jsonl, expected a file that exists"],
         ),
+        ("gs://bucket/rows", ["data.train[0]: got gs://bucket/rows, expected a file that ends in"]),
         ("someone/no-such-dataset", ["data.train[0]: got someone/no-such-dataset", "hub dataset"]),
     ],
-    ids=["typo", "no_folder", "folder", "yaml", "url", "hub_offline"],
+    ids=["typo", "no_folder", "folder", "yaml", "url", "url_of_no_rows", "hub_offline"],
 )
 def test_a_source_that_cannot_be_read(cli_runner: CliRunner, source: str, parts: list[str]):
     assert_says(cli_runner.refusal(f"data.train={source.format(folder=cli_runner.folder)}"), *parts)

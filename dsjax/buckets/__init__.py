@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders of object stores, behind URLs that fsspec opens (gs://, s3://).
+
+In: a URL. Out: `connect`, the store's file system and the folder's path in it; `Bucket`, which
+writes a folder's objects, each whole or not at all, and tries again what a store refuses for a
+moment. Not done here: what the objects mean; reading weights by byte ranges (`weights.storage`);
+one holder at a time (`distributed.lease`).
+"""
+
+from dsjax.buckets.bucket import Bucket, Place, open_place
+from dsjax.buckets.connection import connect, reason
+
+__all__ = ["Bucket", "Place", "connect", "open_place", "reason"]
