@@ -135,14 +135,15 @@ def _done(rows: Sequence[Row]) -> int:
 
 def _facts(run: RunDir, config: Row, last: Any) -> dict[str, str]:
     """Say what the run is of, and when its files, and its `last` line, were written."""
-    return {
+    facts = {
         "model": _text(_value(config, "model", "path")),
         "method": _method(config),
         "data": _text(_value(config, "data", "train")),
         "folder": str(run),
-        "last start": f"{_written(run.config)} (time of {run.config.name})",
-        "last line": _last_line(run, last),
     }
+    if run.url is None:  # else the file's time is that of the copy here
+        facts["last start"] = f"{_written(run.config)} (time of {run.config.name})"
+    return facts | {"last line": _last_line(run, last)}
 
 
 def _method(config: Row) -> str:

@@ -70,7 +70,7 @@ def test_one_loss_line_per_step_with_the_keys_in_the_order_given(tmp_path):
 def test_every_line_says_when_it_was_written(tmp_path):
     before = datetime.now(UTC).replace(microsecond=0)
     write_run(tmp_path, [1])
-    with MetricsLog(tmp_path, SILENT, 1) as log:
+    with MetricsLog(RunDir(tmp_path), SILENT, 1) as log:
         log.log_summary(1, {"train_loss": 1.0})
     times = [datetime.fromisoformat(row["time"]) for row in lines(tmp_path)]
     assert len(times) == 3 and times == sorted(times)
