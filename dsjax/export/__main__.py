@@ -9,6 +9,7 @@ from collections.abc import Sequence  # noqa: E402
 
 from dsjax.config.command_line import say_start  # noqa: E402
 from dsjax.config.inputs import check_run_dir  # noqa: E402
+from dsjax.config.stage_clock import import_clock  # noqa: E402
 from dsjax.errors import run_command  # noqa: E402
 from dsjax.export.options import make_parser  # noqa: E402
 
@@ -18,7 +19,8 @@ def main(argv: Sequence[str]) -> int:
     words = make_parser().parse_intermixed_args(argv)
     check_run_dir(words.run, "--run")
     say_start(f"export {words.run}")
-    from dsjax.export.command import main as command
+    with import_clock("jax, flax, orbax, transformers"):
+        from dsjax.export.command import main as command
 
     return command(argv)
 

@@ -18,11 +18,13 @@ from collections.abc import Sequence
 
 from dsjax.buckets import Place, open_place
 from dsjax.config import MeshSection
+from dsjax.config.inputs import may_download
 from dsjax.distributed.bootstrap import refuse_several
 from dsjax.errors import ConfigError
 from dsjax.export.folder import Output, check_free, check_own
 from dsjax.export.options import make_parser
 from dsjax.export.run import Trained, check_export, export_bytes, export_trained
+from dsjax.training.console import Loading, exporting, working
 from dsjax.training.restore import check_frozen, restore_trained
 from dsjax.training.run_dir import RunDir, run_config
 from dsjax.training.setup import assemble, load_frozen
@@ -51,17 +53,21 @@ def _export(words: Namespace, run: RunDir, out: Place) -> int:
         raise ConfigError(f"{unread[0]}: got it for an export, expected {', '.join(OVERRIDES)}")
     config = run_config(run, words.overrides).model_copy(update=here)
     check_free(out, config, "--out")  # before anything is loaded
-    setup = assemble(config)
+    with working("opening the checkpoint", not may_download(config.model.path), at_once=False):
+        setup = assemble(config)
     form = words.format
     check_export(config, setup, form, "--format")
-    step, trainable, meta = restore_trained(config, setup)
+    with working("restoring the newest step", at_once=False):
+        step, trainable, meta = restore_trained(config, setup)
     output = Output(config, form, step, meta["meter"]["run"], meta["contents"], out, "--out")
     check_own(out, output.name, "--out")
     size = export_bytes(config, setup, form, out)
     check_room(written_at(out), {"the export": size}, "--out", leftovers_of(out))
-    frozen = load_frozen(setup, config.training.seed)
-    check_frozen(frozen, meta["frozen"], run)
-    done = export_trained(output, Trained(setup, trainable, frozen))
+    frozen = load_frozen(setup, config.training.seed, Loading())
+    with working("summing the weights that stay", at_once=False):
+        check_frozen(frozen, meta["frozen"], run)
+    with exporting() as written:
+        done = export_trained(output, Trained(setup, trainable, frozen), progress=written)
     verb = "exported" if done.written else "already there:"
     print(f"{verb} step {step} as {form} to {out}{done}", file=sys.stderr)
     if done.failure is not None:
