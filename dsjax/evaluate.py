@@ -59,6 +59,7 @@ from dsjax.training.run_data import make_loader, read_rows
 from dsjax.training.run_dir import RunDir
 from dsjax.training.setup import Assembly, assemble, load_frozen, load_trainable
 from dsjax.training.state import step_config
+from dsjax.training.working_copy import fetched
 
 OPTIONS = {
     "model.path": "--model",
@@ -134,8 +135,13 @@ def newest_checkpoint(config: RunConfig) -> tuple[int | None, dict[str, Any]]:
     Raises:
         ConfigError: the run is one of another model or adapter, whose arrays are not this one's.
     """
-    nothing = {"started": datetime.now().isoformat(), "frozen": {}}
     run = RunDir.of(config)
+    with fetched(run):
+        return _newest_checkpoint(run, config)
+
+
+def _newest_checkpoint(run: RunDir, config: RunConfig) -> tuple[int | None, dict[str, Any]]:
+    nothing = {"started": datetime.now().isoformat(), "frozen": {}}
     checkpointer = Checkpointer(run.checkpoints, config.checkpoint, read_only=True)
     step = checkpointer.latest()
     meta = nothing if step is None else read_meta(checkpointer, step)

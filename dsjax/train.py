@@ -158,10 +158,10 @@ def train(config: RunConfig, hosts: Hosts | None = None, *, dry_run: bool = Fals
         hosts.assert_equal(launch_fingerprint(config))
     check_outputs(config)
     check_reporters(config.logging, hosts.primary)
-    if not is_pushed(RunDir.of(config), config.export):
-        check_push(config.export, hosts.primary)
     # Locked, so that nobody else changes what is looked at.
     with locked_run_dir(RunDir.of(config), hosts, keep=not dry_run) as publish:
+        if not is_pushed(RunDir.of(config), config.export):
+            check_push(config.export, hosts.primary)
         return _train(config, hosts, dry_run, publish)
 
 

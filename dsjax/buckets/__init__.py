@@ -9,5 +9,14 @@ one holder at a time (`distributed.lease`).
 
 from dsjax.buckets.bucket import Bucket, Place, open_place
 from dsjax.buckets.connection import connect, reason
+from dsjax.buckets.scratch import remove_left_behind, scratch_folder
 
-__all__ = ["Bucket", "Place", "connect", "open_place", "reason"]
+__all__ = [
+    "Bucket",
+    "Place",
+    "connect",
+    "open_place",
+    "reason",
+    "remove_left_behind",
+    "scratch_folder",
+]

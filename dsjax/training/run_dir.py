@@ -8,17 +8,15 @@ contents (`checkpoint`, `metrics_log`, `eval_results`, `export`), an earlier run
 is not imported, so that a command which only looks at a run starts at once.
 """
 
-import hashlib
 import json
-import os
-import tempfile
+import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from dsjax.buckets import Bucket, Place, open_place
+from dsjax.buckets import Bucket, Place, open_place, scratch_folder
 from dsjax.config import RunConfig, load_config
 from dsjax.config.inputs import check_run_dir
 from dsjax.config.paths import METRICS, RUN_CONFIG, is_url
@@ -55,7 +53,7 @@ class RunDir:
         if not is_url(place):
             return cls(Path(place), export_path)
         url = place.rstrip("/")
-        return cls(_working_path(url), export_path, url)
+        return cls(scratch_folder(url), export_path, url)
 
     def __str__(self) -> str:
         return self.url or str(self.path)
@@ -136,12 +134,6 @@ class RunDir:
     def lock(self) -> Path:
         """Return the file that is there as long as a process trains."""
         return self.path / LOCK_FILE
-
-
-def _working_path(url: str) -> Path:
-    """Name this process's working copy of a bucket's folder."""
-    name = hashlib.blake2b(url.encode(), digest_size=8).hexdigest()
-    return Path(tempfile.gettempdir()) / f"dsjax-{name}-{os.getpid()}"
 
 
 def fresh_path(path: str) -> str:

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dsjax.buckets import Bucket
+from dsjax.buckets import Bucket, remove_left_behind
 from dsjax.distributed.lock_file import LOCK_FILE
+from dsjax.errors import files_of
 from dsjax.training.run_dir import RunDir
 
 _WHOLE = 1 << 23
@@ -37,8 +38,9 @@ class WorkingCopy:
 
     def fetch(self) -> None:
         """Copy the small files that the bucket has; what lay here before is removed."""
-        shutil.rmtree(self._path, ignore_errors=True)
-        self._path.mkdir(parents=True)
+        remove_left_behind(self._bucket.url)
+        with files_of(self._path):
+            self._path.mkdir(parents=True)
         self._bucket.at_once(
             lambda name: self._bucket.download(name, self._path / name), self._bucket.files()
         )

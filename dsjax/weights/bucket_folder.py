@@ -8,14 +8,13 @@ may replace. Not done here: what goes into the folder; the same on a file system
 """
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from dsjax import signals
-from dsjax.buckets import Bucket
+from dsjax.buckets import Bucket, remove_left_behind, scratch_folder
 from dsjax.distributed.lease import leased
 from dsjax.distributed.lock_file import LOCK_FILE
 from dsjax.errors import ConfigError, files_of
@@ -108,13 +107,13 @@ def bucket_directory(
             not take it.
     """
     if not primary:
-        yield BucketDraft(bucket, Path(tempfile.gettempdir()), primary)
+        yield BucketDraft(bucket, scratch_folder(bucket.url), primary)
         return
     refusal = (
         f"{field}: got {str(bucket)!r}, which another process is writing, expected none; wait for "
         "it, or choose another"
     )
-    directory = Path(tempfile.mkdtemp(prefix="dsjax-export-"))
+    directory = scratch_folder(bucket.url)
 
     def remove() -> None:
         shutil.rmtree(directory, ignore_errors=True)
@@ -122,8 +121,10 @@ def bucket_directory(
     with signals.undone(remove), leased(bucket, refusal):
         try:
             check()
+            remove_left_behind(bucket.url)
             bucket.write(last.name, last.begun)
             with _emptied_if_refused(bucket, last.name), files_of(directory):
+                directory.mkdir()
                 draft = BucketDraft(bucket, directory, primary)
                 yield draft
                 draft.complete(last.name)
