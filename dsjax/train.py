@@ -207,7 +207,7 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool, publish: Callable[[],
     if start:
         check_frozen(frozen, earlier.meta["frozen"], run.directory)
     began = {"started": started, "contents": contents, "frozen": frozen_sums(frozen)}
-    trainable = {} if start else load_trainable(setup, seed, Loading(primary=primary))
+    trainable = {} if start else load_trainable(setup, frozen, seed, Loading(primary=primary))
 
     # ---- 8. State: the newest complete checkpoint's, or the first
     make_for_all(run.directory.checkpoints, hosts)
