@@ -117,7 +117,7 @@ def run_loop(folder: Path, words: argparse.Namespace, kind: str) -> dict[str, An
     assert total is not None
     step = step_config(config, setup.partition, setup.mesh, total)
     frozen = load_frozen(setup, 0)
-    state = init_state(load_trainable(setup, 0), step, 0)
+    state = init_state(load_trainable(setup, frozen, 0), step, 0)
     if kind in ("bare", "real"):
         take = train.compile_step(step, data.train, Hosts())
     else:

@@ -126,7 +126,8 @@ def _load(folder: Path, jax: Any) -> tuple[Any, Any, dict, dict]:
 
     config = _run_config(folder)
     setup = assemble(config)
-    frozen, trainable = load_frozen(setup, 0), load_trainable(setup, 0)
+    frozen = load_frozen(setup, 0)
+    trainable = load_trainable(setup, frozen, 0)
     jax.block_until_ready((frozen, trainable))
     return config, setup, frozen, trainable
 

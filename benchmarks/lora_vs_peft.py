@@ -65,7 +65,7 @@ def measure_dsjax(words: argparse.Namespace) -> dict[str, Any]:
         setup = assemble(config)
         step = step_config(config, setup.partition, setup.mesh, 1000)
         frozen = load_frozen(setup, 0)
-        state = init_state(load_trainable(setup, 0), step, 0)
+        state = init_state(load_trainable(setup, frozen, 0), step, 0)
         ids = _ids(words)
         targets = np.concatenate([ids[:, 1:], np.zeros_like(ids[:, :1])], axis=1)
         weights = np.ones(ids.shape, np.float32)

@@ -104,14 +104,15 @@ def evaluate_run(config: RunConfig) -> dict[str, Any]:
     examples = read_examples(config, setup, datetime.fromisoformat(meta["started"]))
     if step is None:
         print(f"no checkpoint in {config.output_dir}: the model as configured", file=sys.stderr)
-        trainable = load_trainable(setup, config.training.seed, Loading())
+        frozen = load_frozen(setup, config.training.seed, Loading())
+        trainable = load_trainable(setup, frozen, config.training.seed, Loading())
     else:
         print(f"the checkpoint of step {step} in {config.output_dir}", file=sys.stderr)
         with working(f"restoring step {step:,}", at_once=False):
             step, trainable, _ = restore_trained(config, setup)
-    frozen = load_frozen(setup, config.training.seed, Loading())
-    with working("summing the weights that stay", at_once=False):
-        check_frozen(frozen, meta["frozen"], RunDir.of(config))
+        frozen = load_frozen(setup, config.training.seed, Loading())
+        with working("summing the weights that stay", at_once=False):
+            check_frozen(frozen, meta["frozen"], RunDir.of(config))
     return {"step": step, **measure(config, setup, trainable, frozen, examples)}
 
 
@@ -124,8 +125,8 @@ def evaluate_model(config: RunConfig) -> dict[str, Any]:
         # Nothing trains here: hold the weights as they are computed with, not as float32 masters.
         setup = replace(setup, partition=setup.partition.for_inference(config.model.dtype))
     examples = read_examples(config, setup, datetime.now())
-    trainable = load_trainable(setup, config.training.seed)
     frozen = load_frozen(setup, config.training.seed, Loading())
+    trainable = load_trainable(setup, frozen, config.training.seed)
     return measure(config, setup, trainable, frozen, examples)
 
 

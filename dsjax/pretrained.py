@@ -73,7 +73,8 @@ def load_pretrained(
     setup = assemble_model(section, wanted, [], mesh)
     if setup.spec is None:
         setup = replace(setup, partition=setup.partition.for_inference(dtype))
-    model = setup.partition.merge(load_trainable(setup, 0), load_frozen(setup, 0))
+    frozen = load_frozen(setup, 0)
+    model = setup.partition.merge(load_trainable(setup, frozen, 0), frozen)
     model.origin = CheckpointOrigin(setup)
     return model
 

@@ -217,7 +217,7 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool, publish: Callable[[],
     with working("summing the weights that stay", primary, at_once=False):
         began = {"started": started, "contents": contents, "frozen": frozen_sums(frozen)}
     with working("initialising the adapter", primary and setup.spec is not None, at_once=False):
-        trainable = {} if start else load_trainable(setup, seed, Loading(primary=primary))
+        trainable = {} if start else load_trainable(setup, frozen, seed, Loading(primary=primary))
 
     # ---- 8. State: the newest complete checkpoint's, or the first
     meter = Meter(run.objective, *mfu_inputs(setup, config, data.train))

@@ -130,7 +130,7 @@ def test_the_newest_checkpoint_of_a_run_is_evaluated(run, config: Path, rows: Pa
         "contents": assemble(load_config(config)).contents(),
         "frozen": {},
     }
-    checkpointer.save(3, {"trainable": load_trainable(setup, 0)}, meta, force=True)
+    checkpointer.save(3, {"trainable": load_trainable(setup, {}, 0)}, meta, force=True)
     checkpointer.close()
 
     result = run("--config", config)

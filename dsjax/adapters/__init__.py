@@ -25,7 +25,8 @@ from dsjax.config import AdapterSection
 from dsjax.config.sections import UNMERGED
 from dsjax.distributed.sharding import Leaf
 from dsjax.errors import ConfigError
-from dsjax.models import Model
+from dsjax.models import Model, stored_linears
+from dsjax.models.storage import storage_of
 
 ADAPTERS: Mapping[str, AdapterMethod] = MappingProxyType(
     {"LORA": LORA, "IA3": IA3_METHOD, "PREFIX_TUNING": PREFIX_TUNING}
@@ -62,21 +63,46 @@ def initial_params(
     leaves: Mapping[str, Leaf],
     shardings: Mapping[str, NamedSharding],
     seed: int,
+    loaded: Mapping[str, jax.Array],
 ) -> dict[str, jax.Array]:
-    """First values of every adapter leaf, made on their devices; the mesh does not change them."""
+    """First values of every adapter leaf, made on their devices; the mesh does not change them.
+
+    Args:
+        model: the abstract model, adapter attached.
+        spec: the adapter; None in full training.
+        leaves: of the model; those of the adapter are made.
+        shardings: by path.
+        seed: of what is random.
+        loaded: the base's arrays by path; of them those are used that the method's
+            `initial_reads` names.
+    """
     own = {path: leaf for path, leaf in leaves.items() if leaf.kind != "base"}
     if spec is None or not own:
         return {}
-    initial = method_of(spec).initial
+    method, stored = method_of(spec), stored_linears(model)
+    reads = {path: sorted(method.initial_reads(path)) for path in own}
+    kinds = {name: storage_of(stored.get(name)) for names in reads.values() for name in names}
+    held = {
+        name: {array: loaded[name + array] for array in arrays}
+        for name, (_, arrays) in kinds.items()
+    }
 
-    def make() -> dict[str, jax.Array]:
+    def make(held: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
         key = jax.random.key(seed)
+        base = {name: kind.decode(held[name], model.dtype) for name, (kind, _) in kinds.items()}
         return {
-            path: initial(path, leaf, model, jax.random.fold_in(key, zlib.crc32(path.encode())))
+            path: method.initial(
+                path,
+                leaf,
+                model,
+                jax.random.fold_in(key, zlib.crc32(path.encode())),
+                {name: base[name] for name in reads[path]},
+            )
             for path, leaf in own.items()
         }
 
-    return jax.jit(make, out_shardings={path: shardings[path] for path in own})()
+    # Where nothing is read, the compiled function has no input.
+    return jax.jit(make, out_shardings={path: shardings[path] for path in own})(held)
 
 
 def check_form(model: Model, spec: AdapterConfig | None, form: str, field: str) -> None:

@@ -194,7 +194,9 @@ def attach(model: Model, config: IA3Config) -> None:
         linear.adapter = IA3(linear, reads, gives)
 
 
-def initial(path: str, leaf: Leaf, model: Model, key: jax.Array) -> jax.Array:
+def initial(
+    path: str, leaf: Leaf, model: Model, key: jax.Array, base: Mapping[str, jax.Array]
+) -> jax.Array:
     """PEFT's start: ones, with which the model is as it was."""
     owner, name = path.rsplit(".", 1)
     if name == "vector":

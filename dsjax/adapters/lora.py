@@ -268,7 +268,9 @@ def _expert_problems(spec: LoraConfig, adapted: list[str]) -> list[str]:
     return problems
 
 
-def initial(path: str, leaf: Leaf, model: Model, key: jax.Array) -> jax.Array:
+def initial(
+    path: str, leaf: Leaf, model: Model, key: jax.Array, base: Mapping[str, jax.Array]
+) -> jax.Array:
     """PEFT's start of one leaf: A uniform in +-1/sqrt(in) (kaiming, a = sqrt 5), B zero.
 
     Rows of A beyond a layer's own rank are zero.

@@ -46,6 +46,10 @@ def _nothing_to_note(model: Model, config: Any) -> list[str]:
     return []
 
 
+def _reads_nothing(path: str) -> Collection[str]:
+    return ()
+
+
 def _by_value(config: Any) -> Collection[str]:
     return ()
 
@@ -67,7 +71,12 @@ class AdapterMethod:
             what PEFT's file cannot.
         attach: puts it into the slots of an abstract model. Raises ConfigError where it has no
             place there.
-        initial: first value of one of its leaves, by path; traced.
+        initial: (path of one of its leaves, the leaf, the abstract model, its random key, base
+            parameters by path) -> its first value; traced. The base parameters are those that
+            `initial_reads` names, with the checkpoint's values: beside an adapter none of them
+            trains. They are sharded as they lie on the devices and hold all layers of a stack,
+            [L, ...]. A matrix in another storage than `dense` is decoded as a layer decodes it,
+            but the stack at once.
         config_fields: its own fields of adapter_config.json, all written out. Raises ConfigError
             where PEFT has no form for this adapter.
         shapes: the tensors of PEFT's file.
@@ -75,6 +84,8 @@ class AdapterMethod:
         from_file: those tensors as arrays by path.
         merged: how it changes the checkpoint's tensors, by name; None where it has no merged form
             (`config.sections.UNMERGED` says why).
+        initial_reads: path of one of its leaves -> paths of the base parameters that its first
+            value is computed from (`models.base_shapes` lists them all).
         without_idle: the description without what is not in a model, and the names left out.
         file_problems: why tensors of the right shapes cannot be read, by names of tensors; they
             are read only if they are asked for.
@@ -89,12 +100,13 @@ class AdapterMethod:
     peft_problems: Callable[[Mapping[str, Any], str], list[str]]
     from_peft: Callable[[Mapping[str, Any], AdapterSection], AdapterConfig]
     attach: Callable[[Model, Any], None]
-    initial: Callable[[str, Leaf, Model, jax.Array], jax.Array]
+    initial: Callable[[str, Leaf, Model, jax.Array, Mapping[str, jax.Array]], jax.Array]
     config_fields: Callable[[Model, Any], dict[str, Any]]
     shapes: Callable[[Model, Any, Leaves], dict[str, tuple[int, ...]]]
     to_file: Callable[[Model, Any, Arrays], dict[str, np.ndarray]]
     from_file: Callable[[Model, Any, Leaves, Tensors], dict[str, np.ndarray]]
     merged: Callable[[Model, Any, Arrays], dict[str, Change]] | None
+    initial_reads: Callable[[str], Collection[str]] = _reads_nothing
     without_idle: Callable[[Model, Any], tuple[Any, list[str]]] = _nothing_idle
     file_problems: Callable[[Model, Any, Callable[[], Tensors]], list[str]] = _no_problems
     without_effect: tuple[str, ...] = ()

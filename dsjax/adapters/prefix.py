@@ -83,9 +83,11 @@ def _shape(model: Model) -> PrefixShape:
     return prefix(model.config)
 
 
-def initial(path: str, leaf: Leaf, model: Model, key: jax.Array) -> jax.Array:
+def initial(
+    path: str, leaf: Leaf, model: Model, key: jax.Array, base: Mapping[str, jax.Array]
+) -> jax.Array:
     """PEFT's start: a standard normal, that of its embedding."""
-    del path, model
+    del path, model, base
     return jax.random.normal(key, leaf.shape, leaf.dtype)
 
 

@@ -7,8 +7,9 @@ of a stack holds all layers as [L, ...]. Modules are abstract (`jax.ShapeDtypeSt
 declare shape, dtype and logical axes, and are filled elsewhere. Not done here: loading, sharding.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,31 @@ def spread(x: Float[Array, "*S"], shape: tuple[int, ...], dtype: jnp.dtype) -> j
     return jnp.broadcast_to(x.astype(wide), shape).astype(dtype)
 
 
+class BaseMap(NamedTuple):
+    """What a slot is handed of the map that it is in (`LinearMap`).
+
+    Attributes:
+        linear: the map.
+        base: computes it without what is in the slot.
+        dtype: of the activations.
+        bias: its bias.
+    """
+
+    linear: Any
+    base: Callable[[jax.Array], jax.Array]
+    dtype: jnp.dtype
+    bias: jax.Array | None = None
+
+    @property
+    def weight(self) -> jax.Array:
+        """The kernel; decoded here, where it is asked for."""
+        return decoded_weight(self.linear, self.dtype)
+
+    def __call__(self, x: jax.Array, /) -> jax.Array:
+        """The map of x."""
+        return self.base(x)
+
+
 class Linear(nnx.Module):
     """y = x W^T + b, as the adapter in the slot changes it."""
 
@@ -112,7 +138,8 @@ class Linear(nnx.Module):
         """Map the last axis; weights are used in x's dtype."""
         if self.adapter is None:
             return self.base(x)
-        return self.adapter(x, self.base, dropout)
+        bias = None if self.bias is None else self.bias[...]
+        return self.adapter(x, BaseMap(self, self.base, x.dtype, bias), dropout)
 
     def base(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         """The map without what is in the slot."""

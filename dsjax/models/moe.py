@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.distributed.sharding import Layout
-from dsjax.models.layers import MLP
+from dsjax.models.layers import MLP, BaseMap
 from dsjax.models.ops.blocks import in_blocks, out_of_blocks, precision
 from dsjax.models.ops.grouped_matmul import grouped_matmul
 from dsjax.models.parameters import parameter
@@ -191,7 +191,9 @@ class ExpertLinear(nnx.Module):
         def base(x_ZI: jax.Array) -> jax.Array:
             return grouped_matmul(x_ZI, decoded_weight(self, x_ZI.dtype), sizes_E)
 
-        return base(x_ZI) if self.adapter is None else self.adapter(x_ZI, base, sizes_E)
+        if self.adapter is None:
+            return base(x_ZI)
+        return self.adapter(x_ZI, BaseMap(self, base, x_ZI.dtype), sizes_E)
 
 
 class Experts(nnx.Module):

@@ -6,7 +6,6 @@ In: nothing. Out: protocols. A slot is empty (None) or holds an adapter's module
 any adapter.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -45,12 +44,35 @@ class Dropout(NamedTuple):
 
 
 @runtime_checkable
+class LinearMap(Protocol):
+    """A linear map without what is in its slot: it is called as the map is.
+
+    Its weight is decoded when it is read, so a method that only calls the map pays nothing.
+    """
+
+    @property
+    def weight(self) -> Float[Array, "*E O I"]:
+        """This layer's kernel in Hugging Face's layout: [O, I], of routed experts [E, O, I].
+
+        It is decoded where it is held in another storage than `dense`, and may be wider than x.
+        """
+        ...
+
+    @property
+    def bias(self) -> Float[Array, " O"] | None:
+        """What the map adds to W x; None without, as in routed experts."""
+        ...
+
+    def __call__(self, x: jax.Array, /) -> jax.Array:
+        """W x + b in x's dtype."""
+        ...
+
+
+@runtime_checkable
 class LinearSlot(Protocol):
     """In a linear map: it is handed the map itself, so that it may change what goes in as well."""
 
-    def __call__(
-        self, x: jax.Array, linear: Callable[[jax.Array], jax.Array], dropout: Dropout | None
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, linear: LinearMap, dropout: Dropout | None) -> jax.Array:
         """The adapted map of x [..., I]: y [..., O], in x's dtype."""
         ...
 
@@ -61,13 +83,14 @@ class LinearSlot(Protocol):
 
 @runtime_checkable
 class ExpertSlot(Protocol):
-    """In a linear map of routed experts, for rows that are sorted by expert."""
+    """In a linear map of routed experts, for rows that are sorted by expert.
+
+    On a mesh all that it is handed is one device's: its experts, and of O or I its part where the
+    mesh divides the experts' width; what it gives is summed over the devices that divide I.
+    """
 
     def __call__(
-        self,
-        x_ZI: Float[Array, "Z I"],
-        linear: Callable[[jax.Array], jax.Array],
-        sizes_E: Int[Array, " E"],
+        self, x_ZI: Float[Array, "Z I"], linear: LinearMap, sizes_E: Int[Array, " E"]
     ) -> Float[Array, "Z O"]:
         """The adapted map of every group of rows."""
         ...

@@ -57,8 +57,8 @@ class Storage:
             that of "" keeps the matrix's rows as its first axis.
         encode: (checkpoint, tensor, array, index into that array) -> that part of it. It reads no
             more than the part needs, in pieces where that is much (`arrays.row_pieces`).
-        decode: (a layer's arrays, dtype of the activations) -> its matrix [..., O, I], which the
-            layer casts to that dtype if it is another.
+        decode: (arrays of a layer, or of a whole stack, and the dtype of the activations) -> its
+            matrix [..., O, I], which the layer casts to that dtype if it is another.
     """
 
     arrays: Callable[[tuple[int, int], tuple[str | None, ...]], Mapping[str, StoredArray]]
@@ -100,6 +100,15 @@ def store(linear: Any, storage: Storage) -> None:
         )
         setattr(linear, f"weight{name}", declared)
     linear.storage, linear.stored_as = storage, tuple(arrays)
+
+
+def storage_of(linear: Any | None) -> tuple[Storage, tuple[str, ...]]:
+    """How a parameter is held, and as which arrays: its path followed by each of these names.
+
+    Args:
+        linear: the linear map whose weight is stored (`models.stored_linears`), None of all others.
+    """
+    return (DENSE, ("",)) if linear is None else (linear.storage, linear.stored_as)
 
 
 def decoded_weight(linear: Any, dtype: jnp.dtype) -> jax.Array:

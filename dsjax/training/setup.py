@@ -133,21 +133,34 @@ def silent(done: int, total: int) -> None:
 
 def load_frozen(setup: Assembly, seed: int, progress: Progress = silent) -> Params:
     """Load the frozen arrays onto their devices."""
-    return _load(setup, setup.partition.frozen, seed, progress)
+    return _load(setup, setup.partition.frozen, {}, seed, progress)
 
 
-def load_trainable(setup: Assembly, seed: int, progress: Progress = silent) -> Params:
-    """Make the first values of the trainable arrays on their devices."""
-    return _load(setup, setup.partition.trainable, seed, progress)
+def load_trainable(
+    setup: Assembly, frozen: Params, seed: int, progress: Progress = silent
+) -> Params:
+    """Make the first values of the trainable arrays on their devices.
+
+    Args:
+        setup: what is loaded.
+        frozen: the frozen arrays, which an adapter's first values may be computed from.
+        seed: of what is random.
+        progress: told the bytes read so far and in all.
+    """
+    return _load(setup, setup.partition.trainable, frozen, seed, progress)
 
 
-def _load(setup: Assembly, paths: Sequence[str], seed: int, progress: Progress) -> Params:
+def _load(
+    setup: Assembly, paths: Sequence[str], loaded: Params, seed: int, progress: Progress
+) -> Params:
     shardings = setup.shardings
     leaves = {path: setup.partition.leaves[path] for path in paths}
     base = {path: leaf for path, leaf in leaves.items() if leaf.kind == "base"}
     own = {path: leaf for path, leaf in leaves.items() if leaf.kind != "base"}
     params = load_base(setup.source, setup.model, base, shardings, progress) if base else {}
-    params |= adapters.initial_params(setup.model, setup.spec, own, shardings, seed)
+    params |= adapters.initial_params(
+        setup.model, setup.spec, own, shardings, seed, {**loaded, **params}
+    )
     trained = any(leaf.kind == "adapter" for leaf in own.values())
     if setup.adapter_path is not None and setup.spec is not None and trained:
         params |= load_params(setup.adapter_path, setup.model, setup.spec, own, shardings)

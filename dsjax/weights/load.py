@@ -28,7 +28,7 @@ from dsjax.errors import ConfigError, raise_all
 from dsjax.models import Model, base_shapes, build, carried_of, entries_of, stored_linears
 from dsjax.models.layers import Linear
 from dsjax.models.moe import ExpertLinear
-from dsjax.models.storage import DENSE
+from dsjax.models.storage import storage_of
 from dsjax.models.weight_rules import EMBEDDING, HEAD, Entry, coverage_problems, entry_shape
 from dsjax.weights import dsjax_format, fp8, hf_directory
 from dsjax.weights.source import Source
@@ -180,8 +180,7 @@ def load_entries(
     total = sum(source.tensors[e.hf].nbytes for entries in by_path.values() for e in entries)
     params, done = {}, 0
     for path, entries in by_path.items():
-        linear = stored.get(path)
-        storage, arrays = (linear.storage, linear.stored_as) if linear else (DENSE, ("",))
+        storage, arrays = storage_of(stored.get(path))
         for array in arrays:
             leaf, sharding = leaves[path + array], shardings[path + array]
             read = partial(_read_as, partial(storage.encode, source), array, leaf.dtype)

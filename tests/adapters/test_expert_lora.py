@@ -117,7 +117,7 @@ def test_the_start_is_drawn_for_each_expert() -> None:
     model = _attached(_spec(["experts.1.up_proj", "experts.2.up_proj"], r=16))
     path = f"{EXPERTS}.up_proj.adapter.lora_A"
     leaf = make_partition(model).leaves[path]
-    values = np.asarray(lora.initial(path, leaf, model, tiny_steps.jax.random.key(0)))
+    values = np.asarray(lora.initial(path, leaf, model, tiny_steps.jax.random.key(0), {}))
     assert not values[:, [0, 3, 4, 5, 6, 7]].any()
     drawn = values[:, 1:3]
     assert len(np.unique(drawn)) > 0.99 * drawn.size

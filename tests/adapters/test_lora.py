@@ -242,7 +242,7 @@ def _initial(spec: OurLoraConfig, mesh: Mapping[str, int], seed: int = 0) -> dic
     section = MeshSection(**mesh)
     devices = jax.devices()[: section.data * section.fsdp * section.tensor]
     shardings = leaf_shardings(leaves, make_mesh(section, devices))
-    params = adapters.initial_params(model, spec, leaves, shardings, seed)
+    params = adapters.initial_params(model, spec, leaves, shardings, seed, {})
     assert all(params[path].sharding == shardings[path] for path in params)
     return {path: np.asarray(array) for path, array in params.items()}
 
@@ -270,7 +270,7 @@ def test_the_start_is_distributed_like_that_of_peft() -> None:
     adapters.attach(model, spec)
     path = "model.layers.mlp.down_proj.adapter.lora_A"
     ours = np.asarray(
-        lora.initial(path, make_partition(model).leaves[path], model, jax.random.key(0))
+        lora.initial(path, make_partition(model).leaves[path], model, jax.random.key(0), {})
     )
     assert ours.shape == shape
 

@@ -29,7 +29,7 @@ def _initial(**mesh: int) -> dict[str, np.ndarray]:
     section = MeshSection(**mesh)
     devices = jax.devices()[: section.data * section.fsdp * section.tensor]
     shardings = leaf_shardings(leaves, make_mesh(section, devices))
-    params = adapters.initial_params(model, spec, leaves, shardings, seed=3)
+    params = adapters.initial_params(model, spec, leaves, shardings, seed=3, loaded={})
     return {path: np.asarray(array) for path, array in params.items()}
 
 

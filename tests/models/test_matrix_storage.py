@@ -8,6 +8,7 @@ gives the numbers of a dense one whose weights are the decoded ones.
 import functools
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import pytest
 import tiny
 import tiny_steps
 import yaml
+from flax import nnx
 
-from dsjax import evaluate, train
+from dsjax import adapters, evaluate, train
+from dsjax.adapters.ia3 import IA3Config
 from dsjax.adapters.lora import LoraConfig
 from dsjax.config import MeshSection
 from dsjax.distributed import arrays
@@ -27,7 +30,9 @@ from dsjax.distributed.arrays import row_pieces
 from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import Leaf, leaf_shardings
 from dsjax.models import STORAGE, base_shapes, build, entries_of
-from dsjax.models.storage import Storage, StoredArray
+from dsjax.models.layers import Linear
+from dsjax.models.slots import LinearMap
+from dsjax.models.storage import Storage, StoredArray, store
 from dsjax.training import setup
 from dsjax.training.partition import make_partition
 from dsjax.training.state import state_bytes
@@ -197,6 +202,59 @@ def test_no_stack_is_ever_decoded_as_a_whole(monkeypatch: pytest.MonkeyPatch) ->
     # Seven matrices of 1,024 to 2,048 numbers a layer: 3 bytes less of each, 4 more a row.
     numbers, rows = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32, 32 + 16 + 16 + 32 + 64 + 64 + 32
     assert before - held == 5 * (3 * numbers - 4 * rows)
+
+
+class _ByWeight(nnx.Module):
+    """In a slot: the map once more, computed from its weight and bias."""
+
+    def __call__(self, x: jax.Array, linear: LinearMap, dropout: None) -> jax.Array:
+        assert linear.bias is not None
+        return x @ linear.weight.T + linear.bias
+
+
+def test_a_slot_is_handed_the_decoded_weight() -> None:
+    linear = Linear(6, 4, (None, None), bias=True)
+    store(linear, STORAGE["int8_rows"])
+    rng = np.random.default_rng(0)
+    codes, scales = _quantise(rng.normal(size=(4, 6)).astype(np.float32))
+    arrays = {"weight": codes, f"weight{SCALE}": scales, "bias": np.float32([1, 2, 3, 4])}
+    for name, values in arrays.items():
+        setattr(linear, name, getattr(linear, name).replace(jnp.asarray(values)))
+    x = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
+    expected = linear(x)
+    linear.adapter = nnx.data(_ByWeight())
+    np.testing.assert_allclose(linear(x), expected, rtol=1e-6)
+
+
+def test_first_values_are_made_of_the_decoded_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    ia3, path = adapters.ADAPTERS["IA3"], "model.layers.self_attn.q_proj"
+
+    def initial(
+        leaf_path: str, leaf: Leaf, model: Any, key: jax.Array, base: Mapping[str, jax.Array]
+    ) -> jax.Array:
+        if not base:
+            return ia3.initial(leaf_path, leaf, model, key, base)
+        assert list(base) == [f"{path}.weight"]
+        return jnp.linalg.norm(base[f"{path}.weight"], axis=-1)
+
+    def reads(leaf_path: str) -> list[str]:
+        return [f"{path}.weight"] if leaf_path.endswith(".vector") else []
+
+    method = replace(ia3, initial=initial, initial_reads=reads)
+    monkeypatch.setattr(adapters, "ADAPTERS", {"IA3": method})
+    model, spec = int8_build(tiny_steps.SHAPE, "float32"), IA3Config(["q_proj"], [])
+    adapters.attach(model, spec)
+    leaves = make_partition(model).leaves
+    shardings = leaf_shardings(leaves, _mesh_of(MESHES[0]))
+    loaded = {
+        name: jax.device_put(_int8(name, leaves[name]).astype(leaves[name].dtype), shardings[name])
+        for name in (f"{path}.weight", f"{path}.weight{SCALE}")
+    }
+    found = adapters.initial_params(model, spec, leaves, shardings, 0, loaded)
+    vector = f"{path}.adapter.given.vector"
+    codes, scales = map(np.asarray, loaded.values())
+    np.testing.assert_allclose(found[vector], np.linalg.norm(codes * scales, axis=-1), rtol=1e-6)
+    assert found[vector].sharding == shardings[vector] and found[vector].shape == (2, 32)
 
 
 @pytest.mark.slow

@@ -128,9 +128,9 @@ def _run(checkpoint: Path, remat: str) -> tuple[tiny_steps.Run, Assembly]:
     training = {"gradient_checkpointing": remat}
     config = tiny_steps.run_config(training=training, objective={"mtp_loss_weight": WEIGHT})
     step = step_config(config, setup.partition, mesh, total_steps=10)
-    return tiny_steps.Run(
-        step, init_state(load_trainable(setup, 0), step, 0), load_frozen(setup, 0)
-    ), setup
+    frozen = load_frozen(setup, 0)
+    state = init_state(load_trainable(setup, frozen, 0), step, 0)
+    return tiny_steps.Run(step, state, frozen), setup
 
 
 def _batch() -> Batch:

@@ -94,7 +94,7 @@ def test_a_plan_is_what_the_run_then_needs(
     step = step_config(config, setup.partition, setup.mesh, 12)
     live = memory_of(lower_train_step(step, 16, config.data.max_length).compile(), "cpu")
     frozen = load_frozen(setup, 0)
-    state = init_state(load_trainable(setup, 0), step, 0)
+    state = init_state(load_trainable(setup, frozen, 0), step, 0)
     device, classes = jax.devices()[0], planned["classes"]
 
     assert planned["fits"] and set(planned) >= KEYS
