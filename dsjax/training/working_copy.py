@@ -37,12 +37,13 @@ class WorkingCopy:
 
     def fetch(self) -> None:
         """Copy the small files that the bucket has; what lay here before is removed."""
-        shutil.rmtree(self._path, ignore_errors=True)
-        self._path.mkdir(parents=True)
-        self._bucket.at_once(
-            lambda name: self._bucket.download(name, self._path / name), self._bucket.files()
-        )
-        self._sent = self._files()
+        with self._sending:  # what is here by half is not sent
+            shutil.rmtree(self._path, ignore_errors=True)
+            self._path.mkdir(parents=True)
+            # A name with a dot is of a process that is just trying whether it may write.
+            names = [name for name in self._bucket.files() if not name.startswith(".")]
+            self._bucket.at_once(lambda name: self._bucket.download(name, self._path / name), names)
+            self._sent = self._files()
 
     def publish(self) -> None:
         """Send what has changed; it is there when this returns.
