@@ -243,6 +243,7 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool, publish: Callable[[],
         failures = [finish_evaluation(loop, state, manifest)]
         summary = meter.summary()
         log.log_summary(total, summary)
+    publish()  # before there is an export, which says that all is done
     del loop, programs  # they take room on the devices too
 
     # ---- 10. Results: the export, which nothing before it may prevent, and the picture

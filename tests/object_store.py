@@ -79,6 +79,9 @@ class ObjectStore(AbstractFileSystem):
         if fault == "answer lost":
             raise OSError("503 Service Unavailable")
 
+    def cp_file(self, path1: str, path2: str, **_: Any) -> None:
+        self.pipe_file(path2, self._place(path1).read_bytes())
+
     def put_file(self, lpath: str, rpath: str, **_: Any) -> None:
         self.pipe_file(rpath, Path(lpath).read_bytes())
 

@@ -9,13 +9,14 @@ one holder at a time (`distributed.lease`).
 
 from dsjax.buckets.bucket import Bucket, Place, open_place
 from dsjax.buckets.connection import connect, reason
-from dsjax.buckets.scratch import remove_left_behind, scratch_folder
+from dsjax.buckets.scratch import process_lives, remove_left_behind, scratch_folder
 
 __all__ = [
     "Bucket",
     "Place",
     "connect",
     "open_place",
+    "process_lives",
     "reason",
     "remove_left_behind",
     "scratch_folder",

@@ -21,7 +21,7 @@ def remove_left_behind(url: str) -> None:
     """Remove the folders for a URL of processes that are no more, and this process's."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_prefix(url)}*"):
         process = folder.name.removeprefix(_prefix(url))
-        if process == str(os.getpid()) or (process.isdecimal() and not _lives(int(process))):
+        if process == str(os.getpid()) or (process.isdecimal() and not process_lives(int(process))):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -30,7 +30,8 @@ def _prefix(url: str) -> str:
     return f"dsjax-{name}-"
 
 
-def _lives(process: int) -> bool:
+def process_lives(process: int) -> bool:
+    """Whether there is a process of this number on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -11,13 +11,16 @@ refusal that begins with the file's name. Not here: the syntax of JSON (`json_re
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 
+from dsjax import signals
 from dsjax.buckets import Bucket
 from dsjax.config.inputs import check_source, is_dataset_id
 from dsjax.config.paths import is_url
@@ -66,7 +69,10 @@ def read_rows(
 def _remote_rows(url: str, field: str, columns: Columns) -> Rows:
     """Yield the rows of a file behind a URL, which is copied to this machine while it is read."""
     folder, _, name = url.rpartition("/")
-    with tempfile.TemporaryDirectory(prefix="dsjax-data-") as here:
+    with (
+        tempfile.TemporaryDirectory(prefix="dsjax-data-") as here,
+        signals.undone(partial(shutil.rmtree, here, ignore_errors=True)),
+    ):
         path = Path(here, name)
         try:
             Bucket.open(folder, field).download(name, path)

@@ -64,8 +64,7 @@ def _find_urls(source: str, field: str) -> list[str]:
             f"{field}: got {source}, which matches no file, expected one or more; * and ? stand "
             "for part of a name, ** for folders in folders"
         )
-    protocol = source.partition("://")[0]
-    return [f"{protocol}://{name.lstrip('/')}" for name in found]
+    return [system.unstrip_protocol(name) for name in found]
 
 
 def unused_keys(section: DataSection) -> list[str]:

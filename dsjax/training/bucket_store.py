@@ -14,10 +14,12 @@ to find credentials.
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +33,9 @@ from dsjax.errors import ConfigError
 
 RECORD = "record.json"
 """The last object of a checkpoint: it says that all others are there."""
+
+_OURS = re.compile(r"\d+\.json|\d+/\d+|" + re.escape(RECORD))
+"""What lies in a step's folder."""
 
 PATIENCE = 1800.0
 """Seconds that process 0 waits, its own part being there, for those of the others."""
@@ -50,6 +55,11 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
     object: str
     offset: int
+
+
+def is_from_bucket(folder: Path) -> bool:
+    """Whether checkpoints in a folder of a file system were copied there from a bucket."""
+    return any(folder.glob(f"[0-9]*/{RECORD}"))
 
 
 class Box(NamedTuple):
@@ -76,8 +86,11 @@ class BucketStore:
         self._saving: Future[None] | None = None
         found = self.steps_there()
         self._steps = [step for step in sorted(found) if self._is_complete(step)]
+        unfinished = sorted(found.difference(self._steps))
+        for step in unfinished:
+            self._check_own(step)
         if not read_only and self._process == 0:
-            for step in sorted(found.difference(self._steps)):
+            for step in unfinished:
                 place = self.place(step)
                 print(f"{place}: an unfinished checkpoint, not used and removed", file=sys.stderr)
                 self._remove(step)
@@ -192,6 +205,21 @@ class BucketStore:
 
     def _is_complete(self, step: int) -> bool:
         return self._folder.holds(f"{step}/{RECORD}")
+
+    def _check_own(self, step: int) -> None:
+        """Refuse what looks like a checkpoint and is none of ours: it would be removed.
+
+        Raises:
+            ConfigError: somebody's files, or a checkpoint that was written on a file system.
+        """
+        names = self._folder.folder(str(step)).sizes()
+        foreign = next((name for name in names if not _OURS.fullmatch(name)), None)
+        if foreign is not None:
+            raise ConfigError(
+                f"output_dir: got {self.place(step)}/{foreign}, expected a run that was trained in "
+                "this bucket, or a new place; choose another output_dir, or copy that run to a "
+                "file system and go on there"
+            )
 
     def _remove_old(self) -> None:
         if self._keep is not None:

@@ -25,7 +25,7 @@ from dsjax.buckets import Bucket
 from dsjax.config import CheckpointSection
 from dsjax.distributed.checksums import checksums, digest, named_leaves
 from dsjax.errors import ConfigError, system_fault
-from dsjax.training.bucket_store import BucketStore
+from dsjax.training.bucket_store import BucketStore, is_from_bucket
 from dsjax.training.orbax_store import OrbaxStore
 
 T = TypeVar("T")
@@ -90,6 +90,8 @@ class Checkpointer:
     ) -> None:
         self._save_steps = section.save_steps
         keep = section.save_total_limit
+        if isinstance(folder, Path) and is_from_bucket(folder):
+            folder = Bucket.open(f"file://{folder.absolute()}", "output_dir")
         self._store: Store = (
             BucketStore(folder, keep, read_only=read_only)
             if isinstance(folder, Bucket)

@@ -90,6 +90,6 @@ def _next_commands(run: Run, form: str | None) -> dict[str, list[str]]:
         out = files.shown(files.path / "merged")
         merged = ["export", "--run", str(files), "--format", "merged", "--out", out]
         commands["as one model"] = merged
-    if data.eval is None and data.val_size is None:
-        commands["to measure it"] = ["evaluate", files.shown(files.config), "data.eval=FILE"]
+    if data.eval is None and data.val_size is None and files.url is None:
+        commands["to measure it"] = ["evaluate", str(files.config), "data.eval=FILE"]
     return commands

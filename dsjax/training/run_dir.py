@@ -131,6 +131,12 @@ class RunDir:
         return self.path / "pushed.json"
 
     @property
+    def small_files(self) -> set[str]:
+        """Return the names of the files that a start, or a look at the run, reads."""
+        files = (self.config, self.metrics, self.loss_plot, self.eval_results)
+        return {file.name for file in (*files, self.tracker_id, self.pushed)}
+
+    @property
     def lock(self) -> Path:
         """Return the file that is there as long as a process trains."""
         return self.path / LOCK_FILE

@@ -8,7 +8,6 @@ here: the lock itself (`distributed.lock_file`, `distributed.lease`), an earlier
 """
 
 import json
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from dsjax.distributed.lock_file import locked
 from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
 from dsjax.training.run_dir import CHECKPOINTS, RunDir
-from dsjax.training.working_copy import WorkingCopy
+from dsjax.training.working_copy import WorkingCopy, shown_as_url
 from dsjax.weights.folders import check_possible
 
 SHARED_WITHIN = 20.0
@@ -126,20 +125,23 @@ def _leased_run(
     """Hold the lock of a run in a bucket, and have its small files here; `locked_run_dir`."""
     copy = WorkingCopy(run, bucket)
     with ExitStack() as held:
+        held.enter_context(shown_as_url(run))
         if hosts.primary:
-            publish = copy.publish if keep else lambda: None
-            held.enter_context(leased(bucket, refusal, publish))
+            held.enter_context(leased(bucket, refusal))
         hosts.barrier()
-        held.callback(shutil.rmtree, run.path, ignore_errors=True)
+        held.enter_context(signals.undone(copy.remove))
+        held.callback(copy.remove)
         copy.fetch()
-        if not hosts.primary:
-            _check_writable(bucket)
+        if not hosts.primary or not keep:
+            if keep:
+                _check_writable(bucket)
             yield lambda: None
             return
+        held.enter_context(copy.published())
         try:
-            yield publish
+            yield copy.publish
         finally:
-            publish()
+            copy.publish()
 
 
 def _check_writable(bucket: Bucket) -> None:

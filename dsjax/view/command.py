@@ -42,7 +42,7 @@ def make_parser() -> CommandParser:
     add(
         "--out",
         metavar="FILE",
-        help="page to write (view.html in the first RUN; of one in a bucket NAME.html here)",
+        help="page to write (view.html in the first RUN; of one in a bucket dsjax-NAME.html here)",
     )
     add("--no-browser", action="store_true", help="write the page, and do not open it")
     return parser
@@ -83,7 +83,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 def page_of(run: RunDir) -> Path:
     """Where the page of a run goes: into its folder, or here for one in a bucket."""
-    return Path(f"{run.name}.html") if run.url else run.view
+    return Path(f"dsjax-{run.name}.html") if run.url else run.view
 
 
 def check_out(path: str) -> None:

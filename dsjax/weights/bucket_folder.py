@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing a folder of a bucket: whole or not at all, and by one process at a time.
 
-In: the folder's place. Out: a folder on this machine to write into, whose files go to the bucket.
-The object that says that all are there goes last; the old one is replaced first, by one that says
-that they are not. So a kill leaves a folder that nobody takes for whole, and that the next attempt
-may replace. Not done here: what goes into the folder; the same on a file system (`folders`).
+In: the folder's place. Out: a folder on this machine to write into, whose files go to the bucket,
+into a folder in it; once all are there and proven, the store copies them into place. First the
+object that says that all are there is replaced by one that says that they are not, and what readers
+open first is removed; these come last. So a kill leaves the old folder, or one that nobody takes
+for whole and that the next attempt may replace. Not done here: what goes into the folder; the same
+on a file system (`folders`).
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +21,9 @@ from dsjax.distributed.lease import leased
 from dsjax.distributed.lock_file import LOCK_FILE
 from dsjax.errors import ConfigError, files_of
 from dsjax.weights.storage import file_digest
+
+PARTIAL = ".partial"
+"""Folder in a folder, where its new files are until they are all there."""
 
 
 class Last(NamedTuple):
@@ -37,7 +42,7 @@ class BucketDraft:
     """A folder that is being written; see `folders.Draft`.
 
     Args:
-        bucket: where it goes.
+        bucket: where its files go until it is complete.
         directory: where it is written.
         primary: whether this is the process that writes.
     """
@@ -49,7 +54,7 @@ class BucketDraft:
     def share(self) -> str:
         """Send what is written so far, and return where all processes can read it."""
         if self._primary:
-            self._send_rest(self._files())
+            self.contents()
         return str(self._bucket)
 
     def send(self, name: str) -> None:
@@ -58,31 +63,35 @@ class BucketDraft:
         (self.directory / name).unlink()
 
     def contents(self) -> dict[str, str]:
-        """Return the digest of every file that is written by now, as it lies in the bucket."""
-        self.share()
-        return dict(self._digests)
-
-    def complete(self, last: str) -> None:
-        """Send the rest, the file that says that all are there at the end; remove what is older."""
-        self._send_rest([name for name in self._files() if name != last])
-        self._bucket.remove(set(content(self._bucket)) - {*self._digests, last})
-        self._send_rest([last])
-
-    def _send_rest(self, names: list[str]) -> None:
-        """Copy files to the bucket, unless they were as they are; compare what arrived."""
-        for name in names:
-            file = self.directory / name
+        """Send what is written and was not, and return the digest of every file in the bucket."""
+        for file in (path for path in sorted(self.directory.rglob("*")) if path.is_file()):
+            name = file.relative_to(self.directory).as_posix()
             if self._digests.get(name) != file_digest(file):
                 self._digests[name] = self._bucket.upload(file, name)
+        return dict(self._digests)
 
-    def _files(self) -> list[str]:
-        files = [path for path in sorted(self.directory.rglob("*")) if path.is_file()]
-        return [path.relative_to(self.directory).as_posix() for path in files]
+
+def _put_in_place(draft: Bucket, bucket: Bucket, names: Collection[str], last: Last) -> None:
+    """Copy a folder of a bucket over another, so that half of it is taken for whole by nobody."""
+    bucket.write(last.name, last.begun)
+    old = content(bucket)
+    bucket.remove([name for name in old if _is_opened_first(name)])
+    bucket.remove([name for name in old if name not in names and name != last.name])
+    weights = [name for name in names if not _is_opened_first(name) and name != last.name]
+    first = [name for name in names if _is_opened_first(name)]
+    for group in (weights, first, [last.name]):
+        bucket.at_once(lambda name: draft.copy_to(bucket, name), group)
+
+
+def _is_opened_first(name: str) -> bool:
+    """Whether readers open a model or an adapter by this file."""
+    return name in ("config.json", "adapter_config.json") or name.endswith(".index.json")
 
 
 def content(bucket: Bucket) -> list[str]:
-    """List what lies in a folder of a bucket, its lock left out."""
-    return [name for name in bucket.sizes() if not name.startswith(f"{LOCK_FILE}/")]
+    """List what lies in a folder of a bucket; its lock and what a kill left are left out."""
+    ours = (f"{LOCK_FILE}/", f"{PARTIAL}/")
+    return [name for name in bucket.sizes() if not name.startswith(ours)]
 
 
 @contextmanager
@@ -107,13 +116,13 @@ def bucket_directory(
             not take it.
     """
     if not primary:
-        yield BucketDraft(bucket, scratch_folder(bucket.url), primary)
+        yield BucketDraft(bucket.folder(PARTIAL), scratch_folder(bucket.url), primary)
         return
     refusal = (
         f"{field}: got {str(bucket)!r}, which another process is writing, expected none; wait for "
         "it, or choose another"
     )
-    directory = scratch_folder(bucket.url)
+    directory, new = scratch_folder(bucket.url), bucket.folder(PARTIAL)
 
     def remove() -> None:
         shutil.rmtree(directory, ignore_errors=True)
@@ -122,22 +131,14 @@ def bucket_directory(
         try:
             check()
             remove_left_behind(bucket.url)
-            bucket.write(last.name, last.begun)
-            with _emptied_if_refused(bucket, last.name), files_of(directory):
+            new.remove(list(new.sizes()))
+            with files_of(directory):
                 directory.mkdir()
-                draft = BucketDraft(bucket, directory, primary)
+                draft = BucketDraft(new, directory, primary)
                 yield draft
-                draft.complete(last.name)
+                names = draft.contents()
+            _put_in_place(new, bucket, names, last)
         finally:
             remove()
-
-
-@contextmanager
-def _emptied_if_refused(bucket: Bucket, last: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception:
-        with suppress(ConfigError):  # a store that does not answer: the next attempt does so
-            bucket.remove([name for name in content(bucket) if name != last])
-            bucket.remove([last])
-        raise
+            with suppress(ConfigError):  # the next attempt removes it
+                new.remove(list(new.sizes()))

@@ -74,7 +74,7 @@ def test_a_killed_run_in_a_bucket_ends_as_one_in_a_folder(
     assert export(["--run", URL, "--out", "store://bucket/adapter", "--format", "peft"]) == 0
     assert json.loads((store / "bucket" / "adapter" / MANIFEST).read_text())["step"] == 12
     assert view([URL, "--no-browser"]) == 0
-    assert "12 of 12" in (tmp_path / "first.html").read_text()
+    assert "12 of 12" in (tmp_path / "dsjax-first.html").read_text()
     other = ["--config", str(finished), f"output_dir={URL}", "optimizer.learning_rate=1"]
     with pytest.raises(ConfigError, match=f"^output_dir: got '{URL}', which holds a run with"):
         train.main(other)
