@@ -128,6 +128,31 @@ def test_what_is_not_complete_is_announced_and_removed(
     save(opened(), 7)
 
 
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "state/d/abc", "photo.jpg"])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_others_files_are_refused_and_stay(
+    opened: Open, folder: Bucket, name: str, read_only: bool
+):
+    """Among them Orbax's checkpoints, of a run that was trained on a mounted bucket."""
+    folder.write(f"1000/{name}", b"somebody's")
+    with pytest.raises(ConfigError, match=f"^output_dir: got {URL}/1000/{name}, expected a run"):
+        opened(read_only=read_only)
+    assert folder.read(f"1000/{name}") == b"somebody's"
+
+
+def test_a_run_that_was_copied_to_a_disk_goes_on_there(opened: Open, tmp_path: Path):
+    save(opened(), 3)
+    here = tmp_path / "bucket" / "run" / "checkpoints"  # where this store keeps its objects
+    for step in (3, 7):
+        checkpointer = Checkpointer(here, EVERY)
+        assert checkpointer.latest() == 3
+        assert_same(checkpointer.restore(3, abstract(make_state(0))), make_state(3))
+        if step == 7:
+            save(checkpointer, 7)
+        checkpointer.close()
+    assert (here / "7" / "record.json").is_file()
+
+
 @pytest.mark.parametrize("fault", ["refused", "answer lost", "object lost", "object cut"])
 def test_a_store_that_fails_now_and_then_keeps_them_whole(opened: Open, fault: str):
     chance = random.Random(0)
