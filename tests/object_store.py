@@ -101,7 +101,7 @@ class ObjectStore(AbstractFileSystem):
         return fault
 
     def _place(self, path: str) -> Path:
-        return self.folder / self._strip_protocol(path).lstrip("/")
+        return self.folder / str(self._strip_protocol(path)).lstrip("/")
 
     def _entry(self, place: Path) -> dict[str, Any]:
         kind = "file" if place.is_file() else "directory"
@@ -137,13 +137,13 @@ def words(folder: Path, *command: str, share: float = 0) -> list[str]:
 
 def run_command() -> None:
     """Run what the command line names."""
-    from dsjax.buckets import bucket
+    from dsjax.buckets import retry
 
     folder, share, *sys.argv = sys.argv[1:]
     register(Path(folder))
     chance = random.Random(0)
     if float(share):
-        bucket.DELAYS = (0.0,) * len(bucket.DELAYS)
+        retry.DELAYS = (0.0,) * len(retry.DELAYS)
         ObjectStore.fault = staticmethod(
             lambda *_: chance.choice(FAULTS) if chance.random() < float(share) else ""
         )

@@ -9,11 +9,13 @@ one holder at a time (`distributed.lease`).
 
 from dsjax.buckets.bucket import Bucket, Place, open_place
 from dsjax.buckets.connection import connect, reason
+from dsjax.buckets.retry import again
 from dsjax.buckets.scratch import process_lives, remove_left_behind, scratch_folder
 
 __all__ = [
     "Bucket",
     "Place",
+    "again",
     "connect",
     "open_place",
     "process_lives",

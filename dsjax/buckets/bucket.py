@@ -8,9 +8,6 @@ looked at, and written again if it is not there. Not done here: which object is 
 """
 
 import hashlib
-import random
-import sys
-import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,11 +19,9 @@ from typing import TypeVar
 import fsspec
 
 from dsjax.buckets.connection import connect, reason
+from dsjax.buckets.retry import again
 from dsjax.config.paths import is_url
 from dsjax.errors import ConfigError
-
-DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0)
-"""Seconds before each new try, each up to half as much again, so that hosts spread."""
 
 AT_A_TIME = 8
 """Requests under way: one alone mostly waits for its answer."""
@@ -293,24 +288,16 @@ class Bucket:
             FileNotFoundError: the answer. So is FileExistsError.
             ConfigError: what the store says at last.
         """
-        last = Exception()
-        for delay in (*DELAYS, None):
-            try:
-                return request()
-            except (*_FINAL, ConfigError):
-                raise
-            except Exception as error:  # every store's library has its own classes
-                last = error
-            if delay is None or isinstance(last, PermissionError):
-                break
-            wait = delay * (1 + random.random() / 2)
-            print(f"{place}: {reason(last)}; again in {wait:.0f} s", file=sys.stderr)
-            time.sleep(wait)
-        raise ConfigError(
-            f"{self.key}: got {reason(last)} from {place}, expected it to be read and written; "
-            "check the address, the credentials, the permissions and the network, and run the same "
-            "command again"
-        ) from last
+        try:
+            return again(request, place)
+        except (*_FINAL, ConfigError):
+            raise
+        except Exception as error:  # every store's library has its own classes
+            raise ConfigError(
+                f"{self.key}: got {reason(error)} from {place}, expected it to be read and "
+                "written; check the address, the credentials, the permissions and the network, "
+                "and run the same command again"
+            ) from error
 
 
 Place = Path | Bucket

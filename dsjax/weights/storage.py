@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import fsspec
 import numpy as np
 
-from dsjax.buckets import connect, reason
+from dsjax.buckets import again, connect, reason
 from dsjax.config.paths import is_url
 from dsjax.errors import ConfigError, files_of
 
@@ -60,7 +60,7 @@ class RemoteFile:
         """Read a byte range with one request; safe to call from several threads.
 
         Raises:
-            ConfigError: the store refuses or cannot be reached; its library has tried again.
+            ConfigError: the store refuses or cannot be reached, again and again.
             OSError: the file is shorter than it was.
         """
         if not length:  # no HTTP range is empty
@@ -69,7 +69,10 @@ class RemoteFile:
         options = {} if self._system.async_impl else {"cache_type": "none"}
         end = offset + length
         try:
-            data = self._system.cat_file(self._path, start=offset, end=end, **options)
+            data = again(
+                lambda: self._system.cat_file(self._path, start=offset, end=end, **options),
+                self.url,
+            )
         except Exception as error:  # every store's library has its own classes
             raise ConfigError(
                 f"{self.url}: got {reason(error)}, expected its bytes {offset} to {end}; check "

@@ -6,7 +6,7 @@ from pathlib import Path
 import object_store
 import pytest
 
-from dsjax.buckets import Bucket, bucket
+from dsjax.buckets import Bucket, retry
 
 
 @pytest.fixture
@@ -14,5 +14,5 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     """An empty folder of a bucket."""
     object_store.register(tmp_path / "store")
     (tmp_path / "store").mkdir()
-    monkeypatch.setattr(bucket, "DELAYS", (0.0,) * 5)
+    monkeypatch.setattr(retry, "DELAYS", (0.0,) * 5)
     return Bucket.open("store://bucket/run", "output_dir")

@@ -14,7 +14,7 @@ import object_store
 import pytest
 import small_run
 
-from dsjax.buckets import Bucket, bucket
+from dsjax.buckets import Bucket, retry
 from dsjax.distributed import lease
 from dsjax.distributed.lock_file import LOCK_FILE
 from dsjax.errors import ConfigError
@@ -26,7 +26,7 @@ HELD = "output_dir: got it held, expected none"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     """A folder whose lock goes over soon."""
     object_store.register(tmp_path)
-    monkeypatch.setattr(bucket, "DELAYS", (0.0,) * 5)
+    monkeypatch.setattr(retry, "DELAYS", (0.0,) * 5)
     monkeypatch.setattr(lease, "RENEWED_EVERY", 0.05)
     monkeypatch.setattr(lease, "DEAD_AFTER", 1.0)
     return Bucket.open("store://bucket/run", "output_dir")

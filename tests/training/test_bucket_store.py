@@ -13,7 +13,7 @@ import pytest
 from checkpoint_states import EVERY, abstract, assert_same, make_state
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from dsjax.buckets import Bucket, bucket
+from dsjax.buckets import Bucket, retry
 from dsjax.config import CheckpointSection
 from dsjax.distributed import arrays
 from dsjax.errors import ConfigError
@@ -28,7 +28,7 @@ Open = Callable[..., Checkpointer]
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     """An empty folder of a bucket."""
     object_store.register(tmp_path)
-    monkeypatch.setattr(bucket, "DELAYS", (0.0,) * 5)
+    monkeypatch.setattr(retry, "DELAYS", (0.0,) * 5)
     return Bucket.open(URL, "output_dir")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import object_store
 import pytest
 
-from dsjax.buckets import Bucket, bucket
+from dsjax.buckets import Bucket, retry
 from dsjax.errors import ConfigError
 from dsjax.weights.bucket_folder import Last, bucket_directory, content
 
@@ -21,7 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     object_store.register(tmp_path / "store")
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr(bucket, "DELAYS", (0.0,) * 5)
+    monkeypatch.setattr(retry, "DELAYS", (0.0,) * 5)
     folder = Bucket.open("store://bucket/out", "export.path")
     for name, data in OLD.items():
         folder.write(name, data)
