@@ -13,7 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -65,15 +65,12 @@ class ObjectStore(AbstractFileSystem):
         fault = self._meet("write", path)
         if fault == "object lost":
             return
-        place = self._place(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         beside = self.folder / f".{uuid.uuid4().hex}"
         beside.write_bytes(value[: len(value) // 2] if fault == "object cut" else value)
         try:
-            if mode == "create":
-                os.link(beside, place)
-            else:
-                os.replace(beside, place)
+            while not _moved(beside, self._place(path), mode):
+                pass
         finally:
             beside.unlink(missing_ok=True)
         if fault == "answer lost":
@@ -90,7 +87,11 @@ class ObjectStore(AbstractFileSystem):
 
     def rm_file(self, path: str) -> None:
         self._meet("remove", path)
-        self._place(path).unlink()
+        place = self._place(path)
+        place.unlink()
+        with suppress(OSError):  # a store has no empty folders
+            for above in place.relative_to(self.folder).parents[:-1]:
+                (self.folder / above).rmdir()
 
     def _meet(self, operation: str, path: str) -> str:
         fault = type(self).fault(operation, path)
@@ -107,6 +108,15 @@ class ObjectStore(AbstractFileSystem):
         kind = "file" if place.is_file() else "directory"
         size = place.stat().st_size if kind == "file" else 0
         return {"name": place.relative_to(self.folder).as_posix(), "size": size, "type": kind}
+
+
+def _moved(file: Path, place: Path, mode: str) -> bool:
+    """Give a file its name; False where the folder has gone with its last other object."""
+    with suppress(FileNotFoundError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        (os.link if mode == "create" else os.replace)(file, place)
+        return True
+    return False
 
 
 def _objects(place: Path) -> bool:

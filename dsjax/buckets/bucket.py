@@ -229,10 +229,13 @@ class Bucket:
         """
 
         def put() -> None:
-            places = (self._path(name), other._path(name))
-            self._system.cp_file(*places)
-            sizes = {self._system.info(place)["size"] for place in places}
-            if len(sizes) > 1:
+            source, target = self._path(name), other._path(name)
+            size = self._system.info(source)["size"]
+            self._system.cp_file(source, target)
+            arrived = -1
+            with suppress(FileNotFoundError):
+                arrived = self._system.info(target)["size"]
+            if arrived != size:
                 raise OSError(_OTHER_BYTES)
 
         self._put(put, name)

@@ -86,8 +86,11 @@ def test_a_write_that_goes_wrong_is_written_again(
     with object_store.disturbed(first(2, fault)):
         folder.upload(tmp_path / "file", "b")
     assert folder.read("b") == content
+    with object_store.disturbed(first(2, fault)):
+        folder.copy_to(folder.folder("in"), "b")
+    assert folder.read("in/b") == content
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 4 and all("; again in " in line for line in said)
+    assert len(said) == 6 and all("; again in " in line for line in said)
     assert all(line.startswith("store://bucket/run/") for line in said)
 
 

@@ -245,23 +245,17 @@ def test_kinds_and_exports(tmp_path: Path, kind: str, variant: str, form: str):
 
 
 @pytest.mark.slow
-def test_processes_that_share_a_bucket_and_no_disk_end_alike(lora: Path, undisturbed: Path):
-    """One is killed, which ends the other; the same command goes on."""
+def test_processes_that_share_a_bucket_and_no_disk_train_alike(lora: Path, undisturbed: Path):
+    """Each writes its part of a checkpoint; the first completes it, and writes all else."""
     store = lora.parent / "store"
     run = store / "bucket" / "run"
     told = ["--config", str(lora), "output_dir=store://bucket/run"]
     words = object_store.words(store, "dsjax.train", *told)
-    killed = multi_process.start(lora.parent, words, 2, devices=2)
-    killed.wait_until((run / "checkpoints" / "7" / "record.json").exists)
-    killed.processes[1].kill()
-    codes = killed.codes(SECONDS_TO_END)
-    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, -signal.SIGKILL)
     folders = [lora.parent / name for name in ("here", "there")]
     for folder in folders:
         folder.mkdir()
     whole = multi_process.start(lora.parent, words, 2, devices=2, folders=folders)
     assert whole.codes() == [0, 0], [whole.said(i)[-3000:] for i in range(2)]
-    assert "resuming after step" in whole.said(0)
     assert_same(run, undisturbed)
     parts = sorted(path.name for path in (run / "checkpoints" / "24").iterdir())
     assert parts == ["0", "0.json", "1", "1.json", "record.json"]
