@@ -23,8 +23,8 @@ from dsjax.training.metrics_log import read_metrics
 from dsjax.training.restore import check_contents
 from dsjax.training.resume import ResumePoint
 from dsjax.training.run_dir import MANIFEST, RunDir, read_manifest
-from dsjax.weights.bucket_folder import content
-from dsjax.weights.folders import check_apart, check_empty, file_digests
+from dsjax.weights.drafts import file_digests
+from dsjax.weights.folders import check_apart, check_empty, content
 
 
 @dataclass(frozen=True)

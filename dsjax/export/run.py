@@ -28,7 +28,7 @@ from dsjax.training.metrics_log import read_metrics
 from dsjax.training.run_dir import MANIFEST
 from dsjax.training.setup import Assembly
 from dsjax.weights.bucket_folder import BucketDraft, Last
-from dsjax.weights.folders import Draft, new_folder
+from dsjax.weights.drafts import Draft, new_folder
 from dsjax.weights.fp8 import DequantisedSource
 from dsjax.weights.generation_config import write_generation_config
 from dsjax.weights.write import file_bytes, write_checkpoint

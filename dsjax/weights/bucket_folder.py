@@ -18,12 +18,9 @@ from typing import NamedTuple
 from dsjax import signals
 from dsjax.buckets import Bucket, remove_left_behind, scratch_folder
 from dsjax.distributed.lease import leased
-from dsjax.distributed.lock_file import LOCK_FILE
 from dsjax.errors import ConfigError, files_of
+from dsjax.weights.folders import PARTIAL, content
 from dsjax.weights.storage import file_digest
-
-PARTIAL = ".partial"
-"""Folder in a folder, where its new files are until they are all there."""
 
 
 class Last(NamedTuple):
@@ -39,7 +36,7 @@ class Last(NamedTuple):
 
 
 class BucketDraft:
-    """A folder that is being written; see `folders.Draft`.
+    """A folder that is being written; see `drafts.Draft`.
 
     Args:
         bucket: where its files go until it is complete.
@@ -86,12 +83,6 @@ def _put_in_place(draft: Bucket, bucket: Bucket, names: Collection[str], last: L
 def _is_opened_first(name: str) -> bool:
     """Whether readers open a model or an adapter by this file."""
     return name in ("config.json", "adapter_config.json") or name.endswith(".index.json")
-
-
-def content(bucket: Bucket) -> list[str]:
-    """List what lies in a folder of a bucket; its lock and what a kill left are left out."""
-    ours = (f"{LOCK_FILE}/", f"{PARTIAL}/")
-    return [name for name in bucket.sizes() if not name.startswith(ours)]
 
 
 @contextmanager

@@ -20,11 +20,12 @@ from dsjax.buckets import Bucket, Place
 from dsjax.config.paths import is_url, written_to_url
 from dsjax.distributed.lock_file import LOCK_FILE, locked
 from dsjax.errors import ConfigError, files_of
-from dsjax.weights.bucket_folder import BucketDraft, Last, bucket_directory, content
-from dsjax.weights.storage import READS_AHEAD, file_digest, in_order
 
 _SOURCE_FILES = ("config.json", "adapter_config.json")
 """What makes a folder a model's or an adapter's."""
+
+PARTIAL = ".partial"
+"""Folder in a bucket's folder, where its new files are until they are all there."""
 
 _LOOKS = 3
 """At a folder that another run may remove between finding and asking: what is so stays so."""
@@ -47,6 +48,12 @@ def check_empty(path: str | Place, field: str = "output directory") -> None:
             raise ConfigError(
                 f"{field}: got {str(path)!r}, which is not empty; expected a new folder"
             )
+
+
+def content(bucket: Bucket) -> list[str]:
+    """List what lies in a folder of a bucket; its lock and what a kill left are left out."""
+    ours = (f"{LOCK_FILE}/", f"{PARTIAL}/")
+    return [name for name in bucket.sizes() if not name.startswith(ours)]
 
 
 def check_possible(folder: Path, field: str) -> None:
@@ -172,54 +179,6 @@ def leftovers_of(path: Place) -> tuple[Path, ...]:
         return ()
     path = path.absolute()
     return path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
-
-
-class Draft:
-    """A folder that is being written.
-
-    Args:
-        directory: where its files go.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def share(self) -> str:
-        """Return where all processes can read what is written so far, once it is."""
-        return str(self.directory)
-
-    def contents(self) -> dict[str, str]:
-        """Return the digest of every file that is written by now, by its path in the folder."""
-        return file_digests(self.directory)
-
-
-def file_digests(folder: Path) -> dict[str, str]:
-    """Return the digest of every file in a folder by its path in it."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    names = [path.relative_to(folder).as_posix() for path in files]
-    reads = [functools.partial(file_digest, path) for path in files]
-    return dict(zip(names, in_order(reads, READS_AHEAD), strict=True))
-
-
-@contextmanager
-def new_folder(
-    place: Place, field: str, last: Last, primary: bool, check: Callable[[], None]
-) -> Iterator[Draft | BucketDraft]:
-    """Give a folder to write; on leaving normally it takes the place, as a whole.
-
-    Args:
-        place: on a file system (`atomic_directory`), or in a bucket (`bucket_directory`).
-        field: what a refusal begins with.
-        last: the file that says that all others are there; it is written among them.
-        primary: whether this is the process that writes.
-        check: refuses what must not be replaced.
-    """
-    if isinstance(place, Bucket):
-        with bucket_directory(place, field, last, primary, check) as draft:
-            yield draft
-        return
-    with atomic_directory(place, field, primary, check) as directory:
-        yield Draft(directory)
 
 
 @contextmanager

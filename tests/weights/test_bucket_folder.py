@@ -9,7 +9,8 @@ import pytest
 
 from dsjax.buckets import Bucket, retry
 from dsjax.errors import ConfigError
-from dsjax.weights.bucket_folder import Last, bucket_directory, content
+from dsjax.weights.bucket_folder import Last, bucket_directory
+from dsjax.weights.folders import content
 
 LAST = Last("manifest.json", b"begun")
 OLD = {"config.json": b"old", "gone.bin": b"old", "weights.bin": b"old", "manifest.json": b"old"}
