@@ -67,9 +67,6 @@ class Bucket:
     def __str__(self) -> str:
         return self.url
 
-    def __truediv__(self, name: str) -> str:
-        return f"{self.url}/{name}"
-
     def holds_place(self, place: str) -> bool:
         """Whether a URL is of this folder, or of something in it."""
         return f"{place.rstrip('/')}/".startswith(f"{self.url}/")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsjax import signals
+from dsjax.buckets import process_lives
 from dsjax.errors import ConfigError
 
 LOCK_FILE = ".dsjax.lock"
@@ -59,15 +60,7 @@ class Holder(NamedTuple):
     @property
     def lives_here(self) -> bool:
         """Whether there is such a process on this host, where a lock goes with its process."""
-        if not self.is_of_here:
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except PermissionError:
-            return True
-        except ProcessLookupError:
-            return False
-        return True
+        return self.is_of_here and process_lives(self.pid)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from dsjax.config import CheckpointSection
 from dsjax.distributed.checksums import named_leaves
@@ -32,6 +33,17 @@ def make_state(step, width=6):
     optimizer = optax.adamw(1e-3, mask=dict.fromkeys(params, True))
     _, opt_state = optimizer.update(params, optimizer.init(params), params)
     return State(params, opt_state, jnp.int32(step), jax.random.key(step))
+
+
+def matrix_shardings():
+    """Ways to lay a matrix of 16 x 8 over eight devices, and on one."""
+    auto = (AxisType.Auto, AxisType.Auto)
+    return [
+        NamedSharding(jax.make_mesh((4, 2), ("a", "b"), axis_types=auto), PartitionSpec("a", "b")),
+        NamedSharding(jax.make_mesh((1, 8), ("a", "b"), axis_types=auto), PartitionSpec("b")),
+        NamedSharding(jax.make_mesh((2, 4), ("a", "b"), axis_types=auto), PartitionSpec()),
+        SingleDeviceSharding(jax.devices()[0]),
+    ]
 
 
 def abstract(tree, sharding=None):

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 import object_store
 import pytest
-from checkpoint_states import EVERY, abstract, assert_same, make_state
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from checkpoint_states import EVERY, abstract, assert_same, make_state, matrix_shardings
 
 from dsjax.buckets import Bucket, retry
 from dsjax.config import CheckpointSection
@@ -76,13 +75,7 @@ def test_restores_on_another_mesh(
     monkeypatch.setattr(arrays, "PIECE_BYTES", piece_bytes)
     monkeypatch.setattr(bucket_store, "PIECE_BYTES", piece_bytes)
     value = np.arange(16 * 8, dtype=np.float32).reshape(16, 8)
-    auto = (AxisType.Auto, AxisType.Auto)
-    layouts = [
-        NamedSharding(jax.make_mesh((4, 2), ("a", "b"), axis_types=auto), PartitionSpec("a", "b")),
-        NamedSharding(jax.make_mesh((1, 8), ("a", "b"), axis_types=auto), PartitionSpec("b")),
-        NamedSharding(jax.make_mesh((2, 4), ("a", "b"), axis_types=auto), PartitionSpec()),
-        SingleDeviceSharding(jax.devices()[0]),
-    ]
+    layouts = matrix_shardings()
     checkpointer = opened()
     for step, source in enumerate(layouts):
         state = {"w": jax.device_put(value, source), "none": jax.numpy.zeros((0, 3))}

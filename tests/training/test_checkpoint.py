@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_states import EVERY, abstract, assert_same, make_state, saved
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from checkpoint_states import EVERY, abstract, assert_same, make_state, matrix_shardings, saved
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dsjax.config import CheckpointSection
 from dsjax.errors import ConfigError
@@ -40,13 +40,7 @@ def test_part_of_the_state_can_be_read_alone(open_in):
 
 def test_restores_on_another_mesh(open_in):
     value = np.arange(16 * 8, dtype=np.float32).reshape(16, 8)
-    auto = (AxisType.Auto, AxisType.Auto)
-    layouts = [
-        NamedSharding(jax.make_mesh((4, 2), ("a", "b"), axis_types=auto), PartitionSpec("a", "b")),
-        NamedSharding(jax.make_mesh((1, 8), ("a", "b"), axis_types=auto), PartitionSpec("b")),
-        NamedSharding(jax.make_mesh((2, 4), ("a", "b"), axis_types=auto), PartitionSpec()),
-        SingleDeviceSharding(jax.devices()[0]),
-    ]
+    layouts = matrix_shardings()
     for step, source in enumerate(layouts):
         state = {"w": jax.device_put(value, source)}
         checkpointer = open_in()
