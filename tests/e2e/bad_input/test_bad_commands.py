@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cli_runner import CliRunner, assert_says
+from clock_lines import without_clocks
 
 from dsjax.errors import ConfigError
 from dsjax.export import command as export
@@ -22,7 +23,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     """The process ended with exit code 2 and one message; before it stands what it was at."""
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
-    at, found, _ = f"\n{done.stderr}".partition("\nerror: ")
+    at, found, _ = f"\n{without_clocks(done.stderr)}".partition("\nerror: ")
     assert found and re.fullmatch(r"(\ndsjax \S+: train .*)?(\nreading rows)?", at), done.stderr
     assert "Traceback" not in done.stderr
     assert_says(done.stderr, *parts)
