@@ -47,6 +47,7 @@ from dsjax.config.evaluate_options import parse_words
 from dsjax.config.inputs import may_download
 from dsjax.data import Examples, load_evaluation
 from dsjax.distributed.bootstrap import refuse_several
+from dsjax.distributed.compilation_cache import keep_compiled
 from dsjax.distributed.sharding import Params
 from dsjax.errors import ConfigError, raise_all, renamed, run_command
 from dsjax.objectives import objective_of
@@ -81,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
     words = parse_words(argv)
     raise_all(_problems(words))
     refuse_several("dsjax.evaluate", os.environ)
+    keep_compiled(os.environ)
     if words.config is not None:
         print_results(evaluate_run(load_config(words.config, words.overrides)))
     else:

@@ -44,6 +44,7 @@ from dsjax.config.inputs import may_download
 from dsjax.config.train_options import split_process_options
 from dsjax.data import Loader
 from dsjax.distributed.bootstrap import detect_process
+from dsjax.distributed.compilation_cache import keep_compiled
 from dsjax.distributed.devices import GPU_MEMORY_SHARE, peak_flops
 from dsjax.distributed.processes import Hosts, process_group
 from dsjax.distributed.sharding import Params
@@ -156,6 +157,8 @@ def train(config: RunConfig, hosts: Hosts | None = None, *, dry_run: bool = Fals
     hosts = hosts or Hosts()
     with working("starting the devices", hosts.primary, at_once=False):
         hosts.assert_equal(launch_fingerprint(config))
+    if hosts.count == 1:
+        keep_compiled(os.environ)
     check_outputs(config)
     check_reporters(config.logging, hosts.primary)
     # Locked, so that nobody else changes what is looked at.

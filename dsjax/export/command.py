@@ -20,6 +20,7 @@ from dsjax.buckets import Place, open_place
 from dsjax.config import MeshSection
 from dsjax.config.inputs import may_download
 from dsjax.distributed.bootstrap import refuse_several
+from dsjax.distributed.compilation_cache import keep_compiled
 from dsjax.errors import ConfigError
 from dsjax.export.folder import Output, check_free, check_own
 from dsjax.export.options import make_parser
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     """Export the newest checkpoint of a run, finished or not."""
     words = make_parser().parse_intermixed_args(argv)
     refuse_several("dsjax.export", os.environ)
+    keep_compiled(os.environ)
     run, out = RunDir.at(words.run), open_place(words.out, "--out")
     with fetched(run):
         return _export(words, run, out)

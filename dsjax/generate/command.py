@@ -30,6 +30,7 @@ from dsjax.decoding.decode import (
 from dsjax.decoding.detokenizer import TextBatch, TextStream
 from dsjax.decoding.sampling import Sampling
 from dsjax.distributed.bootstrap import refuse_several
+from dsjax.distributed.compilation_cache import keep_compiled
 from dsjax.distributed.mesh import make_mesh
 from dsjax.errors import raise_all, renamed
 from dsjax.generate.options import make_parser
@@ -58,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
     """Generate what the command line asks for."""
     words = make_parser().parse_args(argv)
     refuse_several("dsjax.generate", os.environ)
+    keep_compiled(os.environ)
     try:
         with renamed(OPTIONS):
             return run(words)

@@ -49,6 +49,8 @@ def announce(run: Run) -> str:
         f"{training.batch_size} a step)",
         "output": config.output_dir,
     }
+    if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir:
+        facts["programs"] = f"kept in {jax.config.jax_compilation_cache_dir}"
     few = []
     if not training.max_steps:
         rows, sequences = loader.rows_in_epoch, loader.sequences

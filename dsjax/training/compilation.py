@@ -49,9 +49,11 @@ def _compiled(lower: Callable[[], Any], name: str, beside: int, hosts: Hosts) ->
     began = time.monotonic()
     with working(f"compiling {name}", hosts.primary):
         compiled = lower().compile()
-    peak = beside + memory_of(compiled, jax.devices()[0].platform).peak
-    hosts.log_once(
-        f"compiled {name} in {time.monotonic() - began:.1f} s; it needs {peak / 2**30:.2f} GiB "
-        "per device"
-    )
+    took = f"compiled {name} in {time.monotonic() - began:.1f} s"
+    try:
+        peak = beside + memory_of(compiled, jax.devices()[0].platform).peak
+    except jax.errors.JaxRuntimeError:  # read from jax's cache, which need not keep its plan
+        hosts.log_once(f"{took}; a program from the cache does not say how much memory it needs")
+    else:
+        hosts.log_once(f"{took}; it needs {peak / 2**30:.2f} GiB per device")
     return compiled
