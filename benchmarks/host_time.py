@@ -119,7 +119,7 @@ def run_loop(folder: Path, words: argparse.Namespace, kind: str) -> dict[str, An
     frozen = load_frozen(setup, 0)
     state = init_state(load_trainable(setup, frozen, 0), step, 0)
     if kind in ("bare", "real"):
-        take = train.compile_step(step, data.train, Hosts())
+        take, _ = train.compile_step(step, [step.remat], data.train, Hosts())
     else:
         take = _idle(words.sleep_ms / 1000 if kind == "sleep" else 0.0)
     if kind == "bare":

@@ -78,6 +78,7 @@ from dsjax.training.state import (
     TrainState,
     abstract_state,
     init_state,
+    policies_of,
     step_config,
 )
 from dsjax.weights.folders import write_atomic
@@ -202,12 +203,7 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool, publish: Callable[[],
     step_of = partial(step_config, config, setup.partition, setup.mesh, total)
     step_cfg = step_of(data.train.sequence_length)
     check_disk(config, setup, step_cfg, form, start < total, hosts)
-    programs = Programs(
-        compile_step(step_cfg, data.train, hosts) if start < total else None,
-        compile_evaluation(step_of(data.eval.sequence_length), data.eval, hosts)
-        if data.eval
-        else None,
-    )
+    programs = compile_programs(run, step_of, start, earlier.meta.get("remat") if start else None)
     if dry_run:
         hosts.log_once("dry run: inputs are valid and the step compiles; no weights were loaded")
         return 0
@@ -219,6 +215,7 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool, publish: Callable[[],
         check_frozen(frozen, earlier.meta["frozen"], run.directory)
     with working("summing the weights that stay", primary, at_once=False):
         began = {"started": started, "contents": contents, "frozen": frozen_sums(frozen)}
+        began["remat"] = programs.remat
     with working("initialising the adapter", primary and setup.spec is not None, at_once=False):
         trainable = {} if start else load_trainable(setup, frozen, seed, Loading(primary=primary))
 
@@ -263,6 +260,20 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool, publish: Callable[[],
     if primary:
         conclude(run, summary, form)
     return 0
+
+
+def compile_programs(
+    run: Run, step_of: Callable[[int], StepConfig], start: int, remat: str | None
+) -> Programs:
+    """Compile what the run still has to do; `remat` is the policy of an earlier start, if any."""
+    train_step, eval_step, data = None, None, run.data
+    if start < run.total:
+        policies = policies_of(run.config.training, remat)
+        step = step_of(data.train.sequence_length)
+        train_step, remat = compile_step(step, policies, data.train, run.hosts)
+    if data.eval:
+        eval_step = compile_evaluation(step_of(data.eval.sequence_length), data.eval, run.hosts)
+    return Programs(train_step, eval_step, remat)
 
 
 def open_state(
@@ -361,8 +372,8 @@ def export_form(config: RunConfig, setup: Assembly) -> str | None:
 
 def mfu_inputs(setup: Assembly, config: RunConfig, loader: Loader) -> tuple[float, float | None]:
     """FLOPs that a training token needs, and the devices' peak, None if unknown."""
-    remat = config.training.gradient_checkpointing
-    flops = token_flops(setup.model, setup.partition, loader.sequence_length, remat)
+    # What is computed again is not among the FLOPs that are needed.
+    flops = token_flops(setup.model, setup.partition, loader.sequence_length, remat="none")
     peak = peak_flops(jax.devices()[0].device_kind, config.model.dtype)
     return flops.needed, None if peak is None else peak * jax.device_count()
 

@@ -211,9 +211,10 @@ class TrainingSection(Section):
     """Seed of order, dropout and new weights."""
     freeze: Texts = []
     """Full training: regular expressions for paths of weights that stay as they are."""
-    gradient_checkpointing: Literal["none", "dots", "names", "full"] = "none"
+    gradient_checkpointing: Literal["auto", "none", "dots", "names", "full"] = "auto"
     """What the backward pass computes again instead of keeping: none: nothing; dots: all but
-    matrix products; names: all but the named activations; full: every layer."""
+    matrix products; names: all but the named activations; full: every layer. auto: the first of
+    them whose compiled step fits the device."""
     eval_steps: Positive | None = None
     """Steps between evaluations; null: one at the end."""
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -29,21 +30,26 @@ def keep_compiled(environment: Mapping[str, str]) -> str | None:
     Returns:
         Where they are kept; None: nowhere.
     """
-    if not jax.config.jax_enable_compilation_cache:
-        return None
-    if jax.config.jax_compilation_cache_dir is None:
+    settings: Any = jax.config
+    if settings.jax_enable_compilation_cache and settings.jax_compilation_cache_dir is None:
         home = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(home) / "dsjax" / "compiled"
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:
             return None
-        _remove_torn(folder)
         if not os.access(folder, os.W_OK):
             return None
+        _remove_torn(folder)
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
-    return jax.config.jax_compilation_cache_dir
+    return place_of_programs()
+
+
+def place_of_programs() -> str | None:
+    """Return where jax keeps its compiled programs; None: nowhere."""
+    settings: Any = jax.config
+    return settings.jax_compilation_cache_dir if settings.jax_enable_compilation_cache else None
 
 
 def _remove_torn(folder: Path) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -56,6 +58,17 @@ def memory_of(compiled: Any, platform: str) -> Memory:
     total = arguments + outputs - aliased + temporaries
     peak = stats.peak_memory_in_bytes if platform == "tpu" else total
     return Memory(*parts, peak=peak + code)
+
+
+def too_large(error: jax.errors.JaxRuntimeError) -> str:
+    """Return the compiler's words where it refused a program for want of memory.
+
+    Raises:
+        JaxRuntimeError: it was another reason.
+    """
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return re.sub(r"\s+", " ", str(error)).split(" Largest ")[0][:300]
 
 
 class Collective(NamedTuple):

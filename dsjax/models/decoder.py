@@ -43,6 +43,9 @@ REMAT = {
 """training.gradient_checkpointing -> what a block keeps for its backward pass. A token's experts
 are always kept: a few numbers, whose routing is costly to recompute."""
 
+POLICIES = ("none", *REMAT)
+"""Remat policies, from what computes least again to what keeps least."""
+
 
 class Cache(NamedTuple):
     """What attention keeps of the tokens seen so far.

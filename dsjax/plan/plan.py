@@ -6,7 +6,6 @@ arrays. Not done here: printing (`report`), trying variants (`search`).
 """
 
 import math
-import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,14 @@ from typing import Any
 import jax
 
 from dsjax.config import RunConfig
-from dsjax.distributed.compiled import Collective, Collectives, Memory, collectives_of, memory_of
+from dsjax.distributed.compiled import (
+    Collective,
+    Collectives,
+    Memory,
+    collectives_of,
+    memory_of,
+    too_large,
+)
 from dsjax.distributed.mesh import batch_shards, check_batch
 from dsjax.distributed.sharding import (
     computed_sharding,
@@ -29,7 +35,7 @@ from dsjax.plan.topologies import Topology
 from dsjax.training.evaluation import lower_eval_step
 from dsjax.training.flops import token_flops
 from dsjax.training.setup import Assembly, assemble
-from dsjax.training.state import StepConfig, state_bytes, step_config
+from dsjax.training.state import StepConfig, policies_of, state_bytes, step_config
 from dsjax.training.step import lower_train_step
 
 ANY_LENGTH = 1000
@@ -111,11 +117,26 @@ class Plan:
 
 
 def make_plan(config: RunConfig, topology: Topology) -> Plan:
-    """Compile a run's step for a topology.
+    """Compile a run's step for a topology, under the remat policy that the run would take there.
 
     Raises:
         ConfigError: the configuration cannot run on these devices.
     """
+    *policies, last = policies_of(config.training)
+    for policy in policies:
+        plan = _make_plan(with_policy(config, policy), topology)
+        if plan.fits:
+            return plan
+    return _make_plan(with_policy(config, last), topology)
+
+
+def with_policy(config: RunConfig, policy: str) -> RunConfig:
+    """Return the run under a remat policy."""
+    training = config.training.model_copy(update={"gradient_checkpointing": policy})
+    return config.model_copy(update={"training": training})
+
+
+def _make_plan(config: RunConfig, topology: Topology) -> Plan:
     training, length = config.training, config.data.max_length
     setup, step = prepare(config, topology)
     began = time.monotonic()
@@ -201,9 +222,7 @@ def _compile(
     try:
         compiled = lowered.compile(compiler_options=topology.compiler_options or None)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return None, Collectives([], 0), re.sub(r"\s+", " ", str(error)).split(" Largest ")[0][:300]
+        return None, Collectives([], 0), too_large(error)
     return memory_of(compiled, topology.platform), collectives_of(compiled.as_text() or ""), None
 
 

@@ -12,13 +12,11 @@ from dataclasses import dataclass, replace
 from dsjax.config import MeshSection, RunConfig
 from dsjax.distributed.mesh import batch_shards, make_mesh
 from dsjax.errors import ConfigError
-from dsjax.plan.plan import make_plan, prepare
+from dsjax.models.decoder import POLICIES
+from dsjax.plan.plan import make_plan, prepare, with_policy
 from dsjax.plan.topologies import SLICES, Topology, open_topology
 from dsjax.training.setup import assemble
 from dsjax.training.state import state_bytes
-
-POLICIES = ("none", "dots", "names", "full")
-"""Remat policies, from what computes least again to what keeps least."""
 
 MOST_ROWS = 64
 """Rows on a device that a search goes up to."""
@@ -98,14 +96,9 @@ def search(config: RunConfig, topology: Topology, say: Say) -> list[Found]:
 
 
 def _with(config: RunConfig, batch_size: int, policy: str) -> RunConfig:
-    training = config.training.model_copy(
-        update={
-            "batch_size": batch_size,
-            "gradient_accumulation_steps": 1,
-            "gradient_checkpointing": policy,
-        }
-    )
-    return config.model_copy(update={"training": training})
+    batch = {"batch_size": batch_size, "gradient_accumulation_steps": 1}
+    training = config.training.model_copy(update=batch)
+    return with_policy(config.model_copy(update={"training": training}), policy)
 
 
 def suggest(config: RunConfig, accelerator: str | None, say: Say) -> list[Suggestion]:
@@ -179,6 +172,9 @@ def _on(
             say(f"skipping {shown}: {notes[-1]}")
         else:
             say(f"compiling {shown}")
+            if variant.training.gradient_checkpointing == "auto":
+                variant = with_policy(variant, POLICIES[-1])  # fits if any does
+                notes.append(f"under remat {POLICIES[-1]}")
             plan = make_plan(variant, topology)
             fits, peak = plan.fits, plan.peak_bytes_per_device
             notes += ["the compiler gave up"] if peak is None else []

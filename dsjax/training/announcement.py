@@ -12,6 +12,7 @@ import jax
 from dsjax import adapters, objectives
 from dsjax.data import Loader
 from dsjax.data import unused_keys as unused_data_keys
+from dsjax.distributed.compilation_cache import place_of_programs
 from dsjax.distributed.sharding import replication_report
 from dsjax.training import optimizer
 from dsjax.training.console import banner, trainable_table
@@ -48,9 +49,8 @@ def announce(run: Run) -> str:
         "steps": f"{total:,} ({loader.epoch(total):.2f} epochs of {loader.rows_in_epoch:,} rows, "
         f"{training.batch_size} a step)",
         "output": config.output_dir,
+        "programs": f"kept in {place_of_programs() or 'memory alone'}",
     }
-    if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir:
-        facts["programs"] = f"kept in {jax.config.jax_compilation_cache_dir}"
     few = []
     if not training.max_steps:
         rows, sequences = loader.rows_in_epoch, loader.sequences

@@ -52,7 +52,14 @@ class Run:
 
 
 class Programs(NamedTuple):
-    """The compiled functions of a run; None for one that is not needed."""
+    """The compiled functions of a run; None for one that is not needed.
+
+    Attributes:
+        train_step: a step.
+        eval_step: the same for evaluations.
+        remat: the policy that the step was compiled with, in this start or in an earlier one.
+    """
 
     train_step: Any
     eval_step: Any
+    remat: str | None = None

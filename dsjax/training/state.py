@@ -6,6 +6,7 @@ abstract or as arrays. Not done here: the step itself (`step`).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import ObjectiveSection, RunConfig
+from dsjax.config import ObjectiveSection, RunConfig, TrainingSection
 from dsjax.data import Batch
 from dsjax.distributed.mesh import num_microbatches, rows_sharding
 from dsjax.distributed.sharding import Params, leaf_shardings, shardings_like
+from dsjax.models.decoder import POLICIES
 from dsjax.objectives import objective_of
 from dsjax.objectives.objective import Objective, Sums
 from dsjax.training.loss_scale import LossScale, first_loss_scale
@@ -102,10 +104,22 @@ def step_config(
             length or config.data.max_length,
             mesh,
         ),
-        remat=config.training.gradient_checkpointing,
+        remat=policies_of(config.training)[0],
         dropout=any(leaf.kind == "adapter" for leaf in partition.leaves.values()),
         float16=config.model.dtype == "float16",
     )
+
+
+def policies_of(training: TrainingSection, earlier: str | None = None) -> Sequence[str]:
+    """Return the remat policies to try, until one fits.
+
+    Args:
+        training: the run's section.
+        earlier: the policy of an earlier start, which found that those before it do not fit.
+    """
+    if training.gradient_checkpointing != "auto":
+        return (training.gradient_checkpointing,)
+    return POLICIES[POLICIES.index(earlier or POLICIES[0]) :]
 
 
 def abstract_state(config: StepConfig) -> TrainState:

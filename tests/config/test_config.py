@@ -167,7 +167,10 @@ mesh: 8
         ("optimizer.warmup_steps=-1", "got -1, expected an integer >= 0 or null"),
         ("training.max_steps=0", "got 0, expected an integer >= 1 or null"),
         ("training.seed=-1", "got -1, expected an integer >= 0 and < 4294967296"),
-        ("training.gradient_checkpointing=true", "got true, expected none, dots, names or full"),
+        (
+            "training.gradient_checkpointing=true",
+            "got true, expected auto, none, dots, names or full",
+        ),
         ("mesh.tensor=0", "got 0, expected -1 or an integer >= 1"),
         (
             "logging.report_to=[mlflow]",

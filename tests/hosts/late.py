@@ -47,5 +47,5 @@ def end_after_talk(frozen: Any) -> NoReturn:
 
 if __name__ == "__main__":
     train.load_frozen, train.frozen_sums = load_late, end_after_talk
-    train.compile_step = train.compile_evaluation = lambda *_: None
+    train.compile_step, train.compile_evaluation = lambda *_: (None, "none"), lambda *_: None
     run_command(train.main)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import jax
 
-from dsjax.training.device_memory import peak_memory_gib
+from dsjax.training.device_memory import memory_limit, peak_memory_gib
 
 
 @dataclass(frozen=True)
@@ -27,3 +27,9 @@ def test_the_fullest_device_counts():
 def test_devices_that_do_not_count_have_no_peak():
     assert peak_memory_gib(jax.local_devices()) is None  # CPUs
     assert peak_memory_gib([Accelerator({"bytes_limit": 2**30})]) is None
+
+
+def test_a_program_can_have_what_the_smallest_device_has():
+    said = [{"bytes_limit": size} for size in (70, 60, 80)]
+    assert memory_limit([*map(Accelerator, said), Accelerator({})]) == 60
+    assert memory_limit([Accelerator(None)]) is None

@@ -38,7 +38,7 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     late(jnp.float32(1)).block_until_ready()
 
     def compile_slow(*arguments: Any) -> Any:
-        compiled = compile_step(*arguments)
+        compiled, policy = compile_step(*arguments)
 
         def step(*arrays: Any) -> Any:
             state, told = compiled(*arrays)
@@ -46,7 +46,7 @@ def slow_steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             dispatched.append(slow)
             return state, told._replace(sums=told.sums | {"loss": slow})
 
-        return step
+        return step, policy
 
     monkeypatch.setattr(train, "compile_step", compile_slow)
     return dispatched

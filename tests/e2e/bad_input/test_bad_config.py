@@ -176,7 +176,7 @@ def test_a_yaml_file_of_other_bytes(cli_runner: CliRunner):
         (["training.eval_steps=5"], ["training.eval_steps: got 5 without data.eval"]),
         (
             ["training.gradient_checkpointing=true"],
-            ["gradient_checkpointing: got true", "none, dots, names or full"],
+            ["gradient_checkpointing: got true", "auto, none, dots, names or full"],
         ),
         (["checkpoint.save_steps=0"], ["checkpoint.save_steps: got 0", "an integer >= 1"]),
         (["logging.report_to=mlflow"], ["logging.report_to: got", "mlflow", "tensorboard"]),
