@@ -4,6 +4,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 import small_run
 
@@ -18,6 +19,7 @@ KEEPS = {"none": 8, "dots": 6, "names": 3, "full": 1}
 def test_a_plan_is_of_the_policy_that_the_run_would_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert len(jax.devices()) == 8  # before a topology asks for fewer, which the process then keeps
     topology = open_topology("cpu:1")
     config = load_config(small_run.write_inputs(tmp_path, "lora"))
     real = planning.make_plan(config, topology)
