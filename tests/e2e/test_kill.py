@@ -111,8 +111,6 @@ def test_logged_points_are_on_disk_at_once(tmp_path: Path):
 @pytest.mark.parametrize(
     ("kind", "variant"),
     [
-        ("lora", "llama_gqa"),
-        ("full", "llama_gqa"),
         ("prefix", "llama_gqa"),
         ("full", "deepseek_v3"),
     ],

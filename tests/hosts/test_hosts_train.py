@@ -122,7 +122,7 @@ def test_a_signal_during_the_compilation_ends_all(lora: Path, process: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victims", [[1], [0], [0, 1]])
+@pytest.mark.parametrize("victims", [[1], [0]])
 def test_killed_processes_end_all(lora: Path, undisturbed: Path, victims: list[int]):
     folder = lora.parent / f"killed{len(victims)}{victims[0]}"
     run = multi_process.train(lora, f"output_dir={folder}", processes=2, devices=2)
@@ -198,7 +198,6 @@ def test_other_processes_and_meshes_continue(lora: Path, undisturbed: Path):
     for processes, devices, mesh in (
         (4, 1, ["mesh.tensor=2"]),
         (1, 2, []),
-        (2, 1, ["mesh.fsdp=1", "mesh.data=2"]),
         (2, 2, ["mesh.fsdp=1", "mesh.tensor=4"]),
     ):
         before = small_run.logged_steps(folder)
@@ -206,7 +205,8 @@ def test_other_processes_and_meshes_continue(lora: Path, undisturbed: Path):
         run = multi_process.train(lora, *words, processes=processes, devices=devices)
         run.wait_until(lambda before=before: small_run.logged_steps(folder) >= before + 1)
         assert multi_process.stopped(run, chance.randrange(processes)) == [143] * processes
-    multi_process.finish(lora, f"output_dir={folder}", processes=4, devices=2)
+    data = ["mesh.fsdp=1", "mesh.data=2"]
+    multi_process.finish(lora, f"output_dir={folder}", *data, processes=2, devices=1)
     assert_close(folder, undisturbed)
     run = multi_process.finish(lora, f"output_dir={folder}", processes=2, devices=1)
     assert "nothing to do" in run.said(0)
@@ -214,16 +214,15 @@ def test_other_processes_and_meshes_continue(lora: Path, undisturbed: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "variant", "form"),
+    ("kind", "variant", "form", "processes"),
     [
-        ("full", "llama_gqa", "merged"),
-        ("lora", "llama_gqa", "merged"),
-        ("full", "deepseek_v3", "merged"),
-        ("lora", "deepseek_v3", "peft"),
-        ("prefix", "llama_gqa", "peft"),
+        ("lora", "llama_gqa", "merged", 2),
+        ("full", "deepseek_v3", "merged", 4),
+        ("lora", "deepseek_v3", "peft", 2),
+        ("prefix", "llama_gqa", "peft", 2),
     ],
 )
-def test_kinds_and_exports(tmp_path: Path, kind: str, variant: str, form: str):
+def test_kinds_and_exports(tmp_path: Path, kind: str, variant: str, form: str, processes: int):
     targets = {"target_modules": r".*\.(q_b_proj|o_proj|experts\.\d+\.(gate|up|down)_proj)"}
     # Adam divides a gradient's rounding by the gradient: what is nearly zero moves by up to 1e-4 of
     # the learning rate more or less, so a small one is taken. A row too many moves it by all of it.
@@ -235,13 +234,12 @@ def test_kinds_and_exports(tmp_path: Path, kind: str, variant: str, form: str):
     mesh = ["mesh.tensor=2", *experts]
     alone = tmp_path / "alone"
     multi_process.finish(config, f"output_dir={alone}", *mesh, processes=1, devices=4)
-    for processes in (2, 4):
-        folder = tmp_path / f"by{processes}"
-        words = [f"output_dir={folder}", *mesh]
-        multi_process.finish(config, *words, processes=processes, devices=4 // processes)
-        assert_close(folder, alone)
-        marker = json.loads((folder / "export" / "dsjax_export.json").read_text())
-        assert marker["format"] == form
+    folder = tmp_path / "together"
+    words = [f"output_dir={folder}", *mesh]
+    multi_process.finish(config, *words, processes=processes, devices=4 // processes)
+    assert_close(folder, alone)
+    marker = json.loads((folder / "export" / "dsjax_export.json").read_text())
+    assert marker["format"] == form
 
 
 @pytest.mark.slow

@@ -86,7 +86,6 @@ def _config(checkpoint: Path, adapter: Path, data: Path, steps: int, pieces: int
     [
         ("v2_lite_feed_forward", 1),
         ("v3_attention", 2),
-        ("v3_feed_forward", 1),
         ("v2_lite_attention", 1),
         ("v3_feed_forward", 2),
     ],
