@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 
 from dsjax.config.load import RunConfig
-from dsjax.config.paths import RUN_CONFIG, is_url
+from dsjax.config.paths import FLAX_MANIFEST, RUN_CONFIG, is_url
 from dsjax.errors import ConfigError, nearest, raise_all
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
@@ -77,6 +77,16 @@ def check_run_dir(path: str | Path, field: str, place: str | None = None) -> Non
             f"{field}: got {place!r}, expected the output_dir of a run; no "
             f"{os.path.join(place, RUN_CONFIG)}"
         )
+
+
+def check_flax_checkpoint(path: str, field: str) -> None:
+    """Refuse a folder that `convert to-flax` did not write.
+
+    Raises:
+        ConfigError: it did not, or there is none.
+    """
+    if not (Path(path).expanduser() / FLAX_MANIFEST).is_file():
+        raise ConfigError(f"{field}: got {path!r}, expected a directory written by to-flax")
 
 
 def check_model_path(path: str, field: str = "model.path") -> None:

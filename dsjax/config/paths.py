@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which paths are URLs, and by which files a run's folder is known.
+"""Which paths are URLs, and by which files a run's or a checkpoint's folder is known.
 
 In: a path as a configuration or a command line names it. Out: whether it is a URL, and the message
 where only a folder will do. Not done here: reading what lies there (`weights.storage`).
@@ -9,6 +9,9 @@ import re
 
 RUN_CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 """In a run's folder: its resolved configuration, and the lines of its steps."""
+
+FLAX_MANIFEST = "dsjax_checkpoint.json"
+"""In a checkpoint that `convert to-flax` wrote: what it holds."""
 
 _URL = re.compile(r"([a-z][a-z0-9+.-]*)://.")
 

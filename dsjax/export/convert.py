@@ -16,7 +16,9 @@ if __name__ == "__main__":
 import sys
 from collections.abc import Sequence
 
-from dsjax.config.command_line import CommandParser
+from dsjax.config.command_line import CommandParser, say_start
+from dsjax.config.inputs import check_flax_checkpoint, check_model_path
+from dsjax.config.stage_clock import import_clock
 from dsjax.errors import run_command
 
 VERBS = {"to-flax": "reading weights", "to-hf": "writing weights"}
@@ -29,9 +31,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("src", help="what to convert")
     parser.add_argument("dst", help="folder to write; it must not exist, or be empty")
     words = parser.parse_args(argv)
+    check, name = {
+        "to-flax": (check_model_path, "model.path"),
+        "to-hf": (check_flax_checkpoint, "source"),
+    }[words.command]
+    check(words.src, name)
+    say_start(f"convert {words.command} {words.src}")
     # Imported here: it takes seconds, for which neither the help nor a mistake has to wait.
-    from dsjax.training.console import Loading
-    from dsjax.weights import convert
+    with import_clock("jax, flax, orbax, transformers"):
+        from dsjax.training.console import Loading
+        from dsjax.weights import convert
 
     run = {"to-flax": convert.to_flax, "to-hf": convert.to_hf}[words.command]
     run(words.src, words.dst, Loading(VERBS[words.command]))

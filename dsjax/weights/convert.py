@@ -15,12 +15,12 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from dsjax.config.inputs import check_flax_checkpoint
 from dsjax.distributed.sharding import Leaf
-from dsjax.errors import ConfigError
 from dsjax.models import Model, build, entries_of
 from dsjax.models.weight_rules import Entry
 from dsjax.weights import dsjax_format, fp8, hf_directory
-from dsjax.weights.dsjax_format import is_flax_checkpoint, open_flax
+from dsjax.weights.dsjax_format import open_flax
 from dsjax.weights.folders import (
     atomic_directory,
     check_apart,
@@ -95,8 +95,7 @@ def to_hf(
     src: str, dst: str, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> None:
     """Turn a dsjax checkpoint back into the Hugging Face checkpoint that it was made from."""
-    if not is_flax_checkpoint(src):
-        raise ConfigError(f"source: got {src!r}, expected a directory written by to-flax")
+    check_flax_checkpoint(src, "source")
     check_empty(dst)
     check_apart(dst, "output directory", {"source": src})
     source = open_flax(src)

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from dsjax.config.json_file import parse_object, read_object
+from dsjax.config.paths import FLAX_MANIFEST
 from dsjax.errors import ConfigError, system_fault
 from dsjax.models.config_checks import shown
 from dsjax.models.weight_rules import Entry
@@ -39,7 +40,7 @@ from dsjax.weights.safetensors import (
 )
 from dsjax.weights.source import copy_aux_files
 
-MANIFEST, ARRAYS, UNMODELLED = "dsjax_checkpoint.json", "arrays", "unmodelled.safetensors"
+MANIFEST, ARRAYS, UNMODELLED = FLAX_MANIFEST, "arrays", "unmodelled.safetensors"
 FORMAT = 2
 CHUNK_BYTES = 32 * 2**20
 """Bytes of an unstacked array that are stored, and read, together; of a stack it is one tensor."""

@@ -105,6 +105,8 @@ MISTAKES = {
     "generate --promt x": "--promt: got",
     "view none": "RUN: got 'none', expected the output_dir of a run",
     "view configs --no-brwser": "--no-brwser: got an option that is not known",
+    "convert to-flax no/such/place x": "model.path: got 'no/such/place', expected a directory or",
+    "convert to-hf tests x": "source: got 'tests', expected a directory written by to-flax",
     "convert-config none.yaml": "none.yaml: got No such file",
 }
 
