@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 from dsjax.config.command_line import CommandParser, say_start
-from dsjax.config.inputs import check_inputs, check_model_path
+from dsjax.config.inputs import check_inputs, check_named
 from dsjax.config.load import load_config
 from dsjax.config.sections import DataSection
 from dsjax.config.yaml_file import is_config_file, one_config
@@ -68,6 +68,7 @@ def answered(argv: Sequence[str]) -> bool:
     if words.config is not None:
         check_inputs(load_config(words.config, words.overrides), training=False)
     elif words.model is not None:
-        check_model_path(words.model, "--model")
+        names = ("--model", "--adapter")
+        check_named(words.model, words.adapter, {"--data": words.data or []}, names)
     say_start(f"evaluate {words.config or words.model or ''}".rstrip())
     return False

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the inputs that a configuration names can be there, by their names alone.
 
-In: `model.path`, `data.train`, `data.eval`, a run's folder. Out: `ConfigError` where the file
-system shows that one is nothing to read. It takes no time, so commands ask before their imports;
-who reads an input asks again. Not done here: reading one (`data.files`, `weights.model_folder`).
+In: `model.path`, `adapter.path`, `data.train`, `data.eval`, a run. Out: `ConfigError` where the
+file system shows that one is nothing to read. It takes no time, so that commands ask before
+they import; who reads an input asks again. Not done here: reading one (`data.files`, `weights`).
 """
 
 import glob
 import os.path
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from dsjax.config.load import RunConfig
@@ -38,7 +38,28 @@ def check_inputs(config: RunConfig, *, training: bool = True) -> None:
         sources = {"data.train": data.train, "data.eval": data.eval or []}
     else:
         sources = {"data.eval": data.eval or []} if data.eval else {"data.train": data.train}
-    checks = [(check_model_path, config.model.path, "model.path")]
+    check_named(config.model.path, config.adapter.path, sources)
+
+
+def check_named(
+    model: str,
+    adapter: str | None,
+    sources: Mapping[str, Sequence[str]],
+    fields: tuple[str, str] = ("model.path", "adapter.path"),
+) -> None:
+    """Refuse inputs that are not there.
+
+    Args:
+        model: a checkpoint.
+        adapter: a PEFT adapter, if any.
+        sources: of rows, by the name of their list.
+        fields: what messages call the model and the adapter.
+
+    Raises:
+        ConfigError: names each of them.
+    """
+    checks = [(check_model_path, model, fields[0])]
+    checks += [(check_adapter_path, adapter, fields[1])] if adapter is not None else []
     checks += [
         (_check_sources, source, f"{name}[{index}]")
         for name, named in sources.items()
@@ -108,6 +129,16 @@ def check_model_path(path: str, field: str = "model.path") -> None:
             f"{field}: got {path!r}, expected a directory or a hub id; there is no such "
             "directory and a hub id has the form organization/name"
         )
+
+
+def check_adapter_path(path: str, field: str = "adapter.path") -> None:
+    """Refuse what is no URL and no directory.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if not is_url(path) and not Path(path).is_dir():
+        raise ConfigError(f"{field}: got {path!r}, expected a PEFT adapter's folder")
 
 
 def _check_sources(source: str, field: str) -> None:

@@ -125,7 +125,7 @@ def make_plan(config: RunConfig, topology: Topology) -> Plan:
     *policies, last = policies_of(config.training)
     for policy in policies:
         plan = _make_plan(with_policy(config, policy), topology)
-        if plan.fits:
+        if plan.headroom_bytes is not None and plan.headroom_bytes >= 0:  # an evaluation has none
             return plan
     return _make_plan(with_policy(config, last), topology)
 

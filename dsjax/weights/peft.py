@@ -8,7 +8,6 @@ errors, and so is every field of the config that changes the numbers and that we
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ import numpy as np
 from dsjax.adapters import ADAPTERS, method_of
 from dsjax.adapters.method import AdapterConfig
 from dsjax.config import AdapterSection
+from dsjax.config.inputs import check_adapter_path
 from dsjax.config.json_file import read_object
-from dsjax.config.paths import is_url
 from dsjax.distributed.checksums import digest
 from dsjax.distributed.sharding import Leaf
 from dsjax.errors import ConfigError, raise_all
@@ -101,8 +100,7 @@ def contents(path: str, spec: AdapterConfig) -> str:
 
 
 def _open(path: str) -> Folder:
-    if not is_url(path) and not Path(path).is_dir():
-        raise ConfigError(f"adapter.path: got {path!r}, expected a PEFT adapter's folder")
+    check_adapter_path(path)
     return open_folder(path, "adapter.path")
 
 

@@ -101,6 +101,8 @@ MISTAKES = {
     "evaluate configs/quickstart.yaml model.path=tests data.eval=x.csv": "data.eval[0]: got x.csv",
     "export --run tests --out x --format peft": "--run: got 'tests', expected the output_dir of",
     "generate --model no/such/place": "--model: got 'no/such/place', expected",
+    "generate --model tests --adapter no/one": "--adapter: got 'no/one', expected a PEFT adapter's",
+    "evaluate --model tests --data x.jsonl": "--data[0]: got x.jsonl, expected a file that exists",
     "export --rum x": "--rum: got",
     "generate --promt x": "--promt: got",
     "view none": "RUN: got 'none', expected the output_dir of a run",

@@ -287,9 +287,9 @@ def test_a_suggestion_is_the_smallest_slice_that_fits(
     assert alone["given_bytes_per_device"] == whole and alone["peak_bytes_per_device"] is None
     assert "weights, optimizer and batch take 0.0" in alone["notes"][0]
     assert (two["fits"], two["compiled"], two["topology"]) == (True, True, "cpu:2")
-    assert two["notes"] == ["batch_size was 7: the mesh has to divide it"]
-
-    again = _plan(capsys, *words, *two["overrides"], "--topology", two["topology"])
+    assert two["notes"] == ["batch_size was 7: the mesh has to divide it", "under remat full"]
+    full = "training.gradient_checkpointing=full"
+    again = _plan(capsys, *words, *two["overrides"], full, "--topology", two["topology"])
     assert again["peak_bytes_per_device"] == two["peak_bytes_per_device"]
     assert again["mesh"]["expert"] == 2 and again["batch_size"] == 6
 

@@ -29,7 +29,8 @@ def test_a_plan_is_of_the_policy_that_the_run_would_take(
 
         def planned(config: RunConfig, topology: Topology, room: int = room) -> planning.Plan:
             policy = config.training.gradient_checkpointing
-            return replace(real, gradient_checkpointing=policy, fits=KEEPS[policy] <= room)
+            left = None if policy == "none" and not room else room - KEEPS[policy]
+            return replace(real, gradient_checkpointing=policy, headroom_bytes=left)
 
         monkeypatch.setattr(planning, "_make_plan", planned)
         assert planning.make_plan(config, topology).gradient_checkpointing == chosen
