@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
-
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -60,11 +58,11 @@ def memory_of(compiled: Any, platform: str) -> Memory:
     return Memory(*parts, peak=peak + code)
 
 
-def too_large(error: jax.errors.JaxRuntimeError) -> str:
+def too_large(error: Exception) -> str:
     """Return the compiler's words where it refused a program for want of memory.
 
     Raises:
-        JaxRuntimeError: it was another reason.
+        Exception: the same one, which has another reason.
     """
     if "RESOURCE_EXHAUSTED" not in str(error):
         raise error
