@@ -203,6 +203,7 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool, publish: Callable[[],
     step_of = partial(step_config, config, setup.partition, setup.mesh, total)
     step_cfg = step_of(data.train.sequence_length)
     check_disk(config, setup, step_cfg, form, start < total, hosts)
+    auto = config.training.gradient_checkpointing == "auto"
     programs = compile_programs(run, step_of, start, earlier.meta.get("remat") if start else None)
     if dry_run:
         hosts.log_once("dry run: inputs are valid and the step compiles; no weights were loaded")
@@ -215,7 +216,8 @@ def _train(config: RunConfig, hosts: Hosts, dry_run: bool, publish: Callable[[],
         check_frozen(frozen, earlier.meta["frozen"], run.directory)
     with working("summing the weights that stay", primary, at_once=False):
         began = {"started": started, "contents": contents, "frozen": frozen_sums(frozen)}
-        began["remat"] = programs.remat
+        # What a user chose says nothing of what fits.
+        began["remat"] = programs.remat if auto else None
     with working("initialising the adapter", primary and setup.spec is not None, at_once=False):
         trainable = {} if start else load_trainable(setup, frozen, seed, Loading(primary=primary))
 

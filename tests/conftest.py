@@ -116,7 +116,7 @@ def pytest_collection() -> Iterator[object]:
 
 
 def pytest_collection_finish() -> None:
-    """Take what was imported, half a million objects, out of every later garbage collection."""
+    """Take what was imported out of every later garbage collection."""
     gc.collect()
     gc.freeze()
 

@@ -32,11 +32,11 @@ def keep_compiled(environment: Mapping[str, str]) -> str | None:
     """
     settings: Any = jax.config
     if settings.jax_enable_compilation_cache and settings.jax_compilation_cache_dir is None:
-        home = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(home) / "dsjax" / "compiled"
         try:
+            home = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+            folder = Path(home) / "dsjax" / "compiled"
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
+        except (OSError, RuntimeError):  # a user of a container may have no home
             return None
         if not os.access(folder, os.W_OK):
             return None

@@ -53,6 +53,14 @@ def test_where_no_folder_can_be_made_nothing_is_kept(tmp_path: Path):
     assert SETTINGS.jax_compilation_cache_dir is None
 
 
+def test_whoever_has_no_home_keeps_nothing(monkeypatch: pytest.MonkeyPatch):
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert keep_compiled({}) is None
+
+
 def test_what_a_killed_process_was_writing_is_removed(tmp_path: Path):
     folder = tmp_path / "dsjax" / "compiled"
     folder.mkdir(parents=True)
