@@ -24,6 +24,7 @@ from dsjax.training.reporters import PROJECT, REPORTERS, Kind, ReportedRun, chec
 from dsjax.training.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
+PROGRAM = Path(__file__).with_name("reported_run.py")
 WANDB = LoggingSection(report_to=["wandb"])
 
 
@@ -138,30 +139,13 @@ def test_a_run_is_called_as_its_folder(tmp_path: Path, monkeypatch: pytest.Monke
     assert ReportedRun(RunDir(Path(".")), 0, {}).name == tmp_path.name
 
 
-START = """
-import sys
-from pathlib import Path
-from dsjax.config import LoggingSection
-from dsjax.training.metrics_log import MetricsLog
-
-name, folder, resume_step, last = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:])
-config = {"model": {"path": "deepseek-ai/tiny"}, "training": {"freeze": [], "max_steps": None}}
-section = LoggingSection(report_to=[name])
-with MetricsLog(RunDir(folder), section, resume_step, config=config) as log:
-    log.log_start("model: {}", "module  parameters")
-    for step in range(resume_step + 1, last + 1):
-        log.log(step, {"loss": resume_step + 1 / step})
-    log.log_eval(last, {"eval_loss": 2.0})
-"""
-
-
 def killed_and_resumed(name: str, folder: Path, **environment: str) -> Path:
     """Log steps 1 to 3, then go on from step 1 to 4; returns the run's folder."""
     run = folder / "run"
     run.mkdir()
     for resume_step, last in ((0, 3), (1, 4)):
         done = subprocess.run(
-            [sys.executable, "-c", START, name, str(run), str(resume_step), str(last)],
+            [sys.executable, str(PROGRAM), name, str(run), str(resume_step), str(last)],
             cwd=folder,
             env=os.environ | {"PYTHONPATH": str(ROOT), "HOME": str(folder)} | environment,
             capture_output=True,
