@@ -71,7 +71,6 @@ _PLANNED: dict[str, Container[Any]] = {
     "model.quantization": ("int8", "nf4", "fp8"),
     "adapter.peft_type": ("BOTTLENECK",),
     "adapter.use_dora": (True,),
-    "mesh.sequence": range(-1, 2**16),
 }
 
 

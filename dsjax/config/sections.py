@@ -230,8 +230,9 @@ class MeshSection(Section):
     """Shards of every matrix product."""
     expert: AxisSize = 1
     """Shards of the experts, each with a part of the batch."""
-    sequence: Literal[1] = 1
-    """Shards of the sequence."""
+    sequence: AxisSize = 1
+    """Shards of every row's tokens, for rows that are too long for a device; data.max_length is a
+    multiple of twice as many."""
 
 
 class CheckpointSection(Section):

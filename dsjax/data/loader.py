@@ -51,12 +51,13 @@ class Loader:
       batch_size: packed rows per step over all processes.
       seed: of the order.
       rows: which rows of each batch this process provides, sorted; all, if None.
+      multiple: what divides `max_length`, and has to divide T.
 
     Attributes:
       batch_size: as given.
       rows: as given.
       sequence_length: T of every batch: `max_length` with packing; else the longest example,
-        rounded up to a multiple of 8, at most `max_length`.
+        rounded up to a multiple of 8 and of `multiple`, at most `max_length`.
       rows_in_epoch: packed rows, the same in every epoch.
       sequences: examples in an epoch, one or more in a row.
     """
@@ -68,12 +69,13 @@ class Loader:
         batch_size: int,
         seed: int,
         rows: Sequence[int] | None = None,
+        multiple: int = 1,
     ) -> None:
         self._examples = examples
         self.sequences = len(examples)
         self.batch_size = batch_size
         self.rows = tuple(range(batch_size) if rows is None else rows)
-        self.sequence_length = _sequence_length(examples, section)
+        self.sequence_length = _sequence_length(examples, section, multiple)
         self._plan = PackingPlan(
             examples.lengths, section.max_length, section.packing, section.shuffle, seed
         )
@@ -148,8 +150,8 @@ class Loader:
             start = stop
 
 
-def _sequence_length(examples: ExampleStore, section: DataSection) -> int:
+def _sequence_length(examples: ExampleStore, section: DataSection, multiple: int) -> int:
     if section.packing:
         return section.max_length
-    longest = int(examples.lengths.max())
-    return min(section.max_length, -(-longest // 8) * 8)
+    longest, step = int(examples.lengths.max()), math.lcm(8, multiple)
+    return min(section.max_length, -(-longest // step) * step)

@@ -132,7 +132,7 @@ def num_microbatches(asked: int | Literal["auto"], batch_size: int, length: int,
     if asked != "auto":
         return asked
     rows = max(batch_size // batch_shards(mesh), 1)
-    most = max(TOKENS_AT_A_TIME // length, 1)
+    most = max(TOKENS_AT_A_TIME * mesh.shape["sequence"] // length, 1)
     return rows // max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
 
 
@@ -154,8 +154,28 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
         )
 
 
+def length_multiple(mesh: Mesh) -> int:
+    """Return what divides the number of a row's tokens: each part of a row has two halves."""
+    return 2 * mesh.shape["sequence"] if mesh.shape["sequence"] > 1 else 1
+
+
+def check_length(max_length: int, mesh: Mesh) -> None:
+    """Refuse rows that the devices do not divide along their tokens.
+
+    Raises:
+        ConfigError: `data.max_length` is no multiple of twice `mesh.sequence`.
+    """
+    multiple = length_multiple(mesh)
+    if max_length % multiple:
+        raise ConfigError(
+            f"data.max_length: got {max_length}, expected a multiple of {multiple} = 2 x "
+            f"mesh.sequence ({mesh.shape['sequence']}); "
+            f"{math.ceil(max_length / multiple) * multiple} would do"
+        )
+
+
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of arrays that lead with the rows of a batch: [B, T] and [B, T, D]."""
+    """Sharding of a batch as a step is given it: rows are dealt, each of them lies whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 

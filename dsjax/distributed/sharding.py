@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsjax.distributed.mesh import replicated, rows_sharding
+from dsjax.distributed.mesh import BATCH_AXES, replicated
 from dsjax.errors import ConfigError, raise_all
 
 Axes = tuple[str | None, ...]
@@ -27,7 +27,7 @@ class Layout(NamedTuple):
     """How arrays lie on a mesh.
 
     Attributes:
-        rows: sharding of activations that lead with the rows of a batch.
+        rows: sharding of activations [B, T, ...]: rows, and their tokens in contiguous parts.
         gather: (a parameter of one layer, its axes, the dtype it is computed with in) -> the same
             numbers in the parameter's own dtype, rounded to that one and brought together where
             the parameter is divided for memory alone.
@@ -35,6 +35,11 @@ class Layout(NamedTuple):
 
     rows: NamedSharding
     gather: Callable[[jax.Array, Axes, jnp.dtype], jax.Array]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The mesh axes that divide what leads with parts of rows (`sequence.split_rows`)."""
+        return ("sequence", *BATCH_AXES)
 
     def axis(self, name: str) -> str:
         """The mesh axis that divides a logical one, for collectives in a `shard_map`."""
@@ -44,15 +49,15 @@ class Layout(NamedTuple):
         """Into how many parts a logical axis is divided."""
         return self.rows.mesh.shape[RULES[name]]
 
-    def spec(self, *axes: str | None, leading_rows: bool = False) -> PartitionSpec:
+    def spec(self, *axes: str | None, leading_parts: bool = False) -> PartitionSpec:
         """How `shard_map` divides an array, by its logical axes, all of which have to divide.
 
         Args:
             axes: of its dimensions, but for the rows.
-            leading_rows: whether the rows of a batch stand before these.
+            leading_parts: whether rows, or parts of rows, stand before these.
         """
-        rows = self.rows.spec[:1] if leading_rows else ()
-        return PartitionSpec(*rows, *(RULES.get(axis) if axis else None for axis in axes))
+        parts = (self.parts,) if leading_parts else ()
+        return PartitionSpec(*parts, *(RULES.get(axis) if axis else None for axis in axes))
 
 
 Params = dict[str, jax.Array]
@@ -94,7 +99,15 @@ RULES = {
 """Logical axis -> the mesh axis that shards it. No rule shards the others (`embed`, `layers`,
 None), but `FSDP_AXES` may. Models name the axes of their parameters in their constructors."""
 
-FSDP_AXES = (("fsdp", "expert"), ("fsdp",), ("expert",))
+FSDP_AXES = (
+    ("fsdp", "expert", "sequence"),
+    ("fsdp", "expert"),
+    ("fsdp", "sequence"),
+    ("expert", "sequence"),
+    ("fsdp",),
+    ("expert",),
+    ("sequence",),
+)
 """Mesh axes that shard a matrix as well, only to save memory: the first group that fits is taken.
 It shards the first dimension that it can, since XLA for CUDA would hold a transposed copy of a
 whole stack if it had to gather another one; never the vocabulary, which logits are computed by."""
@@ -127,7 +140,8 @@ def check_experts(leaves: Mapping[str, Leaf], mesh: Mesh) -> None:
 
 def make_layout(mesh: Mesh) -> Layout:
     """Return what a model has to know of the mesh."""
-    return Layout(rows_sharding(mesh), partial(_gather, mesh))
+    rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES, "sequence"))
+    return Layout(rows, partial(_gather, mesh))
 
 
 def _gather(mesh: Mesh, x: jax.Array, axes: Axes, dtype: jnp.dtype) -> jax.Array:

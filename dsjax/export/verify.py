@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dsjax.config import AdapterSection, ModelSection
-from dsjax.distributed.mesh import batch_shards, replicated
+from dsjax.distributed.mesh import batch_shards, length_multiple, replicated
 from dsjax.distributed.sharding import Params, make_layout
 from dsjax.models import entries_of
 from dsjax.training.setup import Assembly, assemble_model
@@ -171,7 +171,8 @@ def sample_logits(
     where they are, and the tokens are the same on every mesh.
     """
     shards, vocab = batch_shards(setup.mesh), setup.model.config.vocab_size
-    row = np.random.default_rng(0).integers(0, vocab, TOKENS, np.int32)
+    length = TOKENS + -TOKENS % length_multiple(setup.mesh)
+    row = np.random.default_rng(0).integers(0, vocab, length, np.int32)
     ids = np.tile(row, (shards, 1))
     layout = make_layout(setup.mesh)
 

@@ -6,6 +6,7 @@ table that names each leaf's tensor on disk. Not done here: loading, sharding, a
 
 Dimension key, used as suffixes of array names throughout:
     B batch    T query position    S key position    L layers    D hidden    V vocabulary
+    M = n B, parts of rows that a mesh divides into n (`mesh.sequence`); else rows
     N query heads    K key/value heads    G = N / K    H head size    R rotated pairs
     F feed-forward    P prefix length    r adapter rank
     E experts    A experts of a token    Z rows sorted by expert

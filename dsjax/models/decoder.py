@@ -216,6 +216,9 @@ class CausalLM(Loaded):
         """
         position_ids = positions_like(input_ids) if position_ids is None else position_ids
         segment_ids = jnp.ones_like(input_ids) if segment_ids is None else segment_ids
+        input_ids, position_ids, segment_ids = (
+            _constrain(x, layout) for x in (input_ids, position_ids, segment_ids)
+        )
         query = Tokens(position_ids + self._prefix_length(), segment_ids)
         key = _key_tokens(query, cache)
         length = None if cache is None else cache.length

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from dsjax.distributed.sequence import split_rows
 from dsjax.models import Model
 from dsjax.models.ops.blocks import in_blocks
 from dsjax.objectives.objective import Forward
@@ -27,12 +28,14 @@ def head_sums(
     forward: Forward,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sums of the losses and of the hits of the head on final states."""
-    rows = max(1, states_BTD.shape[0] // forward.row_shards)
-    length = max(1, min(states_BTD.shape[1], TOKENS_PER_CHUNK // rows))
     dropout = forward.dropout
     tokens = None if dropout is None else dropout.token
+    # By device: the parts of rows that it has, a few tokens of each at a time.
+    parts = split_rows((states_BTD, targets, weights, tokens), forward.layout)
+    rows = max(1, states_BTD.shape[0] // forward.row_shards)
+    length = max(1, min(parts[0].shape[1], TOKENS_PER_CHUNK // rows))
     # Tokens that fill the last chunk up have weight 0.
-    chunks = jax.tree.map(lambda x: in_blocks(x, length), (states_BTD, targets, weights, tokens))
+    chunks = jax.tree.map(lambda x: in_blocks(x, length), parts)
 
     @jax.checkpoint
     def chunk_sums(chunk) -> tuple[jax.Array, jax.Array]:

@@ -21,7 +21,7 @@ from dsjax.distributed.compiled import (
     memory_of,
     too_large,
 )
-from dsjax.distributed.mesh import batch_shards, check_batch
+from dsjax.distributed.mesh import batch_shards, check_batch, check_length
 from dsjax.distributed.sharding import (
     computed_sharding,
     has_experts,
@@ -202,6 +202,7 @@ def prepare(config: RunConfig, topology: Topology) -> tuple[Assembly, StepConfig
     setup = assemble(config, topology.devices, weights=False)
     step = step_config(config, setup.partition, setup.mesh, ANY_LENGTH)
     check_batch(config.training.batch_size, step.accumulation, setup.mesh)
+    check_length(config.data.max_length, setup.mesh)
     return setup, step
 
 
@@ -212,7 +213,8 @@ def _experts_in_chunks(model: Model, step: StepConfig, rows: int, length: int) -
     held = rows // step.accumulation // batch_shards(step.mesh) * step.mesh.shape["expert"]
     c = model.config
     chosen, size = c.router.num_experts_per_tok, model.dtype.itemsize
-    return tokens_at_once(held, chosen, c.hidden_size, size) < length
+    part = length // step.mesh.shape["sequence"]
+    return tokens_at_once(held, chosen, c.hidden_size, size) < part
 
 
 def _compile(

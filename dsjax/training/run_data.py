@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dsjax.config import RunConfig
 from dsjax.data import Examples, Loader, decode_sample, find_tokenizer, load_training
-from dsjax.distributed.mesh import check_batch, process_rows
+from dsjax.distributed.mesh import check_batch, check_length, length_multiple, process_rows
 from dsjax.distributed.processes import Hosts
 from dsjax.training.console import working
 from dsjax.training.resume import ResumePoint, split_as_before
@@ -60,6 +60,7 @@ def read_rows(
     """
     section, seed = config.data, config.training.seed
     check_batch(config.training.batch_size, pieces, setup.mesh)
+    check_length(section.max_length, setup.mesh)
     tokenizer = find_tokenizer(setup.source.directory, section.format, today)
     return load(section, seed, tokenizer, setup.model.config.vocab_size), tokenizer
 
@@ -68,7 +69,8 @@ def make_loader(config: RunConfig, setup: Assembly, examples: Examples, shuffle:
     """Plan the order of rows, those of the files unless shuffled, and take this process's part."""
     section, training = config.data.model_copy(update={"shuffle": shuffle}), config.training
     rows = process_rows(setup.mesh, training.batch_size)
-    return Loader(examples, section, training.batch_size, training.seed, rows)
+    multiple = length_multiple(setup.mesh)
+    return Loader(examples, section, training.batch_size, training.seed, rows, multiple)
 
 
 def read_data(config: RunConfig, setup: Assembly, today: datetime, primary: bool = True) -> Data:

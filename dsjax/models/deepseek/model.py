@@ -12,6 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from dsjax.distributed.sequence import copy_rows
 from dsjax.models.decoder import LATENTS, Block, CausalLM, LayerInputs, StackInputs, append_to_cache
 from dsjax.models.deepseek.config import LATENT_EPS, DeepseekConfig
 from dsjax.models.deepseek.mtp import MTP
@@ -80,18 +81,25 @@ class LatentAttention(nnx.Module):
         )
         if self.indexer is not None:
             new = (*new, self.indexer.keys(x_BTD, shared))
-        seen = append_to_cache(own.cache, new, shared.length)
+        seen = copy_rows(append_to_cache(own.cache, new, shared.length), shared.layout)
         selection = None
         if self.indexer is not None and q_latent_BTQ is not None:
             selection = self.indexer.select(x_BTD, q_latent_BTQ, seen[2], shared)
         q_rope_BTNR = self._rotate(q_rope_BTNR, shared)
         if own.cache is None:
-            qkv = self._expanded(q_nope_BTNP, q_rope_BTNR, seen[0], seen[1], dropout)
+            whole = dropout and dropout._replace(token=copy_rows(dropout.token, shared.layout))
+            qkv = self._expanded(q_nope_BTNP, q_rope_BTNR, seen[0], seen[1], whole)
         else:
             qkv = self._as_latents(q_nope_BTNP, q_rope_BTNR, seen[0], seen[1])
-        layout = shared.layout if own.cache is None else None
         out_BTNV = dot_product_attention(
-            *qkv, shared.query, shared.key, None, m.softmax_scale, selection, layout
+            *qkv,
+            shared.query,
+            shared.key,
+            None,
+            m.softmax_scale,
+            selection,
+            shared.layout,
+            own_rows=own.cache is None,
         )
         if own.cache is not None:
             out_BTNV = self._from_latents(out_BTNV)

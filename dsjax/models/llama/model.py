@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dsjax.distributed.sequence import copy_rows
 from dsjax.models.decoder import Block, CausalLM, LayerInputs, StackInputs, append_to_cache
 from dsjax.models.layers import MLP, Linear, RMSNorm
 from dsjax.models.llama.config import LlamaConfig
@@ -52,17 +53,19 @@ class Attention(nnx.Module):
         q_BTNH = rotate(q_BTNH, shared.cos_BTH, shared.sin_BTH)
         k_BSKH = rotate(k_BSKH, shared.cos_BTH, shared.sin_BTH)
         seen = append_to_cache(own.cache, (k_BSKH, v_BSKH), shared.length)
-        k_BSKH, v_BSKH = seen if self.prefix is None else self.prefix(*seen)
-        own_rows = own.cache is None and self.prefix is None
+        k_MSKH, v_MSKH = copy_rows(seen, shared.layout)
+        if self.prefix is not None:
+            k_MSKH, v_MSKH = self.prefix(k_MSKH, v_MSKH)
         out_BTNH = dot_product_attention(
             q_BTNH,
-            k_BSKH,
-            v_BSKH,
+            k_MSKH,
+            v_MSKH,
             shared.query,
             shared.key,
             own.window,
             self.head_dim**-0.5,
-            layout=shared.layout if own_rows else None,
+            layout=shared.layout,
+            own_rows=own.cache is None and self.prefix is None,
         )
         out_BTD = self.o_proj(out_BTNH.reshape(*x_BTD.shape[:2], -1), own.dropout)
         return out_BTD, None if own.cache is None else seen

@@ -14,11 +14,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dsjax.distributed.sequence import (
+    copy_rows,
+    exchange_halves,
+    join_rows,
+    sequence_shards,
+    split_rows,
+)
 from dsjax.distributed.sharding import Layout
 from dsjax.models.ops import attention_cudnn
-from dsjax.models.ops.attention_cuda import attend_cuda
+from dsjax.models.ops.attention_cuda import attend_cuda, attend_part_cuda
 from dsjax.models.ops.attention_cudnn import attend_cudnn
-from dsjax.models.ops.attention_tpu import attend_tpu
+from dsjax.models.ops.attention_tpu import LANES, attend_part_tpu, attend_tpu
 from dsjax.models.ops.blocks import in_blocks, out_of_blocks, precision
 
 PREFIX_SEGMENT = -1
@@ -40,24 +47,38 @@ class KernelFor(NamedTuple):
     Attributes:
         fits: (a device of the mesh, head size, value head size) -> whether it is for them.
         attend: what `attend_cuda` does.
+        attend_part: what `attend_part_cuda` does: queries of a part of each row; None: it cannot.
+        part_multiple: what divides the number of these queries.
     """
 
     fits: Callable[[Any, int, int], bool]
     attend: Kernel
+    attend_part: Kernel | None = None
+    part_multiple: int = 1
 
 
 KERNELS: tuple[KernelFor, ...] = (
-    KernelFor(lambda device, *_: device.platform == "tpu", attend_tpu),
+    KernelFor(lambda device, *_: device.platform == "tpu", attend_tpu, attend_part_tpu, LANES),
     KernelFor(attention_cudnn.takes, attend_cudnn),
-    KernelFor(lambda device, *_: device.platform == "gpu", attend_cuda),
+    KernelFor(lambda device, *_: device.platform == "gpu", attend_cuda, attend_part_cuda),
 )
 """The first that fits is taken; where none does, attention is plain."""
 
 
-def kernel_for(device: Any, size: int, value_size: int) -> Kernel | None:
-    """Choose by a device of the mesh, which may be one to compile for only, and by head sizes."""
-    fitting = (one.attend for one in KERNELS if one.fits(device, size, value_size))
-    return next(fitting, None)
+def kernel_for(device: Any, size: int, value_size: int, part: int | None = None) -> Kernel | None:
+    """Choose a kernel.
+
+    Args:
+        device: of the mesh, which may be one to compile for only.
+        size: of a head.
+        value_size: of a value's head.
+        part: tokens of the parts of rows that queries are; None where they are whole rows.
+    """
+    fitting = (one for one in KERNELS if one.fits(device, size, value_size))
+    if part is None:
+        return next((one.attend for one in fitting), None)
+    able = (one.attend_part for one in fitting if part % one.part_multiple == 0)
+    return next((attend_part for attend_part in able if attend_part is not None), None)
 
 
 class Tokens(NamedTuple):
@@ -100,14 +121,15 @@ def attention_mask(
 
 def dot_product_attention(
     q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKV: Float[Array, "B S K V"],
+    k_MSKH: Float[Array, "M S K H"],
+    v_MSKV: Float[Array, "M S K V"],
     query: Tokens,
     key: Tokens,
     window: Int[Array, ""] | int | None,
     scale: float,
     selection: SparseMask | None = None,
     layout: Layout | None = None,
+    own_rows: bool = False,
 ) -> Float[Array, "B T N V"]:
     """Grouped-query attention; the softmax is float32 and cast back, as in the reference.
 
@@ -115,37 +137,47 @@ def dot_product_attention(
 
     Args:
         q_BTNH: queries.
-        k_BSKH: keys, of the queries' head size.
-        v_BSKV: values, of any head size.
+        k_MSKH: keys, of the queries' head size, one copy of each row for every part that the mesh
+            divides it into (`sequence.copy_rows`); so where it does not, of B rows.
+        v_MSKV: values, of any head size, as the keys.
         query: tokens that ask.
-        key: tokens that may be seen.
+        key: tokens [B, S] that may be seen.
         window: see `attention_mask`.
         scale: of the scores before the softmax.
         selection: leaves fewer keys to each query than it may see.
-        layout: of the mesh; None where keys are not the queries' own rows (a cache, a prefix).
+        layout: of the mesh; None on one device.
+        own_rows: whether keys are the queries' own rows, not a cache's, nor a prefix before them.
     """
-    if layout is not None and window is None and selection is None and q_BTNH.itemsize == 2:
+    shards, sizes = sequence_shards(layout), (q_BTNH.shape[3], v_MSKV.shape[3])
+    narrow = q_BTNH.itemsize == 2 and window is None and selection is None
+    if layout is not None and own_rows and narrow:
         device = next(iter(layout.rows.device_set))
-        kernel = kernel_for(device, q_BTNH.shape[3], v_BSKV.shape[3])
+        part = None if shards == 1 else q_BTNH.shape[1] // (2 * shards)
+        kernel = kernel_for(device, *sizes, part)
         if kernel is not None:
-            return _by_kernel(kernel, q_BTNH, k_BSKH, v_BSKV, query.segment, scale, layout)
+            by_kernel = _by_kernel if part is None else _parts_by_kernel
+            return by_kernel(kernel, q_BTNH, k_MSKH, v_MSKV, query.segment, scale, layout)
 
+    query_inputs = None if selection is None else selection.query_inputs
+    queries = split_rows((q_BTNH, query, query_inputs), layout)
+    key = copy_rows(key, layout)
     # Wide outside of the blocks, so that these add up the gradients of keys and values in float32.
-    wide_k, wide_v = (x.astype(jnp.float32) for x in (k_BSKH, v_BSKV))
+    wide_k, wide_v = (x.astype(jnp.float32) for x in (k_MSKH, v_MSKV))
 
     def block(piece):
         q, tokens, query_inputs = piece
-        k_BSKH, v_BSKV = (x.astype(q.dtype) for x in (wide_k, wide_v))
+        k_MSKH, v_MSKV = (x.astype(q.dtype) for x in (wide_k, wide_v))
         mask = attention_mask(tokens, key, window)
         if selection is not None:
             mask = selection.select(query_inputs, mask)
-        return _attend_block(q, k_BSKH, v_BSKV, mask, scale)
+        return _attend_block(q, k_MSKH, v_MSKV, mask, scale)
 
-    query_inputs = None if selection is None else selection.query_inputs
-    if q_BTNH.shape[1] <= QUERY_BLOCK:
-        return block((q_BTNH, query, query_inputs))
-    pieces = jax.tree.map(lambda x: in_blocks(x, QUERY_BLOCK), (q_BTNH, query, query_inputs))
-    return out_of_blocks(jax.lax.map(jax.checkpoint(block), pieces))[:, : q_BTNH.shape[1]]
+    length = queries[0].shape[1]
+    if length <= QUERY_BLOCK:
+        return join_rows(block(queries), layout)
+    pieces = jax.tree.map(lambda x: in_blocks(x, QUERY_BLOCK), queries)
+    out_MTNV = out_of_blocks(jax.lax.map(jax.checkpoint(block), pieces))[:, :length]
+    return join_rows(out_MTNV, layout)
 
 
 def _by_kernel(
@@ -158,18 +190,63 @@ def _by_kernel(
     layout: Layout,
 ) -> jax.Array:
     """Every device runs the kernel on its rows and its heads."""
-    heads, kv_heads, shards = q_BTNH.shape[2], k_BTKH.shape[2], layout.shards("heads")
+
+    def attend(q_BTNH, k_BTKH, v_BTKV, segment_BT):
+        return kernel(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, KERNEL_NAME)
+
+    return _by_device(attend, q_BTNH, k_BTKH, v_BTKV, layout, segment_BT)
+
+
+def _parts_by_kernel(
+    kernel: Kernel,
+    q_BTNH: jax.Array,
+    k_MSKH: jax.Array,
+    v_MSKV: jax.Array,
+    segment_BT: jax.Array,
+    scale: float,
+    layout: Layout,
+) -> jax.Array:
+    """Every device runs the kernel on two parts of its rows' queries, one early and one late."""
+    last = 2 * sequence_shards(layout) - 1
+    mixed = exchange_halves((q_BTNH, segment_BT), layout)
+    q_MTNH, segment_MT = split_rows(mixed, layout)
+
+    def attend(q_MTNH, k_MSKH, v_MSKV, segment_MT, segment_MS):
+        shard = jax.lax.axis_index("sequence")
+        halves = zip(*(jnp.split(x, 2, axis=1) for x in (q_MTNH, segment_MT)), strict=True)
+        outs = [
+            kernel(q, k_MSKH, v_MSKV, segment, segment_MS, part, scale, KERNEL_NAME)
+            for part, (q, segment) in zip((2 * shard, last - 2 * shard), halves, strict=True)
+        ]
+        return jnp.concatenate(outs, axis=1)
+
+    segments = segment_MT, copy_rows(segment_BT, layout)
+    out_MTNV = _by_device(attend, q_MTNH, k_MSKH, v_MSKV, layout, *segments)
+    return exchange_halves(join_rows(out_MTNV, layout), layout)
+
+
+def _by_device(
+    attend: Callable[..., jax.Array],
+    q_MTNH: jax.Array,
+    k_MSKH: jax.Array,
+    v_MSKV: jax.Array,
+    layout: Layout,
+    *segments: jax.Array,
+) -> jax.Array:
+    """Run on every device with its rows, or parts of rows, and its heads."""
+    heads, kv_heads, shards = q_MTNH.shape[2], k_MSKH.shape[2], layout.shards("heads")
     axis = "heads" if heads % shards == 0 else None
     if axis is not None and kv_heads % shards:
-        k_BTKH, v_BTKV = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k_BTKH, v_BTKV))
-    by_head = layout.spec(None, axis, None, leading_rows=True)
+        k_MSKH, v_MSKV = (jnp.repeat(x, heads // kv_heads, axis=2) for x in (k_MSKH, v_MSKV))
+    by_head = layout.spec(None, axis, None, leading_parts=True)
+    by_row = layout.spec(leading_parts=True)
     return jax.shard_map(
-        lambda *arrays: kernel(*arrays, scale, KERNEL_NAME),
+        attend,
         mesh=layout.rows.mesh,
-        in_specs=(by_head, by_head, by_head, layout.rows.spec),
+        in_specs=(by_head, by_head, by_head, *[by_row] * len(segments)),
         out_specs=by_head,
         check_vma=False,
-    )(q_BTNH, k_BTKH, v_BTKV, segment_BT)
+    )(q_MTNH, k_MSKH, v_MSKV, *segments)
 
 
 def _attend_block(

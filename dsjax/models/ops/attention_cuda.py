@@ -28,6 +28,25 @@ _LEAST = 16
 """Triton multiplies matrices of no fewer rows or columns."""
 
 
+class Rows(NamedTuple):
+    """Where tokens stand.
+
+    Attributes:
+        q_segment_BT: segment of each query's token.
+        segment_BS: segment of each key's token.
+        start_1: place in its row of the first query.
+    """
+
+    q_segment_BT: Int[Array, "B T"]
+    segment_BS: Int[Array, "B S"]
+    start_1: Int[Array, " 1"]
+
+
+def whole_rows(segment_BT: Int[Array, "B T"]) -> Rows:
+    """Return where tokens stand whose queries and keys are the same rows."""
+    return Rows(segment_BT, segment_BT, jnp.zeros(1, jnp.int32))
+
+
 class _Tile(NamedTuple):
     """How many queries and keys a program holds at a time, and how many warps it has."""
 
@@ -60,55 +79,87 @@ def attend_cuda(
         name: under which a remat policy may keep what the gradients need of the kernel.
         interpret: run without a GPU, slowly.
     """
-    return _attend(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, name, interpret)
+    return _attend(q_BTNH, k_BTKH, v_BTKV, whole_rows(segment_BT), scale, name, interpret)
+
+
+def attend_part_cuda(
+    q_MTNH: Float[Array, "M T N H"],
+    k_MSKH: Float[Array, "M S K H"],
+    v_MSKV: Float[Array, "M S K V"],
+    q_segment_MT: Int[Array, "M T"],
+    segment_MS: Int[Array, "M S"],
+    part: Int[Array, ""],
+    scale: float,
+    name: str | None = None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "M T N V"]:
+    """`attend_cuda` for the queries of a part of each row.
+
+    Args:
+        q_MTNH: queries: of each row the tokens from place `part` * T on.
+        k_MSKH: keys of whole rows.
+        v_MSKV: values of whole rows.
+        q_segment_MT: segment of each query's token.
+        segment_MS: segment of each token.
+        part: which part of its row the queries are, from 0.
+        scale: of the scores.
+        name: as in `attend_cuda`.
+        interpret: as in `attend_cuda`.
+    """
+    start_1 = jnp.asarray(part * q_MTNH.shape[1], jnp.int32)[None]
+    rows = Rows(q_segment_MT, segment_MS, start_1)
+    return _attend(q_MTNH, k_MSKH, v_MSKV, rows, scale, name, interpret)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attend(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, name, interpret):
-    return _forward(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, name, interpret)[0]
+def _attend(q_BTNH, k_BSKH, v_BSKV, rows, scale, name, interpret):
+    return _forward(q_BTNH, k_BSKH, v_BSKV, rows, scale, name, interpret)[0]
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, name, interpret):
-    out_BTNV, log_BNT = forward(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, interpret)
+def _forward(q_BTNH, k_BSKH, v_BSKV, rows, scale, name, interpret):
+    out_BTNV, log_BNT = forward(q_BTNH, k_BSKH, v_BSKV, rows, scale, interpret)
     if name is not None:
         out_BTNV, log_BNT = checkpoint_name(out_BTNV, name), checkpoint_name(log_BNT, name)
-    return out_BTNV, (q_BTNH, k_BTKH, v_BTKV, segment_BT, out_BTNV, log_BNT)
+    return out_BTNV, (q_BTNH, k_BSKH, v_BSKV, rows, out_BTNV, log_BNT)
 
 
-def forward(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale, interpret=False):
+def forward(q_BTNH, k_BSKH, v_BSKV, rows: Rows, scale, interpret=False):
     """The attended values, and the binary logarithm of each query's sum over the keys it sees."""
     batch, length, heads, _ = q_BTNH.shape
     tile = _tile(128, 64, 8, q_BTNH)
-    first_BQ, _ = _reach(segment_BT, tile)
+    first_BQ, _ = _reach(rows, tile)
     return pl.pallas_call(
         functools.partial(_attend_queries, scale=scale * math.log2(math.e), tile=tile),
         grid=(first_BQ.shape[1], heads, batch),
         out_shape=(
-            jax.ShapeDtypeStruct((batch, length, heads, v_BTKV.shape[3]), v_BTKV.dtype),
+            jax.ShapeDtypeStruct((batch, length, heads, v_BSKV.shape[3]), v_BSKV.dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=2),
         name="attention",
         interpret=interpret,
-    )(q_BTNH, k_BTKH, v_BTKV, segment_BT, first_BQ)
+    )(q_BTNH, k_BSKH, v_BSKV, *rows, first_BQ)
 
 
 def _attend_queries(
-    q_ref, k_ref, v_ref, segment_ref, first_ref, out_ref, log_ref, *, scale, tile: _Tile
-):
+    q_ref, k_ref, v_ref, q_segment_ref, segment_ref, start_ref, first_ref, out_ref, log_ref,
+    *, scale, tile: _Tile,
+):  # fmt: skip
     """One block of queries of one head; `log` is the binary logarithm of the softmax's sum."""
     # Late queries see the most keys: they begin first, so that none is left alone at the end.
     block = first_ref.shape[1] - 1 - pl.program_id(0)
     head, row = pl.program_id(1), pl.program_id(2)
     kv_head = head // (q_ref.shape[2] // k_ref.shape[2])
     place_M = block * tile.queries + jnp.arange(tile.queries)
-    q, segment_M = _read(q_ref, row, place_M, head), _segments(segment_ref, row, place_M)
+    q, segment_M = _read(q_ref, row, place_M, head), _segments(q_segment_ref, row, place_M)
+    row_place_M = start_ref[0] + place_M
 
     def step(number, carry):
         out, top_M, sum_M = carry
         place_S = number * tile.keys + jnp.arange(tile.keys)
         segment_S = _segments(segment_ref, row, place_S)
-        sees_MS = _sees(place_M[:, None], segment_M[:, None], place_S[None], segment_S[None])
+        sees_MS = _sees(row_place_M[:, None], segment_M[:, None], place_S[None], segment_S[None])
         score_MS = _multiply(q, _read(k_ref, row, place_S, kv_head)) * scale
         score_MS = jnp.where(sees_MS, score_MS, _FLOOR)
         new_top_M = jnp.maximum(top_M, score_MS.max(1))
@@ -119,7 +170,7 @@ def _attend_queries(
 
     none_M = jnp.zeros(tile.queries, jnp.float32)
     start = _zeros(tile.queries, v_ref), none_M + _FLOOR, none_M
-    keys = lax.min((block + 1) * tile.queries, q_ref.shape[1])
+    keys = lax.min(start_ref[0] + (block + 1) * tile.queries, k_ref.shape[1])
     end = lax.div(keys + tile.keys - 1, tile.keys)
     out, top_M, sum_M = lax.fori_loop(first_ref[row, block], end, step, start)
     # Each token sees at least itself, so the sum is not zero.
@@ -133,30 +184,29 @@ def _attend_queries(
 
 def _backward(scale, name, interpret, residuals, dout_BTNV):
     del name
-    q_BTNH, k_BTKH, v_BTKV, segment_BT, out_BTNV, log_BNT = residuals
-    gradients = backward(
-        q_BTNH, k_BTKH, v_BTKV, segment_BT, out_BTNV, log_BNT, dout_BTNV, scale, interpret
-    )
+    gradients = backward(*residuals, dout_BTNV, scale, interpret)
     return *gradients, None
 
 
 def backward(
-    q_BTNH, k_BTKH, v_BTKV, segment_BT, out_BTNV, log_BNT, dout_BTNV, scale, interpret=False
+    q_BTNH, k_BSKH, v_BSKV, rows: Rows, out_BTNV, log_BNT, dout_BTNV, scale, interpret=False
 ):
     """The gradients of queries, keys and values, from the result and from `forward`'s logarithm."""
     product_BTN = jnp.sum(out_BTNV.astype(jnp.float32) * dout_BTNV.astype(jnp.float32), -1)
-    arrays = (q_BTNH, k_BTKH, v_BTKV, dout_BTNV, segment_BT, log_BNT, product_BTN)
-    dq_BTNH = _query_gradient(arrays, scale, interpret)
-    return dq_BTNH, *_key_gradients(arrays, scale, interpret)
+    arrays = (q_BTNH, k_BSKH, v_BSKV, dout_BTNV, *rows, log_BNT, product_BTN)
+    dq_BTNH = _query_gradient(arrays, rows, scale, interpret)
+    return dq_BTNH, *_key_gradients(arrays, rows, scale, interpret)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _query_gradient(arrays: tuple[jax.Array, ...], scale: float, interpret: bool) -> jax.Array:
-    q_BTNH, segment_BT = arrays[0], arrays[4]
+def _query_gradient(
+    arrays: tuple[jax.Array, ...], rows: Rows, scale: float, interpret: bool
+) -> jax.Array:
+    q_BTNH = arrays[0]
     tile = _tile(64, 64, 8, q_BTNH)
-    first_BQ, _ = _reach(segment_BT, tile)
+    first_BQ, _ = _reach(rows, tile)
     return pl.pallas_call(
         functools.partial(_differentiate_queries, scale=scale, tile=tile),
         grid=(first_BQ.shape[1], q_BTNH.shape[2], q_BTNH.shape[0]),
@@ -168,8 +218,8 @@ def _query_gradient(arrays: tuple[jax.Array, ...], scale: float, interpret: bool
 
 
 def _differentiate_queries(
-    q_ref, k_ref, v_ref, dout_ref, segment_ref, log_ref, product_ref, first_ref, dq_ref,
-    *, scale, tile: _Tile,
+    q_ref, k_ref, v_ref, dout_ref, q_segment_ref, segment_ref, start_ref, log_ref, product_ref,
+    first_ref, dq_ref, *, scale, tile: _Tile,
 ):  # fmt: skip
     """One block of queries of one head."""
     block = first_ref.shape[1] - 1 - pl.program_id(0)
@@ -177,14 +227,15 @@ def _differentiate_queries(
     kv_head = head // (q_ref.shape[2] // k_ref.shape[2])
     place_M = block * tile.queries + jnp.arange(tile.queries)
     q, dout = (_read(ref, row, place_M, head) for ref in (q_ref, dout_ref))
-    segment_M, within_M = _segments(segment_ref, row, place_M), place_M < q_ref.shape[1]
+    segment_M, within_M = _segments(q_segment_ref, row, place_M), place_M < q_ref.shape[1]
+    row_place_M = start_ref[0] + place_M
     log_M = plgpu.load(log_ref.at[row, head, place_M], mask=within_M, other=0.0)
     product_M = plgpu.load(product_ref.at[row, place_M, head], mask=within_M, other=0.0)
 
     def step(number, dq):
         place_S = number * tile.keys + jnp.arange(tile.keys)
         segment_S = _segments(segment_ref, row, place_S)
-        sees_MS = _sees(place_M[:, None], segment_M[:, None], place_S[None], segment_S[None])
+        sees_MS = _sees(row_place_M[:, None], segment_M[:, None], place_S[None], segment_S[None])
         k = _read(k_ref, row, place_S, kv_head)
         score_MS = _multiply(q, k) * (scale * math.log2(math.e))
         weight_MS = jnp.exp2(jnp.where(sees_MS, score_MS, _FLOOR) - log_M[:, None])
@@ -192,32 +243,32 @@ def _differentiate_queries(
         more = _times(weight_MS * (dweight_MS - product_M[:, None]), k)
         return tuple(a + b for a, b in zip(dq, more, strict=True))
 
-    keys = lax.min((block + 1) * tile.queries, q_ref.shape[1])
+    keys = lax.min(start_ref[0] + (block + 1) * tile.queries, k_ref.shape[1])
     end = lax.div(keys + tile.keys - 1, tile.keys)
     dq = lax.fori_loop(first_ref[row, block], end, step, _zeros(tile.queries, q_ref))
     _write(dq_ref, row, place_M, head, tuple(a * scale for a in dq))
 
 
 def _key_gradients(
-    arrays: tuple[jax.Array, ...], scale: float, interpret: bool
+    arrays: tuple[jax.Array, ...], rows: Rows, scale: float, interpret: bool
 ) -> tuple[jax.Array, jax.Array]:
-    k_BTKH, v_BTKV, segment_BT = arrays[1], arrays[2], arrays[4]
-    tile = _tile(32, 64, 8, k_BTKH)
-    _, end_BR = _reach(segment_BT, tile)
-    dk_BTKH, dv_BTKV = pl.pallas_call(
+    k_BSKH, v_BSKV = arrays[1], arrays[2]
+    tile = _tile(32, 64, 8, k_BSKH)
+    _, end_BR = _reach(rows, tile)
+    dk_BSKH, dv_BSKV = pl.pallas_call(
         functools.partial(_differentiate_keys, scale=scale, tile=tile),
-        grid=(end_BR.shape[1], k_BTKH.shape[2], k_BTKH.shape[0]),
-        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_BTKH, v_BTKV)),
+        grid=(end_BR.shape[1], k_BSKH.shape[2], k_BSKH.shape[0]),
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_BSKH, v_BSKV)),
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=2),
         name="attention_key_gradients",
         interpret=interpret,
     )(*arrays, end_BR)
-    return dk_BTKH, dv_BTKV
+    return dk_BSKH, dv_BSKV
 
 
 def _differentiate_keys(
-    q_ref, k_ref, v_ref, dout_ref, segment_ref, log_ref, product_ref, end_ref, dk_ref, dv_ref,
-    *, scale, tile: _Tile,
+    q_ref, k_ref, v_ref, dout_ref, q_segment_ref, segment_ref, start_ref, log_ref, product_ref,
+    end_ref, dk_ref, dv_ref, *, scale, tile: _Tile,
 ):  # fmt: skip
     """One block of keys and values of one head; the queries of all heads that share it add up."""
     block, kv_head, row = (pl.program_id(axis) for axis in range(3))
@@ -225,8 +276,8 @@ def _differentiate_keys(
     k, v = (_read(ref, row, place_S, kv_head) for ref in (k_ref, v_ref))
     segment_S = _segments(segment_ref, row, place_S)
     group = q_ref.shape[2] // k_ref.shape[2]
-    begin = lax.div(block * tile.keys, tile.queries)
-    count = end_ref[row, block] - begin
+    begin = lax.div(lax.max(block * tile.keys - start_ref[0], 0), tile.queries)
+    count = lax.max(end_ref[row, block] - begin, 0)
 
     def step(number, carry):
         dk, dv = carry
@@ -236,8 +287,8 @@ def _differentiate_keys(
         q, dout = (_read(ref, row, place_M, head) for ref in (q_ref, dout_ref))
         log_M = plgpu.load(log_ref.at[row, head, place_M], mask=within_M, other=0.0)
         product_M = plgpu.load(product_ref.at[row, place_M, head], mask=within_M, other=0.0)
-        segment_M = _segments(segment_ref, row, place_M)
-        sees_SM = _sees(place_M[None], segment_M[None], place_S[:, None], segment_S[:, None])
+        segment_M, row_place_M = _segments(q_segment_ref, row, place_M), start_ref[0] + place_M
+        sees_SM = _sees(row_place_M[None], segment_M[None], place_S[:, None], segment_S[:, None])
         score_SM = _multiply(k, q) * (scale * math.log2(math.e))
         weight_SM = jnp.exp2(jnp.where(sees_SM, score_SM, _FLOOR) - log_M[None])
         dweight_SM = _multiply(v, dout)
@@ -252,27 +303,28 @@ def _differentiate_keys(
     _write(dv_ref, row, place_S, kv_head, dv)
 
 
-def _reach(segment_BT: jax.Array, tile: _Tile) -> tuple[jax.Array, jax.Array]:
+def _reach(rows: Rows, tile: _Tile) -> tuple[jax.Array, jax.Array]:
     """Which blocks can meet: those that share a segment's number, or lie between such.
 
     Returns:
         The first block of keys for each block of queries, and for each block of keys the block of
-        queries after the last.
+        queries after the last; 0 where no query meets it.
     """
-    length = segment_BT.shape[1]
 
-    def ends(size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def ends(segment_BT: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The lowest and highest segment of each block, and its last place."""
-        padded_BT = jnp.pad(segment_BT, ((0, 0), (0, -length % size)), mode="edge")
+        padded_BT = jnp.pad(segment_BT, ((0, 0), (0, -segment_BT.shape[1] % size)), mode="edge")
         blocks_BXS = padded_BT.reshape(len(padded_BT), -1, size)
         last_X = (jnp.arange(blocks_BXS.shape[1]) + 1) * size - 1
         return blocks_BXS.min(2), blocks_BXS.max(2), last_X
 
-    (q_low_BQ, q_high_BQ, q_last_Q), (k_low_BR, k_high_BR, k_last_R) = map(ends, tile[:2])
-    causal_QR = k_last_R - tile.keys < q_last_Q[:, None]
+    q_low_BQ, q_high_BQ, q_last_Q = ends(rows.q_segment_BT, tile.queries)
+    k_low_BR, k_high_BR, k_last_R = ends(rows.segment_BS, tile.keys)
+    causal_QR = k_last_R - tile.keys < rows.start_1 + q_last_Q[:, None]
     meet_BQR = (q_low_BQ[:, :, None] <= k_high_BR[:, None]) & causal_QR
     meet_BQR &= k_low_BR[:, None] <= q_high_BQ[:, :, None]
     end_BR = meet_BQR.shape[1] - jnp.argmax(meet_BQR[:, ::-1], 1)
+    end_BR = jnp.where(meet_BQR.any(1), end_BR, 0)
     return jnp.argmax(meet_BQR, 2).astype(jnp.int32), end_BR.astype(jnp.int32)
 
 

@@ -242,14 +242,16 @@ def _by_segment(log_BNT: jax.Array, start_S: jax.Array, most: int) -> jax.Array:
 
 def _by_triton(qkv, segment_BT, *, scale):
     q_BTNH, k_BTKH, v_BTKV = qkv
-    out_BTNV, log2_BNT = attention_cuda.forward(q_BTNH, k_BTKH, v_BTKV, segment_BT, scale)
+    rows = attention_cuda.whole_rows(segment_BT)
+    out_BTNV, log2_BNT = attention_cuda.forward(q_BTNH, k_BTKH, v_BTKV, rows, scale)
     return out_BTNV, log2_BNT * math.log(2)
 
 
 def _gradients_by_triton(arrays, segment_BT, *, scale):
     q_BTNH, k_BTKH, v_BTKV, out_BTNV, log_BNT, dout_BTNV = arrays
+    rows = attention_cuda.whole_rows(segment_BT)
     return attention_cuda.backward(
-        q_BTNH, k_BTKH, v_BTKV, segment_BT, out_BTNV, log_BNT / math.log(2), dout_BTNV, scale
+        q_BTNH, k_BTKH, v_BTKV, rows, out_BTNV, log_BNT / math.log(2), dout_BTNV, scale
     )
 
 

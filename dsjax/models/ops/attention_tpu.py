@@ -5,10 +5,12 @@ In: queries, keys and values by head, the segment of every token. Out: the atten
 here: choosing between kernels, sharding (`attention`).
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
@@ -16,7 +18,7 @@ from jaxtyping import Array, Float, Int
 BLOCK = 512
 """Queries and keys that the kernel takes at a time; of shorter rows it takes all."""
 
-_LANES = 128
+LANES = 128
 """The kernel's blocks are multiples of this."""
 
 
@@ -45,28 +47,88 @@ def attend_tpu(
         interpret: run without a TPU, slowly.
     """
     length = q_BTNH.shape[1]
-    padded = -(-length // _LANES) * _LANES
+    padded = -(-length // LANES) * LANES
     block = BLOCK if padded > BLOCK else padded
     padded = -(-padded // block) * block
-    scaled = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
-    q_BNTH, k_BKTH, v_BKTV = (
-        jnp.moveaxis(_padded(x, padded), 2, 1) for x in (scaled, k_BTKH, v_BTKV)
+    q_BTNH, k_BTKH, v_BTKV, segment_BT = (
+        _padded(x, padded) for x in (q_BTNH, k_BTKH, v_BTKV, segment_BT)
     )
-    kernel: Any = splash.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((padded, padded))] * q_BTNH.shape[2]),
+    kernel = _kernel(q_BTNH.shape[2], padded, block, 1, name, interpret)
+    ids = splash.SegmentIds(segment_BT, segment_BT)
+    return _run(kernel, q_BTNH, k_BTKH, v_BTKV, ids, scale)[:, :length]
+
+
+def attend_part_tpu(
+    q_MTNH: Float[Array, "M T N H"],
+    k_MSKH: Float[Array, "M S K H"],
+    v_MSKV: Float[Array, "M S K V"],
+    q_segment_MT: Int[Array, "M T"],
+    segment_MS: Int[Array, "M S"],
+    part: Int[Array, ""],
+    scale: float,
+    name: str | None = None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "M T N V"]:
+    """`attend_tpu` for the queries of a part of each row.
+
+    Args:
+        q_MTNH: queries: of each row the tokens from place `part` * T on, T a multiple of `LANES`
+            and S one of T.
+        k_MSKH: keys of whole rows.
+        v_MSKV: values of whole rows.
+        q_segment_MT: segment of each query's token.
+        segment_MS: segment of each token.
+        part: which part of its row the queries are, from 0.
+        scale: of the scores.
+        name: as in `attend_tpu`.
+        interpret: as in `attend_tpu`.
+    """
+    (length, heads), whole = q_MTNH.shape[1:3], k_MSKH.shape[1]
+    parts = whole // length
+    kernel = _kernel(heads, whole, math.gcd(length, BLOCK), parts, name, interpret)
+
+    # What the kernel knows of which blocks meet has as many rows for every part.
+    def of_part(x: jax.Array) -> jax.Array:
+        axis = min(1, x.ndim - 1)
+        size = x.shape[axis] // parts
+        return lax.dynamic_slice_in_dim(x, part * size, size, axis)
+
+    of_queries = jax.tree.map(of_part, kernel)
+    ids = splash.SegmentIds(q_segment_MT, segment_MS)
+    return _run(of_queries, q_MTNH, k_MSKH, v_MSKV, ids, scale)
+
+
+def _kernel(
+    heads: int, length: int, block: int, parts: int, name: str | None, interpret: bool
+) -> Any:
+    """The kernel for whole rows of keys, and of queries in `parts`."""
+    return splash.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
         block_sizes=_blocks(block),
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=parts,
         residual_checkpoint_name=name,
         interpret=interpret,
     )
 
-    def row(q_NTH, k_KTH, v_KTV, segment_T):
-        ids = splash.SegmentIds(segment_T, segment_T)
-        return kernel(q_NTH, k_KTH, v_KTV, segment_ids=ids)
 
-    out_BNTV = jax.vmap(row)(q_BNTH, k_BKTH, v_BKTV, _padded(segment_BT, padded))
-    return jnp.moveaxis(out_BNTV, 1, 2)[:, :length]
+def _run(
+    kernel: Any,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKV: jax.Array,
+    segments_B: splash.SegmentIds,
+    scale: float,
+) -> jax.Array:
+    """Each row by the kernel, which has the heads first."""
+    scaled = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
+    by_head = (jnp.moveaxis(x, 2, 1) for x in (scaled, k_BSKH, v_BSKV))
+
+    def row(q_NTH, k_KSH, v_KSV, segments):
+        return kernel(q_NTH, k_KSH, v_KSV, segment_ids=segments)
+
+    return jnp.moveaxis(jax.vmap(row)(*by_head, segments_B), 1, 2)
 
 
 def _blocks(size: int) -> splash.BlockSizes:
