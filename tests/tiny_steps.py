@@ -22,7 +22,7 @@ from dsjax.adapters.lora import LoraConfig
 from dsjax.adapters.method import AdapterConfig
 from dsjax.config import MeshSection, RunConfig
 from dsjax.data import Batch
-from dsjax.distributed.mesh import make_mesh
+from dsjax.distributed.mesh import AXES, make_mesh
 from dsjax.distributed.sharding import Leaf, Params, leaf_shardings
 from dsjax.models import build, predict_ahead
 from dsjax.training.partition import make_partition, unflatten
@@ -169,8 +169,7 @@ def start(
         balance=config.objective.bias_update_speed > 0,
     )
     section = MeshSection(**({"fsdp": 1} | (dict(mesh) if mesh else {})))
-    axes = (section.data, section.fsdp, section.tensor, section.expert)
-    devices = jax.devices()[: math.prod(axes)]
+    devices = jax.devices()[: math.prod(getattr(section, axis) for axis in AXES)]
     parts = step_config(config, partition, make_mesh(section, devices), total_steps=100)
     shardings = leaf_shardings(partition.leaves, parts.mesh)
     params = {

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsjax.distributed.mesh import BATCH_AXES, replicated
+from dsjax.distributed.mesh import AXES, BATCH_AXES, replicated
 from dsjax.errors import ConfigError, raise_all
 
 Axes = tuple[str | None, ...]
@@ -225,7 +225,7 @@ def _compute_axes(shape: Sequence[int], axes: Axes, mesh: Mesh) -> MeshAxes:
 def _storage_axes(shape: Sequence[int], axes: Axes, mesh: Mesh) -> MeshAxes:
     """Find the mesh axes that divide an array as it is held: FSDP_AXES besides, for a matrix."""
     mesh_axes = _compute_axes(shape, axes, mesh)
-    for free in _free_groups(axes):
+    for free in _free_groups(axes, mesh):
         for i, (axis, size) in enumerate(zip(axes, shape, strict=True)):
             if axis not in ("layers", "vocab") and size % _size(mesh_axes[i] + free, mesh) == 0:
                 mesh_axes[i] += free
@@ -233,13 +233,17 @@ def _storage_axes(shape: Sequence[int], axes: Axes, mesh: Mesh) -> MeshAxes:
     return mesh_axes
 
 
-def _free_groups(axes: Axes) -> list[tuple[str, ...]]:
-    """List the groups of FSDP_AXES for a matrix, without the axis that experts take."""
+def _free_groups(axes: Axes, mesh: Mesh) -> list[tuple[str, ...]]:
+    """List the groups of FSDP_AXES for a matrix, without the axis that experts take.
+
+    Axes that divide nothing, of size 1, are left out.
+    """
     if sum(axis != "layers" for axis in axes) < 2:
         return []
     taken = RULES["experts"] if "experts" in axes else ""
-    groups = [tuple(axis for axis in group if axis != taken) for group in FSDP_AXES]
-    return [group for group in groups if group]
+    free = [name for name in AXES if name != taken and mesh.shape[name] > 1]
+    groups = [tuple(axis for axis in group if axis in free) for group in FSDP_AXES]
+    return [group for group in dict.fromkeys(groups) if group]
 
 
 def _size(axes: Sequence[str], mesh: Mesh) -> int:
@@ -263,8 +267,8 @@ def replication_report(leaves: Mapping[str, Leaf], mesh: Mesh) -> list[str]:
             if axis in RULES and RULES[axis] not in axes
         ]
         held = {name for axes in stored for name in axes}
-        wanted = next(iter(_free_groups(leaf.axes)), ())
-        left = [name for name in wanted if name not in held and mesh.shape[name] > 1]
+        wanted = next(iter(_free_groups(leaf.axes, mesh)), ())
+        left = [name for name in wanted if name not in held]
         if left:
             shape = " x ".join(map(str, leaf.shape))
             named = " x ".join(f"mesh.{name} {mesh.shape[name]}" for name in wanted)
