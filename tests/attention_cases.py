@@ -53,6 +53,23 @@ def expected(arrays: Arrays, segment_BT: jax.Array) -> Arrays:
     )
 
 
+def by_part(kernel: Callable[..., jax.Array], parts: int, scale: float) -> Any:
+    """(arrays, segments) -> results of a kernel that is given the queries in parts."""
+
+    def run(arrays: Arrays, segment_BT: jax.Array) -> Arrays:
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            pieces = zip(*(jnp.split(x, parts, axis=1) for x in (q, segment_BT)), strict=True)
+            outs = [
+                kernel(q, k, v, segment, segment_BT, jnp.int32(part), scale, interpret=True)
+                for part, (q, segment) in enumerate(pieces)
+            ]
+            return jnp.concatenate(outs, axis=1)
+
+        return with_gradients(attend, *arrays)
+
+    return jax.jit(run)
+
+
 def check(ours: Callable[..., Arrays], arrays: Arrays, segment_BT: jax.Array) -> None:
     """Hold a kernel's float32 result and gradients against `dot_product_attention`'s."""
     pairs = zip(ours(arrays, segment_BT), expected(arrays, segment_BT), strict=True)

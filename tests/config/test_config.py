@@ -141,8 +141,6 @@ mesh: 8
             'got "BOTTLENECK", which is not built yet, expected LORA, IA3, PREFIX_TUNING or null',
         ),
         ("adapter.use_dora=true", "got true, which is not built yet, expected false"),
-        ("mesh.sequence=4", "got 4, which is not built yet, expected 1"),
-        ("mesh.sequence=2", "got 2, which is not built yet, expected 1"),
         ("adapter.peft_type=lora", 'got "lora", expected LORA, IA3, PREFIX_TUNING or null'),
         ("adapter.r=true", "got true, expected an integer >= 1 and <= 65536"),
         ("adapter.r='8'", 'got "8", expected an integer >= 1 and <= 65536'),

@@ -191,6 +191,13 @@ def test_sequence_length_is_one_for_all_batches(lengths, packing, expected):
     assert loader(lengths, packing=packing).sequence_length == expected
 
 
+@pytest.mark.parametrize(("multiple", "expected"), [(1, 8), (4, 8), (16, 16), (12, 24), (96, 48)])
+def test_sequence_length_is_a_multiple_of_what_the_mesh_asks_for(multiple, expected):
+    """At most `max_length`, which is checked to be one."""
+    whole = DataSection(train=["x"], max_length=48, packing=False)
+    assert Loader(store([5]), whole, 1, seed=0, multiple=multiple).sequence_length == expected
+
+
 def test_sequence_length_never_exceeds_max_length():
     odd = DataSection(train=["x"], max_length=13, packing=False)
     assert Loader(store([13]), odd, 1, seed=0).sequence_length == 13

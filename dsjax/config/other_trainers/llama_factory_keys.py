@@ -131,7 +131,9 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "fp8": refused("matrix products are in model.dtype"),
         "use_mca": refused("Megatron is not here; see mesh.*"),
         **each("task lang n_shot save_dir batch_size", refused("a benchmark is no training run")),
-        "sequence_parallel_size": refused("mesh.sequence is not built yet", 1),
+        "sequence_parallel_size": refused(
+            "see mesh.sequence; training.batch_size counts rows over all devices", 1
+        ),
         "early_stopping_steps": refused("a run ends at its last step"),
     }
 )

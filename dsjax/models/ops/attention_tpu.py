@@ -5,11 +5,13 @@ In: queries, keys and values by head, the segment of every token. Out: the atten
 here: choosing between kernels, sharding (`attention`).
 """
 
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -99,18 +101,42 @@ def attend_part_tpu(
     return _run(of_queries, q_MTNH, k_MSKH, v_MSKV, ids, scale)
 
 
+class _CausalMask(masks.CausalMask):
+    """jax's, which computes every block; of 65,536 at 131,072 tokens that takes a minute."""
+
+    def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
+        queries, keys = idx
+        shape = queries.stop - queries.start, keys.stop - keys.start
+        if keys.stop <= queries.start:
+            return _all_of(shape, True)
+        if keys.start >= queries.stop:
+            return _all_of(shape, False)
+        return super().__getitem__(idx)
+
+
+@functools.lru_cache(maxsize=2)
+def _all_of(shape: tuple[int, int], value: bool) -> np.ndarray:
+    return np.full(shape, value)
+
+
+@functools.lru_cache(maxsize=8)
 def _kernel(
     heads: int, length: int, block: int, parts: int, name: str | None, interpret: bool
 ) -> Any:
-    """The kernel for whole rows of keys, and of queries in `parts`."""
-    return splash.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
-        block_sizes=_blocks(block),
-        head_shards=1,
-        q_seq_shards=parts,
-        residual_checkpoint_name=name,
-        interpret=interpret,
-    )
+    """The kernel for whole rows of keys, and of queries in `parts`.
+
+    It is kept: a program is traced several times. Its arrays are numpy's, of no trace and device.
+    """
+    with jax.ensure_compile_time_eval():
+        kernel = splash.make_splash_mha(
+            masks.MultiHeadMask([_CausalMask((length, length))] * heads),
+            block_sizes=_blocks(block),
+            head_shards=1,
+            q_seq_shards=parts,
+            residual_checkpoint_name=name,
+            interpret=interpret,
+        )
+    return jax.tree.map(np.asarray, kernel)
 
 
 def _run(

@@ -224,7 +224,10 @@ def test_a_configuration_file_that_is_not_there(cli_runner: CliRunner):
         (["mesh.data=2", "mesh.fsdp=2", "mesh.tensor=1"], ["mesh: got data 2, fsdp 2", "(8)"]),
         (["mesh.data=-1"], ["mesh.data and mesh.fsdp: got -1", "expected -1 on one axis"]),
         (["mesh.data=0"], ["mesh.data: got 0", "-1 or an integer >= 1"]),
-        (["mesh.sequence=4"], ["mesh.sequence: got 4, which is not built yet, expected 1"]),
+        (
+            ["mesh.fsdp=1", "mesh.sequence=8", "data.max_length=24"],
+            ["data.max_length: got 24", "a multiple of 16 = 2 x mesh.sequence (8)", "32 would do"],
+        ),
         (
             ["training.batch_size=12"],
             ["training.batch_size: got 12", "a multiple of 8", "16 would do"],

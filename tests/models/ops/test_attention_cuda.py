@@ -22,7 +22,7 @@ from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import make_layout
 from dsjax.models.ops import attention, attention_cuda
 from dsjax.models.ops.attention import KernelFor, Tokens, dot_product_attention
-from dsjax.models.ops.attention_cuda import attend_cuda
+from dsjax.models.ops.attention_cuda import attend_cuda, attend_part_cuda
 
 SHAPES = {
     "latent": Shape(1, 40, 2, 2, 24, 16),  # more than a power of two, as 192 is
@@ -62,6 +62,15 @@ def test_packed_rows_are_attended_to_as_by_attend(name: str) -> None:
 def test_a_row_of_one_segment_is_causal(name: str) -> None:
     shape = SHAPES[name]
     check(_ours, arrays_of(shape), jnp.ones((shape.rows, shape.tokens), jnp.int32))
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+@pytest.mark.parametrize("name", ["grouped", "latent"])
+def test_parts_of_the_queries_are_attended_to_as_whole_rows(name: str, parts: int) -> None:
+    shape = SHAPES[name]
+    ours = attention_cases.by_part(attend_part_cuda, parts, shape.size**-0.5)
+    for ends in ([shape.tokens // 3, shape.tokens - 2], list(range(1, shape.tokens, 2))):
+        check(ours, arrays_of(shape), _packed(shape, ends))
 
 
 @settings(max_examples=30)
@@ -142,7 +151,8 @@ def test_no_block_is_passed_over_that_holds_a_key_to_see(
     segments: list[int], sizes: tuple[int, int]
 ) -> None:
     tile = attention_cuda._Tile(*sizes, 4)
-    first_BQ, end_BR = attention_cuda._reach(jnp.asarray([segments], jnp.int32), tile)
+    rows = attention_cuda.whole_rows(jnp.asarray([segments], jnp.int32))
+    first_BQ, end_BR = attention_cuda._reach(rows, tile)
     first, end = np.asarray(first_BQ)[0], np.asarray(end_BR)[0]
     for query, key in np.argwhere(np.tri(len(segments))):
         if segments[query] == segments[key]:
@@ -157,9 +167,18 @@ def test_no_block_is_passed_over_that_holds_a_key_to_see(
 
 def test_blocks_of_other_segments_are_passed_over() -> None:
     segment_BT = jnp.asarray([np.repeat([1, 2, 3, 0], 16)], jnp.int32)
-    first_BQ, end_BR = attention_cuda._reach(segment_BT, attention_cuda._Tile(8, 8, 4))
+    tile = attention_cuda._Tile(8, 8, 4)
+    first_BQ, end_BR = attention_cuda._reach(attention_cuda.whole_rows(segment_BT), tile)
     np.testing.assert_array_equal(first_BQ, [[0, 0, 2, 2, 4, 4, 6, 6]])
     np.testing.assert_array_equal(end_BR, [[2, 2, 4, 4, 6, 6, 8, 8]])
+
+
+def test_keys_behind_a_part_of_the_queries_meet_none_of_them() -> None:
+    segment_BT = jnp.asarray([np.repeat([1, 2, 2, 3], 16)], jnp.int32)
+    part = attention_cuda.Rows(segment_BT[:, 16:32], segment_BT, jnp.asarray([16]))
+    first_BQ, end_BR = attention_cuda._reach(part, attention_cuda._Tile(8, 8, 4))
+    np.testing.assert_array_equal(first_BQ, [[2, 2]])
+    np.testing.assert_array_equal(end_BR, [[0, 0, 2, 2, 0, 0, 0, 0]])
 
 
 @pytest.mark.parametrize("size, widths", [(8, [16]), (24, [16, 16]), (64, [64]), (192, [128, 64])])

@@ -4,6 +4,7 @@
 That the TPU compiler takes it is tests/test_tpu_compile.py's.
 """
 
+import itertools
 from typing import Any
 
 import attention_cases
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 import tiny_steps
 from attention_cases import Shape, arrays_of, check, with_gradients
+from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import CausalMask
 from jax.interpreters import partial_eval
 
 from dsjax.models.ops import attention_tpu
-from dsjax.models.ops.attention_tpu import attend_tpu
+from dsjax.models.ops.attention_tpu import attend_part_tpu, attend_tpu
 
 SHAPES = {
     "latent": Shape(1, 40, 2, 2, 192, 128),
@@ -56,6 +58,23 @@ def test_rows_longer_than_a_block_are_filled_up_to_whole_blocks(
     monkeypatch.setattr(attention_tpu, "BLOCK", 128)
     shape = Shape(1, 290, 2, 1, 8, 8)  # three blocks, the last of which has 34 tokens
     check(_ours, arrays_of(shape), _packed(shape))
+
+
+@pytest.mark.parametrize(("parts", "block"), [(2, 512), (4, 128), (2, 128)])
+def test_parts_of_the_queries_are_attended_to_as_whole_rows(
+    parts: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_tpu, "BLOCK", block)
+    shape = Shape(2, 512, 2, 1, 8, 8)
+    ours = attention_cases.by_part(attend_part_tpu, parts, shape.size**-0.5)
+    check(ours, arrays_of(shape), _packed(shape))
+
+
+def test_the_mask_of_a_long_row_is_that_of_jax_in_every_block() -> None:
+    ours, theirs = (kind((64, 64)) for kind in (attention_tpu._CausalMask, CausalMask))
+    for rows, columns in itertools.product(range(0, 64, 16), range(0, 64, 8)):
+        block = slice(rows, rows + 16), slice(columns, columns + 8)
+        np.testing.assert_array_equal(ours[block], theirs[block])
 
 
 def test_narrow_numbers_cost_no_more_than_their_rounding() -> None:
