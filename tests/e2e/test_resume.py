@@ -25,7 +25,7 @@ from dsjax.training import run_data
 @pytest.mark.slow
 def test_resumes_on_another_mesh(again, run: Path, finished: Path):
     unfinish(run)
-    said = again("mesh.data=2", "mesh.fsdp=4")
+    said = again("mesh.data=2", "mesh.fsdp=2", "mesh.sequence=2")
     assert f"resuming after step 10 of {TOTAL}" in said
     rows, original = small_run.metrics(run), small_run.metrics(finished.parent / "run")
     assert len(rows) == len(original)

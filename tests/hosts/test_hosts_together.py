@@ -26,6 +26,7 @@ MESHES = [
     {"tensor": 2, "fsdp": 2},
     {"tensor": 4, "fsdp": 1},
     {"tensor": 2, "fsdp": 1, "expert": 2},
+    {"sequence": 4, "fsdp": 1},
 ]
 
 

@@ -198,7 +198,7 @@ def test_other_processes_and_meshes_continue(lora: Path, undisturbed: Path):
     for processes, devices, mesh in (
         (4, 1, ["mesh.tensor=2"]),
         (1, 2, []),
-        (2, 2, ["mesh.fsdp=1", "mesh.tensor=4"]),
+        (2, 2, ["mesh.fsdp=1", "mesh.sequence=4"]),
     ):
         before = small_run.logged_steps(folder)
         words = [f"output_dir={folder}", *mesh]

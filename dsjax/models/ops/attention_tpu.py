@@ -91,7 +91,7 @@ def attend_part_tpu(
     kernel = _kernel(heads, whole, math.gcd(length, BLOCK), parts, name, interpret)
 
     # What the kernel knows of which blocks meet has as many rows for every part.
-    def of_part(x: jax.Array) -> jax.Array:
+    def of_part(x: np.ndarray) -> jax.Array:
         axis = min(1, x.ndim - 1)
         size = x.shape[axis] // parts
         return lax.dynamic_slice_in_dim(x, part * size, size, axis)
