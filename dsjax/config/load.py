@@ -154,7 +154,7 @@ def _other_trainer(path: str | Path, file: Mapping[str, Any]) -> str:
 
 
 def recipes() -> Path:
-    """The folder of the recipes that come with the package: `configs/` of the repository."""
+    """Return the folder of the recipes that come with the package: `configs/` of the repository."""
     return Path(str(resources.files("dsjax.config") / "recipes"))
 
 

@@ -37,7 +37,7 @@ class Layout(NamedTuple):
     gather: Callable[[jax.Array, Axes, jnp.dtype], jax.Array]
 
     def axis(self, name: str) -> str:
-        """The mesh axis that divides a logical one, for collectives in a `shard_map`."""
+        """Name the mesh axis that divides a logical one, for collectives in a `shard_map`."""
         return RULES[name]
 
     def shards(self, name: str) -> int:

@@ -70,7 +70,7 @@ def attend_tpu(
 
 
 def _blocks(size: int) -> splash.BlockSizes:
-    """The same block everywhere."""
+    """Use the same block everywhere."""
     return splash.BlockSizes(
         block_q=size,
         block_kv=size,
