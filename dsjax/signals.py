@@ -81,7 +81,7 @@ def end(number: int) -> NoReturn:
 
 
 def name_of(number: int) -> str:
-    """What a user knows a signal by: its name, and the keys that send it."""
+    """Return what a user knows a signal by: its name, and the keys that send it."""
     name = signal.Signals(number).name
     return f"{name} (Ctrl-C)" if number == signal.SIGINT else name
 

@@ -170,7 +170,7 @@ def train(config: RunConfig, hosts: Hosts | None = None, *, dry_run: bool = Fals
 
 
 def _train(config: RunConfig, hosts: Hosts, dry_run: bool, publish: Callable[[], None]) -> int:
-    """The stages of a run, alone in its output directory."""
+    """Go through the stages of a run, alone in its output directory."""
     seed, primary = config.training.seed, hosts.primary
     # ---- 1. Devices and 2. model: the checkpoint against its config.json, the adapter, what trains
     here = primary and not may_download(config.model.path)
@@ -350,7 +350,7 @@ def beside_earlier(config: RunConfig, hosts: Hosts) -> RunConfig:
 
 
 def launch_fingerprint(config: RunConfig) -> dict[str, Any]:
-    """What has to be the same on all processes before anything is read."""
+    """Return what has to be the same on all processes before anything is read."""
     keys = {
         f"{section}.{key}": value
         for section, values in config.model_dump(mode="json").items()
@@ -362,7 +362,7 @@ def launch_fingerprint(config: RunConfig) -> dict[str, Any]:
 
 
 def export_form(config: RunConfig, setup: Assembly) -> str | None:
-    """What to export.
+    """Return what to export.
 
     Raises:
         ConfigError: this model or adapter has no such form.

@@ -127,3 +127,24 @@ def test_the_walk_refuses_what_it_does_not_know():
     ]
     with pytest.raises(ValueError, match="a block is 'console'"):
         walk.steps("```console\n$ make\n```\n")
+
+
+@pytest.mark.parametrize(
+    ("shown", "code", "said"),
+    [
+        ("exact: 0.0 % -> 98.3 %", 0, "every block was walked\n"),
+        (
+            "exact: 0.0 % -> 99.2 %",
+            0,
+            "every block was walked\n"
+            "OTHER FIGURES, page.md: 'exact: 0.0 % -> 99.2 %' was here 'exact: 0.0 % -> 98.3 %'\n",
+        ),
+        ("inexact: 98.3 %", 1, "page.md: failed: inexact: 98.3 %\n"),
+    ],
+)
+def test_the_walk_says_where_a_pages_figures_are_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], shown: str, code: int, said: str
+):
+    page = walk.steps(f"```bash\necho 'exact: 0.0 % -> 98.3 %'\n```\n```\n{shown}\n```\n")
+    assert walk.Walk(tmp_path).through({"page.md": page}) == code
+    assert capsys.readouterr().out.endswith(f" GiB\n{said}")

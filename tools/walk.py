@@ -5,11 +5,11 @@
 
 In: the two pages of the last commit. Every block of them is taken in its order: commands are run in
 a clone, in an environment that they install themselves; YAML becomes the file that later commands
-name; output has to be what was printed, up to its figures. Out: what each took, and exit code 1 if
-one failed, if an entry of the tables below matches nothing, or if a block is of no kind that is
-known. The files and the model of a reader are those that `make quickstart` leaves behind. A command
-of the second page that was run for the first is not run again. Not here: `docs/`, whose commands
-tests read.
+name; output has to be what was printed, up to its figures, and where those are others that is said
+at the end: they are of one kind of machine. Out: what each took, and exit code 1 if one failed, if
+an entry of the tables below matches nothing, or if a block is of no kind that is known. The files
+and the model of a reader are those that `make quickstart` leaves behind. A command of the second
+page that was run for the first is not run again. Not here: `docs/`, whose commands tests read.
 """
 
 import argparse
@@ -148,6 +148,7 @@ class Walk:
         self._printed: list[str] = []
         self._done: set[str] = set()
         self._failed: list[str] = []
+        self._differing: list[str] = []
         # The environment of whoever runs this is not the reader's.
         ours = ("PYTHONPATH", "VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "PYTHON", "EXTRAS")
         self._environment = {k: v for k, v in os.environ.items() if k not in ours}
@@ -158,7 +159,7 @@ class Walk:
         lines = [line for name, page in pages.items() for line in self._page(name, page)]
         size = sum(file.lstat().st_size for file in (self._at / ".venv").rglob("*"))
         print("\n==== the walk", *lines, f".venv is {size / 2**30:.2f} GiB", sep="\n")
-        print("\n".join(self._failed) or "every block was walked", flush=True)
+        print(*self._failed or ["every block was walked"], *self._differing, sep="\n", flush=True)
         return 1 if self._failed else 0
 
     def _page(self, name: str, page: Sequence[Step]) -> Iterator[str]:
@@ -169,17 +170,27 @@ class Walk:
                 yield f"{name}: not run: {_first(step.shown)} ({step.why})"
             else:
                 began = time.monotonic()
-                if not self._take(step):
+                if step.kind == "output":
+                    self._compare(name, step.shown)
+                elif not self._take(step):
                     self._failed.append(f"{name}: failed: {step.run}")
                 why = f" (in its place, {step.why}: {_first(step.run)})" if step.why else ""
                 yield f"{name}: {time.monotonic() - began:6.1f} s  {_first(step.shown)}{why}"
             self._done.add(step.shown)
 
+    def _compare(self, name: str, shown: str) -> None:
+        """Look for what a page shows among what was printed; its figures may be others, loudly."""
+        found = [
+            line for line in self._printed if _without_figures(line) == _without_figures(shown)
+        ]
+        if not found:
+            self._failed.append(f"{name}: failed: {shown}")
+        elif shown not in found:
+            self._differing.append(f"OTHER FIGURES, {name}: {shown!r} was here {found[-1]!r}")
+
     def _take(self, step: Step) -> bool:
         """Do what a step asks; returns whether it went well."""
         assert step.run is not None
-        if step.kind == "output":
-            return any(_without_figures(step.run) == line for line in self._printed)
         if step.kind == "yaml":
             (self._at / "mine.yaml").write_text(step.run, "utf-8")
             return True
@@ -220,7 +231,7 @@ class Walk:
             assert process.stdout is not None
             for line in process.stdout:
                 print(line, end="", flush=True)
-                self._printed.append(_without_figures(line.rstrip("\n")))
+                self._printed.append(line.rstrip("\n"))
         return process.returncode == 0
 
 

@@ -35,12 +35,12 @@ ADAPTERS: Mapping[str, AdapterMethod] = MappingProxyType(
 
 
 def method_of(spec: AdapterConfig) -> AdapterMethod:
-    """The method of an adapter."""
+    """Return the method of an adapter."""
     return ADAPTERS[spec.peft_type]
 
 
 def notes(model: Model, spec: AdapterConfig | None) -> list[str]:
-    """What a user should know of an adapter before it trains."""
+    """Return what a user should know of an adapter before it trains."""
     return method_of(spec).notes(model, spec) if spec else []
 
 
@@ -135,7 +135,7 @@ def uses_target_parameters(model: Model, spec: AdapterConfig | None) -> bool:
 
 
 def peft_config(model: Model, spec: AdapterConfig, base: str) -> dict[str, Any]:
-    """The adapter_config.json for these arrays, every field written out."""
+    """Return the adapter_config.json for these arrays, every field written out."""
     return {
         "peft_type": spec.peft_type,
         "task_type": "CAUSAL_LM",

@@ -79,7 +79,7 @@ def is_routed(module: str) -> bool:
 
 
 def parameter_of(module: str) -> tuple[str, int]:
-    """The parameter of transformers 5 that holds a module's weight, and how many share its rank.
+    """Name transformers 5's parameter that holds a module's weight, and how many share its rank.
 
     A layer's experts' gates and ups are one parameter: a LoRA of rank 2r for it is r for each.
     """
@@ -92,7 +92,7 @@ def parameter_of(module: str) -> tuple[str, int]:
 def fuse(
     a_ErI: Float[np.ndarray, "E r I"], b_EOr: Float[np.ndarray, "E O r"]
 ) -> tuple[Float[np.ndarray, "Er I"], Float[np.ndarray, "O rE"]]:
-    """A layer's factors as PEFT holds them: A by expert then rank, B by rank then expert."""
+    """Bring a layer's factors into PEFT's order: A by expert then rank, B by rank then expert."""
     return a_ErI.reshape(-1, a_ErI.shape[-1]), b_EOr.transpose(1, 2, 0).reshape(b_EOr.shape[1], -1)
 
 
@@ -107,7 +107,7 @@ def split(
 def stack_gate_up(
     gate: tuple[np.ndarray, np.ndarray], up: tuple[np.ndarray, np.ndarray]
 ) -> tuple[Float[np.ndarray, "E R I"], Float[np.ndarray, "E P R"]]:
-    """The factors of gate and up as those of both at once: A stacked, B a block for each."""
+    """Join the factors of gate and up to those of both at once: A stacked, B a block for each."""
     (a_gate_ErI, b_gate_EOr), (a_up_ErI, b_up_EOr) = gate, up
     experts, out, rank = b_gate_EOr.shape
     b_EPR = np.zeros((experts, 2 * out, 2 * rank), b_gate_EOr.dtype)

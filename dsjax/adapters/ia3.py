@@ -54,7 +54,7 @@ class IA3Config:
     peft_type = "IA3"
 
     def __post_init__(self):
-        """Lists name sets: keep each in one order, so that equal adapters have equal configs."""
+        """Keep each list, which names a set, in one order: equal adapters have equal configs."""
         for name in KEYS:
             value = getattr(self, name)
             if isinstance(value, list):
@@ -74,7 +74,7 @@ class IA3Config:
 
 
 def from_section(section: AdapterSection) -> IA3Config:
-    """The IA3 that the YAML describes; PEFT's own choice where it names no feedforward_modules."""
+    """Read the IA3 that the YAML describes; without feedforward_modules PEFT's own choice."""
     targeted, reads = section.target_modules, section.feedforward_modules
     if reads is None:
         ends = ["down_proj"] if isinstance(targeted, str) else targeted
@@ -91,7 +91,7 @@ class Vector(nnx.Module):
         self.on = AdapterBuffer(abstract((), layers), axes=stacked_axes((), layers), values=values)
 
     def __call__(self) -> Float[Array, " size"]:
-        """What a layer's input or output is multiplied by."""
+        """Return what a layer's input or output is multiplied by."""
         return jnp.where(self.on[...] > 0, self.vector[...], 1.0)
 
 
@@ -123,7 +123,7 @@ class IA3(nnx.Module):
         return _scaled(linear(_scaled(x, self.read)), self.given)
 
     def merged_weight(self, weight: Float[Array, "O I"]) -> Float[Array, "O I"]:
-        """The weight with its columns and rows scaled."""
+        """Return the weight with its columns and rows scaled."""
         if self.read is not None:
             weight = weight * self.read()[None, :]
         return weight if self.given is None else weight * self.given()[:, None]
@@ -134,7 +134,7 @@ def _scaled(x: jax.Array, vector: Vector | None) -> jax.Array:
 
 
 def targets(model: Model, config: IA3Config) -> dict[str, dict[str, bool]]:
-    """The targeted linear maps: path -> for each layer's module, whether it is adapted.
+    """Find the targeted linear maps: path -> for each layer's module, whether it is adapted.
 
     Raises:
         ConfigError: a target matches nothing, or routed experts alone.
@@ -206,7 +206,7 @@ def initial(
 
 
 def notes(model: Model, config: IA3Config) -> list[str]:
-    """That routed experts of a targeted name are left as they are."""
+    """Say that routed experts of a targeted name are left as they are."""
     routed = [n for names in linear_modules(model).values() for n in names if is_routed(n)]
     left = short_names(list(chosen(config.pattern, routed)))
     if not left:
@@ -242,7 +242,7 @@ def shapes(
 
 
 def to_file(model: Model, config: IA3Config, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The vectors as the tensors of PEFT's file, float32."""
+    """Return the vectors as the tensors of PEFT's file, float32."""
     host = {path: np.asarray(array) for path, array in params.items()}
     return {
         _key(name): host[path][index].reshape((1, -1) if of_input else (-1, 1))
@@ -266,7 +266,7 @@ def _key(module: str) -> str:
 
 
 def config_fields(model: Model, config: IA3Config) -> dict[str, Any]:
-    """The fields of adapter_config.json that are IA3's own, all written out."""
+    """Return the fields of adapter_config.json that are IA3's own, all written out."""
     found = vectors(model, config)
     reads = [name for name, (_, _, of_input) in found.items() if of_input]
     dense = [n for names in linear_modules(model).values() for n in names if not is_routed(n)]
@@ -284,7 +284,7 @@ def config_fields(model: Model, config: IA3Config) -> dict[str, Any]:
 
 
 def problems(config: Mapping[str, Any], field: str) -> list[str]:
-    """What is wrong with the fields of an adapter_config.json, for IA3."""
+    """Say what is wrong with the fields of an adapter_config.json, for IA3."""
     missing = [
         f"{field} {key}: got nothing, expected a list or an expression"
         for key in KEYS
@@ -294,7 +294,7 @@ def problems(config: Mapping[str, Any], field: str) -> list[str]:
 
 
 def from_fields(config: Mapping[str, Any], section: AdapterSection) -> IA3Config:
-    """The IA3 that an adapter_config.json describes; `problems` found none."""
+    """Read the IA3 that an adapter_config.json describes; `problems` found none."""
     return IA3Config(**{key: config[key] for key in KEYS})
 
 
@@ -313,7 +313,7 @@ def merged(model: Model, config: IA3Config, trained: Mapping[str, Any]) -> dict[
 def _rows_of(
     trained: Mapping[str, Any], path: str, index: tuple[int, ...], of_input: bool, rows: Rows
 ) -> np.ndarray:
-    """What of a vector some rows of a tensor are scaled by."""
+    """Return what of a vector some rows of a tensor are scaled by."""
     return host_part(trained[path], index if of_input else (*index, *rows[:1]))
 
 

@@ -62,7 +62,7 @@ class LoraConfig:
     peft_type = "LORA"
 
     def __post_init__(self):
-        """Lists name sets: keep each in one order, so that equal adapters have equal specs."""
+        """Keep each list, which names a set, in one order: equal adapters have equal specs."""
         for name in ("target_modules", "layers_to_transform", "target_parameters"):
             value = getattr(self, name)
             if isinstance(value, list):
@@ -75,7 +75,7 @@ class LoraConfig:
         return TargetPattern(self.target_modules, self.layers_to_transform, self.target_parameters)
 
     def parameter_target(self, module: str) -> tuple[str, int] | None:
-        """The parameter under whose name a module is targeted, and how many share its rank."""
+        """Name the parameter by which a module is targeted, and how many share its rank."""
         return self.pattern.parameter_target(module)
 
     def peft_rank_alpha(self, module: str) -> tuple[int, int | float, int]:
@@ -187,7 +187,7 @@ class Lora(nnx.Module):
         return (y.astype(jnp.float32) + update).astype(y.dtype)
 
     def merged_weight(self, weight: Float[Array, "O I"]) -> Float[Array, "O I"]:
-        """The weight with the update, in float32."""
+        """Return the weight with the update, in float32."""
         exact = jax.lax.Precision.HIGHEST
         product = jnp.einsum("or,ri->oi", self.lora_B[...], self.lora_A[...], precision=exact)
         return weight + product * self.scaling[...]
@@ -210,7 +210,7 @@ def attach(model: Model, spec: LoraConfig) -> None:
 
 
 def targets(model: Model, spec: LoraConfig) -> dict[str, dict[str, bool]]:
-    """The targeted linear maps: path -> for each module's name, whether it is adapted.
+    """Find the targeted linear maps: path -> for each module's name, whether it is adapted.
 
     The modules of a path are its layers, and in each layer its experts, in the order of its arrays.
     """
@@ -247,7 +247,7 @@ def _check(spec: LoraConfig, names: list[str], model: Model) -> None:
 
 
 def _expert_problems(spec: LoraConfig, adapted: list[str]) -> list[str]:
-    """What routed experts cannot have: dropout (nor has PEFT), half of an odd rank."""
+    """Say what routed experts cannot have: dropout (nor has PEFT), half of an odd rank."""
     routed = [name for name in adapted if is_routed(name)]
     problems = []
     if routed and spec.lora_dropout:

@@ -30,7 +30,7 @@ Factor = tuple[Callable[[], Any], tuple[Any, ...]]
 
 
 def from_section(section: AdapterSection) -> LoraConfig:
-    """The LoRA that the YAML describes."""
+    """Read the LoRA that the YAML describes."""
     return LoraConfig(**{key: getattr(section, key) for key in KEYS})
 
 
@@ -84,7 +84,7 @@ def merged(model: Model, config: LoraConfig, trained: Mapping[str, Any]) -> dict
 
 
 def _with_update(low: Factor, high: Factor, scaling: float) -> Change:
-    """The source plus scaling * high @ low."""
+    """Return the change to the source plus scaling * high @ low."""
 
     def fetch(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         (low_array, at), (high_array, (*lead, _, rank)) = low, high

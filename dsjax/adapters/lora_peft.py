@@ -36,7 +36,7 @@ Whole = tuple[int, int | float]
 
 
 def problems(config: Mapping[str, Any], field: str) -> list[str]:
-    """What is wrong with the fields of an adapter_config.json, for a LoRA.
+    """Say what is wrong with the fields of an adapter_config.json, for a LoRA.
 
     Args:
         config: the fields.
@@ -69,7 +69,7 @@ def problems(config: Mapping[str, Any], field: str) -> list[str]:
 
 
 def from_fields(config: Mapping[str, Any], section: AdapterSection) -> LoraConfig:
-    """The LoRA that an adapter_config.json describes; `problems` found none."""
+    """Read the LoRA that an adapter_config.json describes; `problems` found none."""
     layers, parameters = config.get("layers_to_transform"), config.get("target_parameters")
     wanted = config.get("target_modules") or []
     # PEFT has no dropout before a parameter, so its file cannot say one.
@@ -88,7 +88,7 @@ def from_fields(config: Mapping[str, Any], section: AdapterSection) -> LoraConfi
 
 
 def config_fields(model: Model, spec: LoraConfig) -> dict[str, Any]:
-    """The fields of adapter_config.json that are LoRA's own, all written out.
+    """Return the fields of adapter_config.json that are LoRA's own, all written out.
 
     Raises:
         ConfigError: PEFT has no form for this adapter.
@@ -122,7 +122,7 @@ def config_fields(model: Model, spec: LoraConfig) -> dict[str, Any]:
 
 
 def peft_targets(model: Model, spec: LoraConfig) -> dict[str, Whole]:
-    """What PEFT adapts: names of modules and of parameters -> rank and alpha.
+    """Return what PEFT adapts: names of modules and of parameters -> rank and alpha.
 
     Raises:
         ConfigError: experts that are one tensor for PEFT differ.
@@ -215,14 +215,14 @@ def _patterns(
 
 
 def _ends(names: Iterable[str], among: Iterable[str]) -> list[str]:
-    """The names by their ends, of two parts or more, that nothing else `among` these ends in."""
+    """Shorten names to ends of two parts or more that nothing else `among` these ends in."""
     names = set(names)
     others = {end for other in among if other not in names for end in _ends_of(other)}
     return sorted({next(end for end in _ends_of(name) if end not in others) for name in names})
 
 
 def _ends_of(name: str) -> list[str]:
-    """Ends of a name from short to whole; none begins with a layer's number."""
+    """Return ends of a name from short to whole; none begins with a layer's number."""
     parts = name.split(".")
     starts = range(max(len(parts) - 2, 0), -1, -1)
     return [".".join(parts[start:]) for start in starts if not parts[start].isdigit()]

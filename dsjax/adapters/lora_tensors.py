@@ -31,7 +31,7 @@ Place = tuple[str, int, int]
 
 
 def _fused(model: Model, spec: LoraConfig) -> dict[str, dict[str, Place]]:
-    """The modules `experts` that have an adapter: name -> gate_proj, up_proj, ... -> where."""
+    """Find modules `experts` that have an adapter: name -> gate_proj, up_proj, ... -> where."""
     found: dict[str, dict[str, Place]] = {}
     if not model_family(model).target_parameters:
         return found
@@ -102,7 +102,7 @@ def to_file(model: Model, spec: LoraConfig, params: Mapping[str, Any]) -> dict[s
 
 
 def _pair(host: Mapping[str, np.ndarray], place: Place) -> tuple[np.ndarray, np.ndarray]:
-    """The factors of one kind of a layer's experts."""
+    """Return the factors of one kind of a layer's experts."""
     path, layer, rank = place
     return host[f"{path}.lora_A"][layer, :, :rank], host[f"{path}.lora_B"][layer, :, :, :rank]
 

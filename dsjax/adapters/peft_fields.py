@@ -20,7 +20,7 @@ class _Shared(BaseModel):
 
 
 def value_problems(field: str, config: Mapping[str, Any], required: str) -> list[str]:
-    """What is wrong with fields that are keys of the `adapter` section too.
+    """Say what is wrong with fields that are keys of the `adapter` section too.
 
     Args:
         field: what messages begin with.

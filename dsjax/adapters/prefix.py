@@ -77,7 +77,7 @@ def attach(model: Model, spec: PrefixConfig) -> None:
 
 
 def _shape(model: Model) -> PrefixShape:
-    """What the model's family holds of one token."""
+    """Return what the model's family holds of one token."""
     prefix = model_family(model).prefix
     assert prefix is not None
     return prefix(model.config)
@@ -109,7 +109,7 @@ def to_file(
 
 
 def config_fields(model: Model, spec: PrefixConfig) -> dict[str, Any]:
-    """The fields of adapter_config.json that are prefix-tuning's own, all written out."""
+    """Return the fields of adapter_config.json that are prefix-tuning's own, all written out."""
     kv_heads, head_dim = _shape(model)
     return {
         "num_virtual_tokens": spec.num_virtual_tokens,
@@ -126,7 +126,7 @@ def config_fields(model: Model, spec: PrefixConfig) -> dict[str, Any]:
 def shapes(
     model: Model, config: PrefixConfig, leaves: Mapping[str, Leaf]
 ) -> dict[str, tuple[int, ...]]:
-    """The one tensor of PEFT's file, and its shape."""
+    """Name the one tensor of PEFT's file, with its shape."""
     width = model.config.num_hidden_layers * 2 * math.prod(_shape(model))
     return {TENSOR: (config.num_virtual_tokens, width)}
 
@@ -134,7 +134,7 @@ def shapes(
 def to_tensors(
     model: Model, config: PrefixConfig, params: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """The prefix as PEFT's tensor."""
+    """Return the prefix as PEFT's tensor."""
     stacks = [[np.asarray(params[path]) for path in paths] for paths in _paths(model)]
     return {TENSOR: to_file(*map(np.concatenate, zip(*stacks, strict=True)))}
 

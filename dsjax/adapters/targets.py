@@ -33,7 +33,7 @@ class TargetPattern:
     target_parameters: list[str] | None = None
 
     def parameter_target(self, module: str) -> tuple[str, int] | None:
-        """The parameter under whose name a module is targeted, and how many share its rank."""
+        """Name the parameter by which a module is targeted, and how many share its rank."""
         if not self.target_parameters:
             return None
         key, share = parameter_of(module)
@@ -87,7 +87,7 @@ def chosen(pattern: TargetPattern, names: Sequence[str]) -> set[str]:
 
 
 def ends_of(name: str) -> list[str]:
-    """A module's name and its ends after each dot, from the longest."""
+    """Return a module's name and its ends after each dot, from the longest."""
     parts = name.split(".")
     return [".".join(parts[at:]) for at in range(len(parts))]
 
@@ -105,7 +105,7 @@ def is_regex(wanted: str | list[str]) -> TypeGuard[str]:
 
 
 def target_problems(pattern: TargetPattern, names: list[str], model: Model) -> list[str]:
-    """What of a pattern no module of the model answers to.
+    """Say what of a pattern no module of the model answers to.
 
     Args:
         pattern: which modules are wanted.
@@ -173,5 +173,5 @@ def _hint(wanted: str, names: list[str], model: Model) -> str:
 
 
 def short_names(names: list[str]) -> list[str]:
-    """The last parts of names."""
+    """Return the last parts of names."""
     return sorted({name.rsplit(".", 1)[-1] for name in names})

@@ -31,7 +31,7 @@ from dsjax.config.sections import (
     CheckpointSection,
     DataSection,
     ExportSection,
-    Folder,
+    FolderPath,
     LoggingSection,
     MeshSection,
     ModelSection,
@@ -57,7 +57,7 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     logging: LoggingSection = LoggingSection()
     export: ExportSection = ExportSection()
-    output_dir: Folder
+    output_dir: FolderPath
     """Directory of the run; running again with the same one resumes."""
 
     @model_validator(mode="after")
@@ -153,7 +153,7 @@ def _other_trainer(path: str | Path, file: Mapping[str, Any]) -> str:
 
 
 def recipes() -> Path:
-    """The folder of the recipes that come with the package: `configs/` of the repository."""
+    """Return the folder of the recipes that come with the package: `configs/` of the repository."""
     return Path(str(resources.files("dsjax.config") / "recipes"))
 
 

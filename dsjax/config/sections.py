@@ -22,7 +22,7 @@ def _as_list(value: object) -> object:
 Positive = Annotated[int, Field(ge=1)]
 Rank = Annotated[int, Field(ge=1, le=2**16)]
 Scale = Annotated[int, Field(gt=0, le=10**9)] | Annotated[float, Field(gt=0, le=10**9)]
-Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
+FolderPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 AxisSize = Literal[-1] | Positive
 Indices = list[Annotated[int, Field(ge=0)]]
 Layers = Annotated[
@@ -48,7 +48,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which checkpoint to start from, and in which precision to compute."""
 
-    path: Folder
+    path: FolderPath
     """Hugging Face checkpoint: a directory, a URL of one (gs://, s3://, hf://), or the id of a
     repository on the hub, also of ModelScope (modelscope://organization/name); or a directory
     written by `convert_weights.py to-flax`."""
@@ -77,7 +77,7 @@ class AdapterSection(Section):
 
     peft_type: AdapterType | None = None
     """Kind of adapter; null: full training, or what the adapter at `path` is."""
-    path: Folder | None = None
+    path: FolderPath | None = None
     """PEFT adapter to continue from: a directory, or a URL of one. It then decides everything
     about the adapter; a key given here must agree with it."""
     r: Rank = 16
@@ -267,7 +267,7 @@ class ExportSection(Section):
     min_kept: Annotated[float, Field(le=1)] | None = 0.9
     """merged: part of what training changed in the logits that the rounded weights must keep, else
     nothing is written; null: whatever they keep. It is printed, and stands in the model card."""
-    path: Folder | None = None
+    path: FolderPath | None = None
     """Directory to write; null: export/ in `output_dir`."""
     push_to_hub: str | None = None
     """Repository of the Hugging Face hub, organization/name, to which the proven export is

@@ -24,8 +24,8 @@ from dsjax.data.formats import (
     IGNORED_LABEL,
     Chat,
     Content,
+    Pretokenized,
     Text,
-    Tokens,
     detect_format,
     parse_row,
     unread_keys,
@@ -99,10 +99,10 @@ def _formats(forms: Counter[str]) -> str:
     return "formats " + ", ".join(f"{form} ({rows:,})" for form, rows in forms.items())
 
 
-Progress = Callable[[str, int], None]
+RowProgress = Callable[[str, int], None]
 
 
-def silent(name: str, rows: int) -> None:
+def no_row_progress(name: str, rows: int) -> None:
     """Tell nobody."""
 
 
@@ -121,7 +121,7 @@ def load_examples(
     vocab_size: int | None = None,
     name: str = "data.train",
     kept: Bool[np.ndarray, " N"] | None = None,
-    progress: Progress = silent,
+    progress: RowProgress = no_row_progress,
 ) -> Examples:
     """Read, tokenise and check all rows of several sources, in order.
 
@@ -173,7 +173,7 @@ class _RowEncoder:
         vocab_size: int | None,
         examples: Examples,
         kept: Bool[np.ndarray, " N"] | None,
-        progress: Progress,
+        progress: RowProgress,
     ) -> None:
         self._section, self._examples, self._progress = section, examples, progress
         self._kept, self._number = kept, 0  # of rows, over all sources
@@ -293,7 +293,7 @@ def _encode(
     content: Content, tokenizer: PreTrainedTokenizerFast | None, origin: str
 ) -> list[Encoded]:
     """Give each token its label, itself or the row's own, and its loss weight."""
-    if isinstance(content, Tokens):
+    if isinstance(content, Pretokenized):
         trained = content.labels != IGNORED_LABEL
         labels = np.where(trained, content.labels, 0).astype(np.int32)
         example = Example(content.input_ids, labels, trained.astype(np.float32))

@@ -29,7 +29,7 @@ from dsjax.data.csv_reader import csv_rows
 from dsjax.data.json_reader import json_file, json_lines, parse_json
 from dsjax.errors import ConfigError, renamed
 
-Rows = Iterator[tuple[str, dict[str, Any]]]
+RowIterator = Iterator[tuple[str, dict[str, Any]]]
 
 STRUCTURED = ("messages", "conversations", "history", "input_ids", "labels", "attention_mask")
 DEEPEST = 100
@@ -43,7 +43,7 @@ def read_rows(
     splits: tuple[str, ...],
     subset: str | None = None,
     columns: Columns | None = None,
-) -> Rows:
+) -> RowIterator:
     """Yield the rows of one file or hub dataset.
 
     Args:
@@ -66,7 +66,7 @@ def read_rows(
     return _file_rows(path, path.suffix, columns)
 
 
-def _remote_rows(url: str, field: str, columns: Columns) -> Rows:
+def _remote_rows(url: str, field: str, columns: Columns) -> RowIterator:
     """Yield the rows of a file behind a URL, which is copied to this machine while it is read."""
     folder, _, name = url.rpartition("/")
     with (
@@ -83,7 +83,7 @@ def _remote_rows(url: str, field: str, columns: Columns) -> Rows:
                 yield f"{url}{origin.removeprefix(str(path))}", fields
 
 
-def _file_rows(path: Path, suffix: str, columns: Columns) -> Rows:
+def _file_rows(path: Path, suffix: str, columns: Columns) -> RowIterator:
     """Turn line numbers into origins and refuse what is no row."""
     try:
         for line, fields in READERS[suffix](path):
@@ -228,7 +228,7 @@ def _text_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _hub_rows(
     name: str, field: str, splits: tuple[str, ...], subset: str | None, columns: Columns
-) -> Rows:
+) -> RowIterator:
     import datasets  # 1.5 s to import, and needed for hub datasets alone
 
     failures = []
@@ -246,7 +246,7 @@ def _hub_rows(
     )
 
 
-def _loaded_rows(rows: Any, name: str, columns: Columns) -> Rows:
+def _loaded_rows(rows: Any, name: str, columns: Columns) -> RowIterator:
     number = 0
     try:
         for number, row in enumerate(rows, 1):

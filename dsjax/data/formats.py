@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One row's fields -> what it means: a conversation, plain text, or tokens.
 
-In: the fields of a row and its origin. Out: `Chat`, `Text` or `Tokens`, with a loss weight for each
-message or piece. Six formats, told apart by their keys. Keys that would make a row mean something
-else are refused; of other keys, `unread_keys` says which are not read.
-Every complaint starts with `FILE:LINE field`. Not here: one message by itself (`messages`),
-templates and tokenizers (`chat`, `examples`).
+In: the fields of a row and its origin. Out: `Chat`, `Text` or `Pretokenized`, with a loss weight
+for each message or piece. Six formats, told apart by their keys. Keys that would make a row mean
+something else are refused; of other keys, `unread_keys` says which are not read. Every complaint
+starts with `FILE:LINE field`. Not here: one message by itself (`messages`), templates and
+tokenizers (`chat`, `examples`).
 """
 
 from collections.abc import Callable, Sequence
@@ -68,14 +68,14 @@ class Text(NamedTuple):
     pieces: list[tuple[str, float]]
 
 
-class Tokens(NamedTuple):
+class Pretokenized(NamedTuple):
     """Tokens used as they are; where a label is -100, nothing is trained."""
 
     input_ids: Int32[np.ndarray, " T"]
     labels: Int32[np.ndarray, " T"]
 
 
-Content = Chat | Text | Tokens
+Content = Chat | Text | Pretokenized
 
 
 def detect_format(fields: dict[str, Any], origin: str) -> str:
@@ -205,7 +205,7 @@ def _text(fields: dict[str, Any], origin: str) -> Text:
     return Text([(string(fields["text"], f"{origin} text"), 1.0)])
 
 
-def _tokens(fields: dict[str, Any], origin: str) -> Tokens:
+def _tokens(fields: dict[str, Any], origin: str) -> Pretokenized:
     ids = _integers(fields["input_ids"], f"{origin} input_ids")
     if not len(ids):
         raise wrong(f"{origin} input_ids", "[]", "at least one token")
@@ -217,11 +217,11 @@ def _tokens(fields: dict[str, Any], origin: str) -> Tokens:
         if not mask.all():
             raise wrong(f"{origin} attention_mask", "zeros", "rows without padding; cut it off")
     if fields.get("labels") is None:
-        return Tokens(ids, ids)
+        return Pretokenized(ids, ids)
     labels = _integers(fields["labels"], f"{origin} labels")
     if len(labels) != len(ids):
         raise wrong(f"{origin} labels", f"{len(labels)} values", f"{len(ids)} as in input_ids")
-    return Tokens(ids, labels)
+    return Pretokenized(ids, labels)
 
 
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any], str], Content]]] = {

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dsjax.config import DataSection
 from dsjax.data.columns import Columns
-from dsjax.data.examples import Examples, Progress, load_examples, silent
+from dsjax.data.examples import Examples, RowProgress, load_examples, no_row_progress
 from dsjax.data.sources import open_sources
 from dsjax.errors import ConfigError
 
@@ -25,7 +25,7 @@ def load_training(
     seed: int,
     tokenizer: PreTrainedTokenizerFast | None,
     vocab_size: int | None = None,
-    progress: Progress = silent,
+    progress: RowProgress = no_row_progress,
 ) -> tuple[Examples, Examples | None]:
     """Load what is trained on, and what is evaluated on, if anything; see `load_examples`.
 
@@ -57,7 +57,7 @@ def load_evaluation(
     seed: int,
     tokenizer: PreTrainedTokenizerFast | None,
     vocab_size: int | None = None,
-    progress: Progress = silent,
+    progress: RowProgress = no_row_progress,
 ) -> Examples | None:
     """Load what is evaluated on: `data.eval`, or what `data.val_size` holds out."""
     if section.eval is not None:

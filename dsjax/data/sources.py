@@ -13,7 +13,7 @@ from dsjax.config import DataSection
 from dsjax.config.inputs import find_sources, is_dataset_id, is_pattern
 from dsjax.config.paths import is_url
 from dsjax.data.columns import Columns
-from dsjax.data.files import Rows, read_rows
+from dsjax.data.files import RowIterator, read_rows
 from dsjax.errors import ConfigError
 
 
@@ -22,7 +22,7 @@ class Source(NamedTuple):
 
     field: str
     name: str
-    rows: Rows
+    rows: RowIterator
 
 
 def open_sources(

@@ -42,7 +42,7 @@ class Layout(NamedTuple):
         return ("sequence", *BATCH_AXES)
 
     def axis(self, name: str) -> str:
-        """The mesh axis that divides a logical one, for collectives in a `shard_map`."""
+        """Name the mesh axis that divides a logical one, for collectives in a `shard_map`."""
         return RULES[name]
 
     def shards(self, name: str) -> int:

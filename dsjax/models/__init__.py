@@ -86,7 +86,7 @@ STORAGE: dict[str, Storage] = {"dense": DENSE}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The family of a checkpoint.
+    """Return the family of a checkpoint.
 
     Raises:
         ConfigError: its model_type is not one that we compute.
@@ -100,7 +100,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def build(config: Mapping[str, Any], dtype: jnp.dtype | str, storage: str = "dense") -> Model:
-    """The abstract model of a checkpoint, computing in `dtype`.
+    """Build the abstract model of a checkpoint, computing in `dtype`.
 
     Args:
         config: its config.json.
@@ -116,7 +116,7 @@ def build(config: Mapping[str, Any], dtype: jnp.dtype | str, storage: str = "den
 
 
 def _stacked_linears(model: Model) -> list[Linear | ExpertLinear]:
-    """The linear maps of all stacks, but for those that no gradient goes through."""
+    """Return the linear maps of all stacks, but for those that no gradient goes through."""
     modules = [m for block in model.model.blocks() for _, m in nnx.iter_modules(block)]
     return [m for m in modules if isinstance(m, (Linear, ExpertLinear)) and m.trains]
 
@@ -131,7 +131,7 @@ def stored_linears(model: Model) -> dict[str, Linear | ExpertLinear]:
 
 
 def model_family(model: Model) -> Family:
-    """The family that a model is of."""
+    """Return the family that a model is of."""
     return MODELS[model.config.model_type]
 
 

@@ -27,7 +27,7 @@ class Change:
     apply: Callable[[np.ndarray, Any], np.ndarray]
 
     def __call__(self, rows: Rows, source: np.ndarray) -> np.ndarray:
-        """The new values."""
+        """Compute the new values."""
         return self.apply(source, self.fetch(rows))
 
 

@@ -41,7 +41,7 @@ _SMALLEST_NUMBER, _LARGEST_NUMBER = 1e-30, 1e30
 
 
 def shown(value: Any) -> str:
-    """A value of a config.json as a message has it."""
+    """Write a value of a config.json as a message has it."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
@@ -100,7 +100,7 @@ def only_problems(config: Config, only: Mapping[str, Any]) -> list[str]:
 
 
 def flag_problems(config: Config, flags: Sequence[str]) -> list[str]:
-    """Flags that are neither true nor false nor null."""
+    """Name flags that are neither true nor false nor null."""
     return [
         f"config.json {name}: got {shown(config[name])}, expected true or false"
         for name in flags
@@ -128,7 +128,7 @@ def head_problems(config: Config) -> list[str]:
 
 
 def names_problems(config: Config, field: str, file: str = "config.json") -> list[str]:
-    """A list of names that is something else; it may be null or absent."""
+    """Say where a list of names is something else; it may be null or absent."""
     value = config.get(field)
     if value is None or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
         return []

@@ -137,11 +137,11 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def blocks(self) -> list[Block]:
-        """The stacks in their order."""
+        """Return the stacks in their order."""
         return [getattr(self, name) for name in self.stacks]
 
     def attentions(self) -> dict[str, Any]:
-        """The attention of every stack, by its path in a `CausalLM`, in the stacks' order."""
+        """Return every stack's attention, by its path in a `CausalLM`, in the stacks' order."""
         return {f"model.{name}.self_attn": getattr(self, name).self_attn for name in self.stacks}
 
 
@@ -311,7 +311,7 @@ class CausalLM(Loaded):
         )
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `batch` rows of at most `length` tokens."""
+        """Make an empty cache for `batch` rows of at most `length` tokens."""
         stacks = tuple(
             tuple(
                 jnp.zeros((block.layers, batch, length, *shape), self.dtype)
@@ -347,7 +347,7 @@ def run_stack(
 def append_to_cache(
     cache: tuple[jax.Array, ...] | None, new: tuple[jax.Array, ...], length: jax.Array | None
 ) -> tuple[jax.Array, ...]:
-    """The cache of one layer with new tokens written at its end; the new alone without a cache."""
+    """Write new tokens at the end of one layer's cache; return them alone without a cache."""
     if cache is None or length is None:
         return new
     return tuple(
@@ -367,7 +367,7 @@ def _key_tokens(query: Tokens, cache: Cache | None) -> Tokens:
 
 
 def _gathered(state: Any, dtype: jnp.dtype, layout: Layout | None) -> Any:
-    """A layer's matrices as they are computed with: rounded to `dtype`, where they are needed.
+    """Gather a layer's matrices for its products: rounded to `dtype`, where they are needed.
 
     Said here, XLA gathers each once, cast first; left to itself it would weave the gathering into
     every product, which takes many times as long to compile.

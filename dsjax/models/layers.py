@@ -98,7 +98,7 @@ class BaseMap(NamedTuple):
         return decoded_weight(self.linear, self.dtype)
 
     def __call__(self, x: jax.Array, /) -> jax.Array:
-        """The map of x."""
+        """Apply the map to x."""
         return self.base(x)
 
 
@@ -142,12 +142,12 @@ class Linear(nnx.Module):
         return self.adapter(x, BaseMap(self, self.base, x.dtype, bias), dropout)
 
     def base(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        """The map without what is in the slot."""
+        """Apply the map without what is in the slot."""
         y = product(x, decoded_weight(self, x.dtype))
         return y if self.bias is None else y + spread(self.bias[...], y.shape, y.dtype)
 
     def merged_weight(self, dtype: jnp.dtype) -> Float[Array, "O I"]:
-        """The weight that does alone what map and adapter do together, but for the bias."""
+        """Return the weight that does alone what map and adapter do together, but for the bias."""
         weight = decoded_weight(self, dtype)
         if self.adapter is not None:
             weight = self.adapter.merged_weight(weight.astype(jnp.float32))

@@ -138,7 +138,7 @@ class Router(nnx.Module):
         return jnp.sum(share_BE * mean_BE, axis=-1)
 
     def selection_scores(self, scores_BTE: jax.Array) -> jax.Array:
-        """What the choice goes by: scores, with the bias, outside the chosen groups pushed down."""
+        """Return what the choice goes by: biased scores, outside the chosen groups pushed down."""
         c = self.config
         if self.e_score_correction_bias is not None:
             scores_BTE = scores_BTE + self.e_score_correction_bias[...]
@@ -292,7 +292,7 @@ def tokens_at_once(rows: int, chosen: int, width: int, itemsize: int) -> int:
 def _local_experts(
     experts: Experts, x_BTD: jax.Array, routing: Routing, first: Any
 ) -> Float[Array, "B T D"]:
-    """The weighted sum over those of each token's experts that these arrays hold, in float32.
+    """Sum, weighted and in float32, over those of each token's experts that these arrays hold.
 
     Args:
         experts: holds the experts from number `first` on.
@@ -318,7 +318,7 @@ def _local_experts(
 
 
 def _sorted_by(group: Int[Array, " Z"], groups: int) -> Int[Array, " Z"]:
-    """The order that sorts rows by group and keeps each group's own order.
+    """Return the order that sorts rows by group and keeps each group's own order.
 
     One array of distinct numbers is sorted, which XLA compiles three times as fast as `argsort`.
     """

@@ -37,7 +37,7 @@ def parameter(
 
 
 def abstract(shape: tuple[int, ...], layers: int | None) -> jax.ShapeDtypeStruct:
-    """The abstract float32 array of a declaration; the partition decides how it is held."""
+    """Return a declaration's abstract float32 array; the partition decides how it is held."""
     return jax.ShapeDtypeStruct(shape if layers is None else (layers, *shape), jnp.float32)
 
 

@@ -92,7 +92,7 @@ def _computed(
 
 
 def rope_settings(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The rope dictionary with `rope_theta` inside, and the field it was read from.
+    """Return the rope dictionary with `rope_theta` inside, and the field it was read from.
 
     Raises:
         ConfigError: one of the dictionaries is something else.

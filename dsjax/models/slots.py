@@ -73,11 +73,11 @@ class LinearSlot(Protocol):
     """In a linear map: it is handed the map itself, so that it may change what goes in as well."""
 
     def __call__(self, x: jax.Array, linear: LinearMap, dropout: Dropout | None) -> jax.Array:
-        """The adapted map of x [..., I]: y [..., O], in x's dtype."""
+        """Apply the adapted map to x [..., I]: y [..., O], in x's dtype."""
         ...
 
     def merged_weight(self, weight: Float[Array, "O I"]) -> Float[Array, "O I"]:
-        """The weight, in float32, with which the map alone is the adapted one."""
+        """Return the weight, in float32, with which the map alone is the adapted one."""
         ...
 
 
@@ -92,7 +92,7 @@ class ExpertSlot(Protocol):
     def __call__(
         self, x_ZI: Float[Array, "Z I"], linear: LinearMap, sizes_E: Int[Array, " E"]
     ) -> Float[Array, "Z O"]:
-        """The adapted map of every group of rows."""
+        """Apply the adapted map to every group of rows."""
         ...
 
 

@@ -30,7 +30,7 @@ class TensorReader(Protocol):
     """An opened checkpoint, as far as an encoder needs it (`weights.source.Source`)."""
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """The tensor's numbers, or a part of them."""
+        """Read the tensor's numbers, or a part of them."""
         ...
 
 
@@ -112,13 +112,13 @@ def storage_of(linear: Any | None) -> tuple[Storage, tuple[str, ...]]:
 
 
 def decoded_weight(linear: Any, dtype: jnp.dtype) -> jax.Array:
-    """The matrix of a linear map in a layer, for activations of this dtype."""
+    """Decode the matrix of a linear map in a layer, for activations of this dtype."""
     arrays = {name: getattr(linear, f"weight{name}")[...] for name in linear.stored_as}
     return linear.storage.decode(arrays, dtype)
 
 
 def base_shape(variable: nnx.Variable) -> tuple[int, ...] | None:
-    """The shape of the base parameter that a variable is or holds; None of what only helps one."""
+    """Return the shape of the base parameter that a variable is or holds; None of a mere helper."""
     if isinstance(variable, nnx.Param):
         return tuple(variable.shape)
     return variable.get_metadata().get("holds") if isinstance(variable, StoredParam) else None

@@ -86,7 +86,7 @@ def mismatches(
 
 
 def examples(names: Sequence[str], line: Callable[[str], str], what: str) -> list[str]:
-    """A line for each name; of many, for the first of each kind, and one that counts the others.
+    """Make a line for each name; of many, for the first of each kind, and one that counts the rest.
 
     Args:
         names: of tensors.
@@ -140,7 +140,7 @@ class Renamed:
     pairs: Mapping[str, str]
 
     def line(self, place: str) -> str:
-        """The line of an error, which begins with the file or field that the names are from."""
+        """Write an error's line, which begins with the file or field that the names are from."""
         name, other = next(iter(self.pairs.items()))
         begin = f"begin with {self.found!r}" if self.found else f"lack {self.expected!r}"
         right = f"{self.expected!r} in its place" if self.expected else "names without it"
@@ -152,7 +152,7 @@ class Renamed:
 
 
 def find_renamed(missing: Sequence[str], extra: Collection[str]) -> Renamed | None:
-    """A prefix that (nearly) all that is missing has in the file; None if there is none."""
+    """Find a prefix that (nearly) all that is missing has in the file; None if there is none."""
     there = set(extra)
     if len(missing) < 2 or not there:
         return None
@@ -170,14 +170,14 @@ def find_renamed(missing: Sequence[str], extra: Collection[str]) -> Renamed | No
 
 
 def _prefixes(name: str) -> list[str]:
-    """What a name begins with, the empty prefix first; a layer's number is a part of none."""
+    """Return what a name begins with, the empty prefix first; a layer's number is in none."""
     parts = name.split(".")[:-1]
     named = list(takewhile(lambda part: not part.isdigit(), parts))[:_MOST_PARTS]
     return ["".join(f"{part}." for part in named[:count]) for count in range(len(named) + 1)]
 
 
 def _prefixes_of(name: str, names: Iterable[str]) -> list[str]:
-    """What stands before `name` in names that end in it: a few, the shortest first."""
+    """Return what stands before `name` in names that end in it: a few, the shortest first."""
     ends = {other.removesuffix(name) for other in names if other.endswith(name)}
     whole = [end for end in ends if not end or re.fullmatch(r"([^.]*[^.\d][^.]*\.)+", end)]
     return sorted(whole, key=lambda prefix: (len(prefix), prefix))[:MOST_EXAMPLES]

@@ -79,7 +79,7 @@ def expand(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]]) -> list
 
 
 def entry_shape(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of the tensor on disk."""
+    """Return the shape of the tensor on disk."""
     return shapes[entry.path][len(entry.index) :]
 
 

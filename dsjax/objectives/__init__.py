@@ -19,7 +19,7 @@ OBJECTIVES = {"sft": SFT}
 
 
 def objective_of(options: ObjectiveSection) -> Objective:
-    """The record of a section's objective."""
+    """Return the record of a section's objective."""
     return OBJECTIVES[options.type]
 
 

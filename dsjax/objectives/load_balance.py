@@ -27,7 +27,7 @@ _LOADS = "tokens_per_expert"
 
 
 def sums(work: RouterStats | None, options: ObjectiveSection, prefix: str = "") -> Sums:
-    """What the routers tell; nothing without experts.
+    """Return what the routers tell; nothing without experts.
 
     Args:
         work: how the experts of each MoE layer shared the work.
@@ -45,7 +45,7 @@ def sums(work: RouterStats | None, options: ObjectiveSection, prefix: str = "") 
 
 
 def terms(options: ObjectiveSection) -> dict[str, Term]:
-    """The balance loss, a mean over rows, where the option switches it on."""
+    """Return the balance loss, a mean over rows, where the option switches it on."""
     alpha = options.aux_loss_alpha
     return {"balance": Term(_filled_rows, alpha)} if alpha else {}
 
@@ -72,7 +72,7 @@ def moved(options: ObjectiveSection, path: str, bias_LE: jax.Array, sums: Sums) 
 
 
 def expert_imbalance(sums: Mapping[str, Any], model: Model) -> float:
-    """The busiest expert's load over the mean load, averaged over the layers: 1 is even.
+    """Return the busiest expert's load over the mean load, averaged over the layers: 1 is even.
 
     The module for multi-token prediction is not among them.
     """
@@ -95,7 +95,7 @@ GAUGES = {
 
 
 def unused_keys(options: ObjectiveSection, leaves: Mapping[str, Leaf]) -> list[str]:
-    """The balance loss's weight in a model without experts."""
+    """Name the balance loss's weight in a model without experts."""
     unused = options.aux_loss_alpha and not has_experts(leaves)
     return ["objective.aux_loss_alpha"] if unused else []
 

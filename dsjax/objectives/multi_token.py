@@ -25,7 +25,7 @@ METRICS = {"mtp_loss": Metric("mtp_loss", "mtp_weight", "mtp loss {:.4f}", optio
 
 
 def shifted(batch: Batch) -> Batch:
-    """The same rows one token on: at each place what stands at the next of its segment.
+    """Shift rows one token on: at each place what stands at the next of its segment.
 
     Ids and targets are the next place's, so that the target is the token after the next. Where the
     next place is of another segment, segment and weight are 0. Positions stay.
@@ -84,7 +84,7 @@ def sums(
 
 
 def terms(options: ObjectiveSection) -> dict[str, Term]:
-    """The term, where the option switches it on."""
+    """Return the term, where the option switches it on."""
     weight = options.mtp_loss_weight
     return {"mtp_loss": Term(_shifted_weight, weight)} if weight else {}
 

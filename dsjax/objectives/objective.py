@@ -75,7 +75,7 @@ class Metric(NamedTuple):
     value: Callable[[float], float] = float
 
     def names(self) -> tuple[str, ...]:
-        """The sums that it needs."""
+        """Return the names of the sums that it needs."""
         return (self.sum,) if self.count is None else (self.sum, self.count)
 
     def of(self, sums: Mapping[str, Any]) -> Any:

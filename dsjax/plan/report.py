@@ -134,12 +134,17 @@ def suggestion_lines(found: Sequence[Suggestion]) -> list[str]:
     lines = table([("topology", "devices", "overrides", "", "peak", "of", ""), *rows])
     largest = {s.topology.partition(":")[0]: s for s in found}
     ends = [
-        f"nothing fits up to {s.topology}; a shorter data.max_length, or "
-        "training.gradient_checkpointing=full, might"
+        f"nothing fits up to {s.topology}; a shorter data.max_length{_or_full(s)} might"
         for s in largest.values()
         if not s.fits
     ]
     return [*lines, "", *ends] if ends else lines
+
+
+def _or_full(tried: Suggestion) -> str:
+    """Advise the policy that keeps least, unless it is what was tried."""
+    full = tried.gradient_checkpointing == "full"
+    return "" if full else ", or training.gradient_checkpointing=full,"
 
 
 def flops(count: float) -> str:

@@ -16,7 +16,7 @@ from dsjax.models.decoder import POLICIES
 from dsjax.plan.plan import make_plan, prepare, with_policy
 from dsjax.plan.topologies import SLICES, Topology, open_topology
 from dsjax.training.setup import assemble
-from dsjax.training.state import state_bytes
+from dsjax.training.state import policies_of, state_bytes
 
 MOST_ROWS = 64
 """Rows on a device that a search goes up to."""
@@ -44,6 +44,8 @@ class Suggestion:
         topology: the slice's name.
         devices: their number.
         overrides: words that ask for the mesh and the batch.
+        gradient_checkpointing: the remat policy; full for a run under auto, since it fits if any
+            does.
         fits: whether a device's memory holds the step.
         compiled: False where what a device is given is too much already.
         given_bytes_per_device: weights, optimizer and batch.
@@ -55,6 +57,7 @@ class Suggestion:
     topology: str
     devices: int
     overrides: tuple[str, ...]
+    gradient_checkpointing: str
     fits: bool
     compiled: bool
     given_bytes_per_device: int
@@ -161,6 +164,7 @@ def _on(
         shown = f"{topology.name} {' '.join(words)}"
         asked = config.training.batch_size
         notes = [] if batch == asked else [f"batch_size was {asked}: the mesh has to divide it"]
+        *_, remat = policies_of(config.training)  # the last fits if any does
         given = sum(
             state_bytes(prepare(variant, topology)[1], batch, config.data.max_length).values()
         )
@@ -172,16 +176,16 @@ def _on(
             say(f"skipping {shown}: {notes[-1]}")
         else:
             say(f"compiling {shown}")
-            if variant.training.gradient_checkpointing == "auto":
-                variant = with_policy(variant, POLICIES[-1])  # fits if any does
-                notes.append(f"under remat {POLICIES[-1]}")
-            plan = make_plan(variant, topology)
+            if variant.training.gradient_checkpointing != remat:
+                notes.append(f"under remat {remat}")
+            plan = make_plan(with_policy(variant, remat), topology)
             fits, peak = plan.fits, plan.peak_bytes_per_device
             notes += ["the compiler gave up"] if peak is None else []
         yield Suggestion(
             topology=topology.name,
             devices=len(topology.devices),
             overrides=tuple(words),
+            gradient_checkpointing=remat,
             fits=fits,
             compiled=given <= room,
             given_bytes_per_device=given,

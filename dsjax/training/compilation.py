@@ -5,6 +5,7 @@ In: a `StepConfig` and the shape of the batches. Out: compiled programs, and wha
 take; of the step, the remat policy under which it fits. Not done here: the step itself (`step`).
 """
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,12 +24,15 @@ from dsjax.training.evaluation import lower_eval_step
 from dsjax.training.state import StepConfig, state_bytes
 from dsjax.training.step import lower_train_step
 
+_WORST_FIRST = (False, None, True)
+"""Values of `Attempt.fits`."""
+
 
 class Attempt(NamedTuple):
     """A program, or why there is none.
 
     Attributes:
-        program: None if the compiler refused it for want of memory.
+        program: None if the compiler refused it for want of memory; then `fits` is False.
         needs: how much memory, in words.
         fits: whether the devices of all hosts have it; None if that is not known.
     """
@@ -97,15 +101,17 @@ def _attempt(lower: Callable[[], Any], name: str, how: str, beside: int, hosts: 
         name: what it is.
         how: what else to say of it.
         beside: bytes of a device that are in use besides.
-        hosts: who says it.
+        hosts: who compile it.
     """
     began = time.monotonic()
     with working(f"compiling {name}{how}", hosts.primary):
         tried = _compile(lower, beside)
+        # One answer for all, the worst: where it does not fit one of them, none goes on with it.
+        answers = map(json.loads, hosts.all_gather_text(json.dumps([tried.fits, tried.needs])))
+        fits, needs = min(answers, key=lambda answer: _WORST_FIRST.index(answer[0]))
     took = f"compiled {name} in {time.monotonic() - began:.1f} s{how}"
-    hosts.log_once(f"{took}; it needs {tried.needs}")
-    # One answer for all: their devices may differ by some bytes, their programs may not.
-    return tried._replace(fits=hosts.broadcast_from_primary(lambda: tried.fits))
+    hosts.log_once(f"{took}; it needs {needs}")
+    return Attempt(tried.program, needs, fits)
 
 
 def _compile(lower: Callable[[], Any], beside: int) -> Attempt:

@@ -77,7 +77,7 @@ def conclude(run: Run, summary: Mapping[str, float | None], form: str | None) ->
 
 
 def _next_commands(run: Run, form: str | None) -> dict[str, list[str]]:
-    """What for -> the words of the command."""
+    """Return the commands that may come next: what for -> the words."""
     files, data = run.directory, run.config.data
     exported, kind = str(files.export), run.setup.spec.peft_type if run.setup.spec else None
     commands = {"to look at it": ["view", str(files)]}

@@ -54,7 +54,7 @@ def to_devices(batch: Batch, mesh: Mesh, loader: Loader | None = None) -> Batch:
 
 
 def make_eval_step(config: StepConfig) -> Any:
-    """The jitted sums of a batch, `(trainable, frozen, batch) -> Sums`, without dropout.
+    """Make the jitted sums of a batch, `(trainable, frozen, batch) -> Sums`, without dropout.
 
     Where a device has fewer rows than there are microbatches, there are fewer of them: as many as
     divide both.
@@ -93,7 +93,7 @@ def make_eval_step(config: StepConfig) -> Any:
 
 
 def lower_eval_step(config: StepConfig, rows: int, length: int) -> jax.stages.Lowered:
-    """The evaluation step on abstract arrays, as `lower_train_step` does it."""
+    """Lower the evaluation step on abstract arrays, as `lower_train_step` does it."""
     trainable, frozen = abstract_state(config).trainable, abstract_frozen(config)
     batch = abstract_batch(rows, length, config.mesh)
     return make_eval_step(config).lower(trainable, frozen, batch)

@@ -152,7 +152,7 @@ def _trained_layers(model: Model, partition: Partition, path: str) -> np.ndarray
 
 
 def _of_weights(step: _Step) -> Iterator[TokenFlops]:
-    """The products with every weight."""
+    """Count the products with every weight."""
     head = _EMBEDDING if step.model.lm_head is None else _HEAD
     for path, leaf in step.partition.leaves.items():
         if path.startswith(f"{head}.") and _is_matrix(leaf):
@@ -175,12 +175,12 @@ def _is_matrix(leaf: Leaf) -> bool:
 
 
 def _part(path: str) -> str:
-    """The part of the model, as `_backward_shares` has them, that a block's leaf belongs to."""
+    """Name the part of the model, as `_backward_shares` has them, that a leaf belongs to."""
     return _AHEAD if path.startswith(f"{_AHEAD}.") else ".".join(path.split(".")[:2])
 
 
 def _kind(path: str, leaf: Leaf) -> str:
-    """The row of `_AGAIN`. What an adapter's first factor gives is needed by the second."""
+    """Name the row of `_AGAIN`. What an adapter's first factor gives is needed by the second."""
     if "experts" in leaf.axes:
         return "experts"
     names = set() if path.endswith(".lora_A") else set(path.split("."))
@@ -205,7 +205,7 @@ def _of_weight(step: _Step, path: str, part: str, again: int) -> TokenFlops:
 
 
 def _of_attention(step: _Step) -> Iterator[TokenFlops]:
-    """The products of queries with keys and of weights with values, in every stack."""
+    """Count the products of queries with keys and of weights with values, in every stack."""
     windows = list(step.model.config.windows)
     for name, block in zip(step.model.model.stacks, step.model.model.blocks(), strict=True):
         here, windows = windows[: block.layers], windows[block.layers :]

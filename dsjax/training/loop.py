@@ -209,7 +209,7 @@ class Loop:
         self.reporting.progress.log(step, values)
 
     def _gauges(self, report: StepReport) -> dict[str, float | int]:
-        """What the objective tells of a single step."""
+        """Return what the objective tells of a single step."""
         gauges = self.run.objective.gauges
         told = {name: gauge for name, gauge in gauges.items() if gauge.sum in report.sums}
         sums = jax.device_get(report.sums) if told else {}
@@ -280,7 +280,7 @@ class Loop:
 
 
 def no_evaluation(config: RunConfig) -> str:
-    """The words of a command that leave out the evaluation of a run."""
+    """Return the words of a command that leave out the evaluation of a run."""
     key = "data.eval" if config.data.eval is not None else "data.val_size"
     steps = " training.eval_steps=null" if config.training.eval_steps else ""
     return f"{key}=null{steps}"

@@ -142,5 +142,5 @@ class Meter:
 
 
 def _names(metrics: Mapping[str, Metric]) -> list[str]:
-    """The sums that metrics need."""
+    """Name the sums that metrics need."""
     return [name for metric in metrics.values() for name in metric.names()]

@@ -123,21 +123,21 @@ def assemble_model(
     return Assembly(section, source, model, spec, partition, mesh, carried, adapter.path)
 
 
-Progress = Callable[[int, int], None]
+ByteProgress = Callable[[int, int], None]
 """Told the bytes done so far and in all."""
 
 
-def silent(done: int, total: int) -> None:
+def no_byte_progress(done: int, total: int) -> None:
     """Tell nobody."""
 
 
-def load_frozen(setup: Assembly, seed: int, progress: Progress = silent) -> Params:
+def load_frozen(setup: Assembly, seed: int, progress: ByteProgress = no_byte_progress) -> Params:
     """Load the frozen arrays onto their devices."""
     return _load(setup, setup.partition.frozen, {}, seed, progress)
 
 
 def load_trainable(
-    setup: Assembly, frozen: Params, seed: int, progress: Progress = silent
+    setup: Assembly, frozen: Params, seed: int, progress: ByteProgress = no_byte_progress
 ) -> Params:
     """Make the first values of the trainable arrays on their devices.
 
@@ -151,7 +151,7 @@ def load_trainable(
 
 
 def _load(
-    setup: Assembly, paths: Sequence[str], loaded: Params, seed: int, progress: Progress
+    setup: Assembly, paths: Sequence[str], loaded: Params, seed: int, progress: ByteProgress
 ) -> Params:
     shardings = setup.shardings
     leaves = {path: setup.partition.leaves[path] for path in paths}

@@ -42,7 +42,7 @@ from dsjax.training.state import (
 def make_train_step(
     config: StepConfig, state: Any
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, StepReport]]:
-    """The jitted step; the state is donated.
+    """Make the jitted step; the state is donated.
 
     Args:
         config: the parts.
@@ -123,7 +123,7 @@ def _accumulate(
 
 
 def _multipliers(config: StepConfig, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-    """What the sum of each term is multiplied by: its weight over the whole batch's divisor.
+    """Compute what each term's sum is multiplied by: its weight over the whole batch's divisor.
 
     A batch without a trained token has nothing to divide by, and no gradient either.
     """
@@ -157,7 +157,7 @@ def _where_trained(
 def _update(
     config: StepConfig, state: TrainState, grads: Params, norm: jax.Array, sums: Sums
 ) -> tuple[tuple[Params, Any], jax.Array, jax.Array | None]:
-    """New trainable arrays and optimizer state, the learning rate, the share of lost updates."""
+    """Return new trainable arrays and optimizer state, learning rate, the share of lost updates."""
     params_f32 = gradient_params_f32(state.trainable, config.partition)
     clipped = clip_by_global_norm(grads, norm, config.max_grad_norm)
     updates: Any
@@ -198,7 +198,7 @@ def _keep_or_skip(
 
 
 def lower_train_step(config: StepConfig, rows: int, length: int) -> jax.stages.Lowered:
-    """The step on abstract arrays, ready to be compiled for the mesh's devices.
+    """Lower the step on abstract arrays, ready to be compiled for the mesh's devices.
 
     Args:
         config: the parts.

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dsjax.data.formats import Chat, Text, Tokens, detect_format, parse_row
+from dsjax.data.formats import Chat, Pretokenized, Text, detect_format, parse_row
 from dsjax.errors import ConfigError
 
 KEYS = {
@@ -115,7 +115,7 @@ def test_rows_are_normalised(name, fields, expected):
 
 def test_tokens_without_labels_are_their_own():
     made = parse_row({"input_ids": [1, 2, 3]}, "tokens", "f:1")
-    assert isinstance(made, Tokens)
+    assert isinstance(made, Pretokenized)
     assert made.input_ids.tolist() == made.labels.tolist() == [1, 2, 3]
 
 

@@ -14,41 +14,15 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+from process_threads import SECONDS, DictStore, in_threads
 
 from dsjax.distributed import processes as module
 from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
 from dsjax.export.run import run_proof
 
-SECONDS = 30
-
 # The watching thread ends by an exception where a process would end.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-
-
-class DictStore:
-    """The coordinator's store."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, str] = {}
-        self._changed = threading.Condition()
-
-    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
-        with self._changed:
-            if key in self.values and not allow_overwrite:
-                raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
-            self.values[key] = value
-            self._changed.notify_all()
-
-    def key_value_dir_get(self, key: str) -> list[tuple[str, str]]:
-        with self._changed:
-            return [(name, value) for name, value in self.values.items() if name.startswith(key)]
-
-    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str:
-        with self._changed:
-            if not self._changed.wait_for(lambda: key in self.values, timeout_in_ms / 1000):
-                raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
-            return self.values[key]
 
 
 Make = Callable[[int], list[Hosts]]
@@ -84,22 +58,6 @@ def left(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(module, "os", SimpleNamespace(_exit=leave))
     return codes
-
-
-def in_threads(tasks: list[Callable[[], object]]) -> list[object]:
-    """Run all at once; returns what they return."""
-    results: list[object] = [None] * len(tasks)
-
-    def keep(index: int) -> None:
-        results[index] = tasks[index]()
-
-    threads = [threading.Thread(target=keep, args=(i,), daemon=True) for i in range(len(tasks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(SECONDS)
-        assert not thread.is_alive(), "they wait for one another"
-    return results
 
 
 def until(reached: Callable[[], object]) -> None:

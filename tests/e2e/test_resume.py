@@ -6,7 +6,9 @@ are another mesh than the run began on.
 """
 
 import json
+import re
 import shutil
+import signal
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -18,8 +20,10 @@ import yaml
 from begun_run import LOSS_BOUND, TOTAL, refused, restored_meta, unfinish
 
 from dsjax import train
+from dsjax.distributed.compiled import Memory, memory_of
 from dsjax.errors import ConfigError
-from dsjax.training import run_data
+from dsjax.training import compilation, run_data
+from dsjax.training.loop import Loop
 
 
 @pytest.mark.slow
@@ -87,6 +91,40 @@ def test_templates_show_the_day_on_which_the_run_began(again, run: Path, monkeyp
     monkeypatch.setattr(run_data, "read_data", note_day)
     again()
     assert days == [datetime.fromisoformat(restored_meta(run)["started"])]
+
+
+@pytest.mark.slow
+def test_a_later_start_takes_the_policy_that_fitted(
+    finished: Path, tmp_path: Path, monkeypatch, capsys
+):
+    """Devices have a byte less than the step needs that computes nothing again."""
+    peaks, log = [], Loop._log
+
+    def note_peak(program: Any, platform: str) -> Memory:
+        peaks.append(memory_of(program, platform))
+        return peaks[-1]
+
+    def log_and_stop(self: Loop, *arguments: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        log(self, *arguments)
+
+    def begin() -> tuple[int, list[str]]:
+        words = [f"output_dir={tmp_path}", "data.eval=null", "training.eval_steps=null"]
+        code = train.main(["--config", str(finished), *words, "export.format=null"])
+        said = capsys.readouterr().err
+        return code, re.findall("compiled the step in .* s with remat (.*); it needs", said)
+
+    monkeypatch.setattr(compilation, "memory_of", note_peak)
+    monkeypatch.setattr(compilation, "memory_limit", lambda _: peaks[0].peak - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_log", log_and_stop)
+        code, tried = begin()
+    assert code == 128 + signal.SIGTERM and tried[0] == "none" and len(tried) > 1
+    assert restored_meta(tmp_path)["remat"] == tried[-1]
+    assert begin() == (0, tried[-1:])
+    losses = [row["loss"] for row in small_run.metrics(tmp_path) if "loss" in row]
+    whole = [row["loss"] for row in small_run.metrics(finished.parent / "run") if "loss" in row]
+    assert losses == pytest.approx(whole, rel=LOSS_BOUND)
 
 
 def damage_largest_file(checkpoint: Path, how: Callable[[bytes], bytes]) -> None:

@@ -5,6 +5,7 @@ The memory of the devices is made up. What the programs need is their compiler's
 test, and made up in the others.
 """
 
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_steps
+from process_threads import DictStore, in_threads
 
 from dsjax.config import DataSection, TrainingSection
 from dsjax.data import Example, Loader
@@ -22,7 +24,7 @@ from dsjax.distributed.processes import Hosts
 from dsjax.errors import ConfigError
 from dsjax.models.decoder import POLICIES
 from dsjax.training import compilation
-from dsjax.training.compilation import compile_evaluation, compile_step
+from dsjax.training.compilation import Attempt, compile_evaluation, compile_step
 from dsjax.training.state import StepConfig, policies_of
 from dsjax.training.step import lower_train_step
 
@@ -142,6 +144,51 @@ def test_what_the_compiler_refuses_does_not_fit(
         monkeypatch.setattr(compilation, name, lambda *_: lowered)
         with pytest.raises(ConfigError, match="needs too much: RESOURCE_EXHAUSTED: Ran out"):
             compiled()
+
+
+@pytest.mark.parametrize("other", [0, 1])
+@pytest.mark.parametrize(
+    ("fits_the_other", "chosen"),
+    [
+        ({"none": False, "dots": None, "names": True, "full": True}, "names"),
+        ({"none": False, "dots": False, "names": None, "full": None}, "full"),
+        (dict.fromkeys(POLICIES, False), "with remat full needs too much: its compiler says so,"),
+    ],
+)
+def test_all_processes_take_what_fits_all_of_them(
+    step: StepConfig,
+    loader: Loader,
+    monkeypatch: pytest.MonkeyPatch,
+    other: int,
+    fits_the_other: dict[str, bool | None],
+    chosen: str,
+):
+    """Everything fits one process; the compiler of the other refuses some, or says nothing."""
+    thread = threading.local()
+
+    def compile_(lower: Any, beside: int) -> Attempt:
+        policy = lower.args[0].remat
+        if thread.index != other or fits_the_other[policy]:
+            return Attempt(policy, "1 GiB", True)
+        if fits_the_other[policy] is None:
+            return Attempt(policy, "what the cache does not say", None)
+        return Attempt(None, "too much: its compiler says so", False)
+
+    def decide(hosts: Hosts) -> tuple[Any, str] | str:
+        thread.index = hosts.index
+        try:
+            return compile_step(step, POLICIES, loader, hosts)
+        except ConfigError as error:
+            return str(error)
+
+    monkeypatch.setattr(compilation, "_compile", compile_)
+    store = DictStore()
+    processes = [Hosts(index, 2, store) for index in range(2)]
+    decided = in_threads([lambda hosts=hosts: decide(hosts) for hosts in processes])
+    if chosen in POLICIES:
+        assert decided == [(chosen, chosen)] * 2
+    else:
+        assert decided[0] == decided[1] and chosen in str(decided[0])
 
 
 def test_a_later_start_begins_where_an_earlier_one_ended():

@@ -48,4 +48,4 @@ def _run(page: Path, *flags: str) -> str:
 
 
 if __name__ == "__main__":
-    take_picture(Path(sys.argv[1]), Path(sys.argv[2]), 1200, 1120)
+    take_picture(Path(sys.argv[1]), Path(sys.argv[2]), 1200, 1380)

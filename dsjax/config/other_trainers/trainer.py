@@ -95,7 +95,7 @@ def _convert_schedule(draft: Draft) -> None:
 
 
 def _convert_warmup(draft: Draft, kind: str) -> None:
-    """Steps win over a ratio there unless they are 0; here unless they are null."""
+    """Convert the warm-up: there steps win over a ratio unless they are 0, here unless null."""
     steps, ratio = draft.values.get("warmup_steps", 0), draft.values.get("warmup_ratio", 0.0)
     if kind == "constant":
         for key in ("warmup_steps", "warmup_ratio"):

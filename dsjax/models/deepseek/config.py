@@ -309,7 +309,7 @@ def _check_parsed(config: DeepseekConfig, source: Mapping[str, Any]) -> None:
 
 
 def _layer_type_problems(config: DeepseekConfig, source: Mapping[str, Any]) -> list[str]:
-    """transformers writes which layers are dense a second time; both have to agree."""
+    """Say where transformers' own list of dense layers differs from first_k_dense_replace."""
     dense, layers = config.dense_layers, config.num_hidden_layers
     expected = ["dense"] * dense + ["sparse"] * (layers - dense)
     given = source.get("mlp_layer_types")

@@ -109,7 +109,7 @@ class LatentAttention(nnx.Module):
     def _queries(
         self, x_BTD: jax.Array, dropout: Dropout | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Queries by head, and the latent that they come from, where there is one."""
+        """Compute queries by head, and the latent that they come from, where there is one."""
         if self.mla.q_lora_rank is None:
             q_BTX, latent_BTQ = self.q_proj(x_BTD, dropout), None
         else:
@@ -132,7 +132,7 @@ class LatentAttention(nnx.Module):
         k_rope_BSR: jax.Array,
         dropout: Dropout | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values by head."""
+        """Compute queries, keys and values by head."""
         m = self.mla
         both_BSX = self.kv_b_proj(latent_BSC, dropout)
         both_BSNX = both_BSX.reshape(*latent_BSC.shape[:2], self.heads, -1)
@@ -149,7 +149,7 @@ class LatentAttention(nnx.Module):
         latent_BSC: jax.Array,
         k_rope_BSR: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries in the latent's space; one key and one value, the latent, for all heads."""
+        """Compute queries in the latent's space; the latent is one key and value for all heads."""
         key_NPC, _ = self._by_head(latent_BSC.dtype)
         exact = precision(latent_BSC.dtype)
         q_BTNC = jnp.einsum("btnp,npc->btnc", q_nope_BTNP, key_NPC, precision=exact)
@@ -157,13 +157,13 @@ class LatentAttention(nnx.Module):
         return jnp.concatenate([q_BTNC, q_rope_BTNR], axis=-1), k_BS1H, latent_BSC[:, :, None]
 
     def _from_latents(self, out_BTNC: Float[Array, "B T N C"]) -> Float[Array, "B T N V"]:
-        """What was attended to, from the latent's space to values by head."""
+        """Bring what was attended to from the latent's space to values by head."""
         _, value_NVC = self._by_head(out_BTNC.dtype)
         exact = precision(out_BTNC.dtype)
         return jnp.einsum("btnc,nvc->btnv", out_BTNC, value_NVC, precision=exact)
 
     def _by_head(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-        """The parts of kv_b_proj that make keys and values: [N, P, C] and [N, V, C]."""
+        """Return the parts of kv_b_proj that make keys and values: [N, P, C] and [N, V, C]."""
         weight_XC = self.kv_b_proj.merged_weight(dtype)
         weight_NXC = weight_XC.reshape(self.heads, -1, self.mla.kv_lora_rank)
         key_NPC, value_NVC = jnp.split(weight_NXC, [self.mla.qk_nope_head_dim], axis=1)
@@ -234,7 +234,7 @@ class Indexer(nnx.Module):
 
 
 def causal_lm(config: DeepseekConfig, dtype: jnp.dtype) -> CausalLM:
-    """The abstract model: dense layers first, then layers with experts."""
+    """Build the abstract model: dense layers first, then layers with experts."""
     dense = config.dense_layers
     sizes = {"dense_layers": dense, "layers": config.num_hidden_layers - dense}
     stacks = {
@@ -246,7 +246,7 @@ def causal_lm(config: DeepseekConfig, dtype: jnp.dtype) -> CausalLM:
 
 
 def prediction_module(config: DeepseekConfig) -> MTP:
-    """The abstract module for multi-token prediction: its layer is of the kind that comes next."""
+    """Build the abstract module for multi-token prediction: a layer of the kind that comes next."""
     return MTP(config, _block(config, 1, config.num_hidden_layers < config.first_k_dense_replace))
 
 

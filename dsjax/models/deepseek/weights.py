@@ -30,7 +30,7 @@ _BEFORE_BLOCK = ("enorm", "hnorm", "eh_proj")
 
 
 def rules(config: DeepseekConfig, ahead: bool = False) -> list[Rule]:
-    """The table of a model; its dense layers and its layers with experts are two stacks.
+    """Return the table of a model; its dense layers and its layers with experts are two stacks.
 
     Args:
         config: of the model.
@@ -47,7 +47,7 @@ def rules(config: DeepseekConfig, ahead: bool = False) -> list[Rule]:
 
 
 def _stack_rules(path: str, first: int) -> list[Rule]:
-    """A stack of layers, the first of which has number `first` in the checkpoint."""
+    """Return the rules of a stack, whose first layer has number `first` in the checkpoint."""
     block = [Rule(f"model.layers.{{layer}}.{name}", f"{path}.{name}", first) for name in _BLOCK]
     experts = [
         Rule(
@@ -61,7 +61,7 @@ def _stack_rules(path: str, first: int) -> list[Rule]:
 
 
 def _prediction_rules(config: DeepseekConfig) -> list[Rule]:
-    """The module for multi-token prediction, which the files hold as the layer after the last."""
+    """Return the rules of the MTP module, which the files hold as the layer after the last."""
     number = config.num_hidden_layers
     layer, embedding = f"model.layers.{number}", "model.embed_tokens.weight"
     head = embedding if config.tie_word_embeddings else "lm_head.weight"

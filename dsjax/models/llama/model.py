@@ -80,12 +80,12 @@ class Attention(nnx.Module):
 
 
 def prefix_shape(config: Any) -> PrefixShape:
-    """What `Attention` takes of a prefix, from any config with Llama's fields."""
+    """Return what `Attention` takes of a prefix, from any config with Llama's fields."""
     return PrefixShape(config.num_key_value_heads, config.head_dim)
 
 
 def causal_lm(config: LlamaConfig, dtype: jnp.dtype) -> CausalLM:
-    """The abstract model."""
+    """Build the abstract model."""
     c, layers = config, config.num_hidden_layers
     mlp = MLP(c.hidden_size, c.intermediate_size, bias=c.mlp_bias, layers=layers)
     block = Block(Attention(c, layers), mlp, c.hidden_size, c.rms_norm_eps, layers)

@@ -19,7 +19,7 @@ _BLOCK = (
 
 
 def rules(config: LlamaConfig, ahead: bool = False) -> list[Rule]:
-    """The table of a model."""
+    """Return the table of a model."""
     del config, ahead
     return [
         Rule("model.embed_tokens.weight", "model.embed_tokens.weight"),

@@ -125,7 +125,7 @@ def _forward(q_BTNH, k_BSKH, v_BSKV, rows, scale, name, interpret):
 
 
 def forward(q_BTNH, k_BSKH, v_BSKV, rows: Rows, scale, interpret=False):
-    """The attended values, and the binary logarithm of each query's sum over the keys it sees."""
+    """Return the attended values, and the log2 of each query's sum over the keys it sees."""
     batch, length, heads, _ = q_BTNH.shape
     tile = _tile(128, 64, 8, q_BTNH)
     first_BQ, _ = _reach(rows, tile)
@@ -191,7 +191,7 @@ def _backward(scale, name, interpret, residuals, dout_BTNV):
 def backward(
     q_BTNH, k_BSKH, v_BSKV, rows: Rows, out_BTNV, log_BNT, dout_BTNV, scale, interpret=False
 ):
-    """The gradients of queries, keys and values, from the result and from `forward`'s logarithm."""
+    """Return the gradients of queries, keys, values, from the result and `forward`'s logarithm."""
     product_BTN = jnp.sum(out_BTNV.astype(jnp.float32) * dout_BTNV.astype(jnp.float32), -1)
     arrays = (q_BTNH, k_BSKH, v_BSKV, dout_BTNV, *rows, log_BNT, product_BTN)
     dq_BTNH = _query_gradient(arrays, rows, scale, interpret)
@@ -312,7 +312,7 @@ def _reach(rows: Rows, tile: _Tile) -> tuple[jax.Array, jax.Array]:
     """
 
     def ends(segment_BT: jax.Array, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The lowest and highest segment of each block, and its last place."""
+        """Return the lowest and highest segment of each block, and its last place."""
         padded_BT = jnp.pad(segment_BT, ((0, 0), (0, -segment_BT.shape[1] % size)), mode="edge")
         blocks_BXS = padded_BT.reshape(len(padded_BT), -1, size)
         last_X = (jnp.arange(blocks_BXS.shape[1]) + 1) * size - 1
@@ -348,7 +348,7 @@ def _pieces(size: int) -> list[tuple[int, int]]:
 
 
 def _columns(ref: Any, row: Any, place_X: jax.Array, head: Any) -> list[tuple[Any, jax.Array]]:
-    """The part of an array [B, T, heads, size] that each piece of a head is, and what exists."""
+    """Return for each piece of a head its part of an array [B, T, heads, size], and what exists."""
     parts, (length, size) = [], (ref.shape[1], ref.shape[3])
     for begin, width in _pieces(size):
         column = begin + jnp.arange(width)
@@ -374,7 +374,7 @@ def _zeros(rows: int, ref: Any) -> tuple[jax.Array, ...]:
 
 
 def _multiply(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> jax.Array:
-    """a b^T, summed over the pieces."""
+    """Multiply a by b^T, summed over the pieces."""
     products = [plgpu.dot(x, y, trans_b=True, allow_tf32=False) for x, y in zip(a, b, strict=True)]
     return functools.reduce(jnp.add, products)
 

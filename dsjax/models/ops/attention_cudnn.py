@@ -172,7 +172,7 @@ def _are_whole(segment_BT: jax.Array) -> jax.Array:
 
 
 def route(segment_BT: Int[Array, "B T"], segments: Segments, cuts: list[Cut]) -> Int[Array, ""]:
-    """Number of the first cut that packed rows fit into; of the one after the last where none is.
+    """Return the number of the first cut that packed rows fit into; `len(cuts)` where none is.
 
     Args:
         segment_BT: segment of each token.
@@ -225,7 +225,7 @@ def _room(segments: Segments, cut: Cut) -> Segments:
 
 
 def _by_row(log_SNL: jax.Array, segments: Segments) -> jax.Array:
-    """A number for each query of a row, out of numbers that begin anew with each segment."""
+    """Lay numbers for each query, which begin anew with each segment, out by rows."""
     number_BT = segments.number_BT
     place_BT = jnp.arange(number_BT.size).reshape(number_BT.shape) - segments.start_S[number_BT]
     head_N = jnp.arange(log_SNL.shape[1])
@@ -233,7 +233,7 @@ def _by_row(log_SNL: jax.Array, segments: Segments) -> jax.Array:
 
 
 def _by_segment(log_BNT: jax.Array, start_S: jax.Array, most: int) -> jax.Array:
-    """The inverse of `_by_row` for segments of `most` tokens; behind their end stands anything."""
+    """Invert `_by_row` for segments of `most` tokens; behind their end stands anything."""
     rows, heads, length = log_BNT.shape
     token_SL = jnp.minimum(start_S[:, None] + jnp.arange(most), rows * length - 1)
     row_SL, place_SL = jnp.divmod(token_SL, length)
@@ -256,12 +256,12 @@ def _gradients_by_triton(arrays, segment_BT, *, scale):
 
 
 def _fused_forward(qkv, segments, scale):
-    """The attended values, and the logarithm of each query's sum over the keys it sees."""
+    """Return the attended values, and the logarithm of each query's sum over the keys it sees."""
     return _fused("fwd", qkv, (), segments, scale)
 
 
 def _fused_backward(arrays, segments, scale):
-    """The gradients of queries, keys and values."""
+    """Return the gradients of queries, keys and values."""
     *qkv, out, log, dout = arrays
     return _fused("bwd", qkv, (log, out, dout), segments, scale)
 

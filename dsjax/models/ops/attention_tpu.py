@@ -123,7 +123,7 @@ def _all_of(shape: tuple[int, int], value: bool) -> np.ndarray:
 def _kernel(
     heads: int, length: int, block: int, parts: int, name: str | None, interpret: bool
 ) -> Any:
-    """The kernel for whole rows of keys, and of queries in `parts`.
+    """Make the kernel for whole rows of keys, and for queries in `parts`.
 
     It is kept: a program is traced several times. Its arrays are numpy's, of no trace and device.
     """
@@ -158,7 +158,7 @@ def _run(
 
 
 def _blocks(size: int) -> splash.BlockSizes:
-    """The same block everywhere."""
+    """Use the same block everywhere."""
     return splash.BlockSizes(
         block_q=size,
         block_kv=size,

@@ -202,7 +202,7 @@ def _loop_over_weights(
 def _window(
     tiles: Tiles, tile: jax.Array, rows: int, total: int
 ) -> tuple[jax.Array, Bool[Array, " M"]]:
-    """The first of the `rows` rows to read for a tile, all of which exist; which are the tile's."""
+    """Find where to read `rows` rows for a tile, all of which exist; and which are the tile's."""
     first = jnp.minimum(tiles.begin_Q[tile], total - rows)
     row_M = first + jnp.arange(rows)
     return first, (row_M >= tiles.begin_Q[tile]) & (row_M < tiles.end_Q[tile])
