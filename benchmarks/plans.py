@@ -46,6 +46,18 @@ PLANS: list[tuple[str, str, str, list[str]]] = [
         "v5p:2x2x1",
         ["data.max_length=32768"],
     ),
+    (
+        "The same recipe, 131,072 tokens, their rows divided over 4 chips",
+        "r1_distill_llama_8b_lora",
+        "v5p:2x2x1",
+        [*"mesh.fsdp=1 mesh.sequence=4 data.max_length=131072 training.batch_size=1".split()],
+    ),
+    (
+        "The same recipe, 32,768 tokens, their rows divided over 8 H100",
+        "r1_distill_llama_8b_lora",
+        "h100:8",
+        [*"mesh.fsdp=1 mesh.sequence=8 data.max_length=32768 training.batch_size=1".split()],
+    ),
     ("DeepSeek-V2-Lite, LoRA, one H100", "deepseek_v2_lite_lora", "h100:1", []),
     ("DeepSeek-LLM-7B, full training, 8 H100", "deepseek_llm_7b_full", "h100:8", []),
     ("DeepSeek-LLM-67B, LoRA, 8 H100", "deepseek_llm_67b_lora", "h100:8", []),

@@ -90,7 +90,7 @@ def _across_slices(
 def _working_meshes(section: MeshSection, devices: int) -> str:
     """Meshes for a number of devices: fsdp alone, and with what divides it of the other axes."""
     left, words = devices, ""
-    for axis in ("tensor", "expert", "data"):
+    for axis in ("tensor", "expert", "sequence", "data"):
         size = math.gcd(max(getattr(section, axis), 1), left)
         left //= size
         words += f" mesh.{axis}={size}" if size > 1 else ""
