@@ -278,7 +278,12 @@ def _load_parts(
     for start, piece in in_order(_reads(reader.piece, entries, leaf, hull), ahead):
         # Waiting keeps host memory to the pieces that are read ahead.
         buffers = [
-            _write(buffer, jax.device_put(_part(piece, cuts[bounds]), device), start)
+            _write(
+                buffer,
+                jax.device_put(_part(piece, cuts[bounds]), device),
+                start,
+                as_bits=device.platform == "cpu",
+            )
             for buffer, (bounds, device) in zip(buffers, places, strict=True)
         ]
         jax.block_until_ready(buffers)
@@ -341,17 +346,20 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> jax.Array:
     return jax.device_put(jnp.zeros(shape, dtype, device=device), device)
 
 
-@partial(jax.jit, donate_argnums=0)
-def _write(buffer: jax.Array, piece: Any, start: tuple[jax.Array, ...]) -> jax.Array:
-    """Put a piece into its place, as bits; of FP8, make the numbers.
+@partial(jax.jit, donate_argnums=0, static_argnames="as_bits")
+def _write(buffer: jax.Array, piece: Any, start: tuple[jax.Array, ...], as_bits: bool) -> jax.Array:
+    """Put a piece into its place; of FP8, make the numbers.
 
-    Trap: XLA for CPU turns a bfloat16 buffer into float32 and back to update it, all of it for
-    every piece.
+    Traps: XLA for CPU turns a bfloat16 buffer into float32 and back to update it, all of it for
+    every piece, unless it is updated as bits; XLA for TPU copies all of it if it is.
     """
     if isinstance(piece, fp8.Quantised):
         piece = fp8.dequantise(piece, buffer.dtype)
     piece = piece.reshape((1,) * (buffer.ndim - piece.ndim) + piece.shape)
-    bits = jnp.dtype(f"uint{8 * buffer.dtype.itemsize}")
-    as_bits = partial(jax.lax.bitcast_convert_type, new_dtype=bits)
-    updated = jax.lax.dynamic_update_slice(as_bits(buffer), as_bits(piece), start)
+    if not as_bits:
+        return jax.lax.dynamic_update_slice(buffer, piece, start)
+    bits = partial(
+        jax.lax.bitcast_convert_type, new_dtype=jnp.dtype(f"uint{8 * buffer.dtype.itemsize}")
+    )
+    updated = jax.lax.dynamic_update_slice(bits(buffer), bits(piece), start)
     return jax.lax.bitcast_convert_type(updated, buffer.dtype)

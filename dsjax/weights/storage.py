@@ -28,8 +28,8 @@ from dsjax.errors import ConfigError, files_of
 
 READS_AHEAD = 8
 """Reads that are under way at a time, of remote files: one alone mostly waits for its answer."""
-LOCAL_READS = min(READS_AHEAD, max(2, os.cpu_count() or 1))
-"""Of files on this machine: a core each, and on one core some that wait for the disk."""
+LOCAL_READS = min(4, max(2, os.cpu_count() or 1))
+"""Reads of files on this machine: a core each, up to as many as host memory is bounded with."""
 _DROP_PAGES_FROM = 1 << 23
 _DIGEST_BYTES = 1 << 24
 _ALIGNMENT = 64
