@@ -120,8 +120,8 @@ class Quantised(NamedTuple):
 
 def dequantise(part: Quantised, dtype: np.dtype) -> Float[Array, "... O I"]:
     """Return the numbers of bytes and scales, to be traced: bit by bit those that `read` gives."""
-    scales = part.scales.at[part.block_rows].get(mode="promise_in_bounds")
-    return (_numbers(part.codes) * scales).astype(dtype)
+    scales = jnp.asarray(part.scales).at[part.block_rows].get(mode="promise_in_bounds")
+    return (_numbers(jnp.asarray(part.codes)) * scales).astype(dtype)
 
 
 def _numbers(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
