@@ -67,19 +67,20 @@ class PeakMemory:
         process_peak: highest of the process's life until the end of the block (ru_maxrss), which
             no short peak escapes, and which also holds what came before the block.
         seconds: how long the block ran.
+        cpu_seconds: processor time that this process took for it, of all its threads.
     """
 
     def __init__(self, interval: float = 0.005):
         self._interval, self._stop = interval, threading.Event()
         self.before = self.peak = self.process_peak = 0
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
 
     def __enter__(self) -> "PeakMemory":
         gc.collect()
         self.before = self.peak = resident_bytes()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
-        self._began = time.perf_counter()
+        self._began, self._cpu_began = time.perf_counter(), time.process_time()
         return self
 
     def _sample(self) -> None:
@@ -88,6 +89,7 @@ class PeakMemory:
 
     def __exit__(self, *error: object) -> None:
         self.seconds = time.perf_counter() - self._began
+        self.cpu_seconds = time.process_time() - self._cpu_began
         self._stop.set()
         self._thread.join()
         self.peak = max(self.peak, resident_bytes())

@@ -92,7 +92,9 @@ def _with_update(low: Factor, high: Factor, scaling: float) -> Change:
 
     def apply(source: np.ndarray, factors: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         low_rI, high_Or = factors
-        return source.astype(np.float32) + (high_Or * np.float32(scaling)) @ low_rI
+        values = (high_Or * np.float32(scaling)) @ low_rI
+        # In place, since pieces are large.
+        return np.add(values, source, out=values, dtype=np.float32, casting="same_kind")
 
     return Change(fetch, apply)
 

@@ -141,6 +141,7 @@ def export_trained(
         ConfigError: it keeps less than `export.min_kept` of what training changed.
     """
     hosts, proof, out = hosts or Hosts(), Proof(), output.path
+    digests: dict[str, str] = {}
     manifest, section = output.manifest(), output.config.export
     card = card_facts(
         output.config, trained.setup, output.form, output.step, read_metrics(output.run.metrics)
@@ -155,14 +156,14 @@ def export_trained(
             write_peft(directory, trained.setup, trained.trainable, hosts.primary)
         else:
             fp8 = section.dtype == "fp8"
-            proof = _write_merged(draft, trained, fp8, hosts, progress)
+            proof, digests = _write_merged(draft, trained, fp8, hosts, progress)
             _check_kept(proof, section.min_kept, fp8, hosts)
         if proof.failure is not None:
             card = replace(card, unproven=first_line(proof.failure))
             manifest = {**manifest, "proof": f"did not run: {card.unproven}"}
         if hosts.primary:
             write_model_card(directory, replace(card, kept=proof.kept))
-            write_manifest(directory, manifest, proof.kept, draft.contents())
+            write_manifest(directory, manifest, proof.kept, draft.contents(digests))
     return Exported(True, proof.failure)
 
 
@@ -172,13 +173,17 @@ def _write_merged(
     fp8: bool,
     hosts: Hosts,
     progress: Callable[[int, int], None],
-) -> Proof:
-    """Write merged weights, and prove them once all processes see them; gives up the arrays."""
+) -> tuple[Proof, dict[str, str]]:
+    """Write merged weights, and prove them once all processes see them; gives up the arrays.
+
+    Returns:
+        The proof, and the digest of each file of weights as it was read again.
+    """
     setup, trainable, frozen = trained
     directory = draft.directory
     changes = changed_tensors(setup.model, setup.spec, trainable, setup.partition.layer_masks)
     send = draft.send if isinstance(draft, BucketDraft) else None
-    write_checkpoint(
+    digests = write_checkpoint(
         setup.source, directory, changes, progress, fp8, hosts.primary, send, draft.share
     )
     if hosts.primary:
@@ -186,7 +191,7 @@ def _write_merged(
     place = draft.share()
     hosts.barrier()  # written: all read it
     prove = partial(verify.prove, setup, trainable, frozen, place, changes.keys())
-    return run_proof(prove, hosts)  # and all have read it: it may take its name
+    return run_proof(prove, hosts), digests  # and all have read it: it may take its name
 
 
 def run_proof(prove: Callable[[], float | None], hosts: Hosts) -> Proof:

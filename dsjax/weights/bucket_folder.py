@@ -10,9 +10,10 @@ on a file system (`folders`).
 """
 
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from dsjax import signals
@@ -59,8 +60,13 @@ class BucketDraft:
         self._digests[name] = self._bucket.upload(self.directory / name, name)
         (self.directory / name).unlink()
 
-    def contents(self) -> dict[str, str]:
-        """Send what is written and was not, and return the digest of every file in the bucket."""
+    def contents(self, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+        """Send what is written and was not, and return the digest of every file in the bucket.
+
+        Args:
+            known: what is not looked at: each file's digest is known since it was sent.
+        """
+        del known
         for file in (path for path in sorted(self.directory.rglob("*")) if path.is_file()):
             name = file.relative_to(self.directory).as_posix()
             if self._digests.get(name) != file_digest(file):

@@ -6,9 +6,10 @@ and what it holds. Not done here: how it takes its place (`folders`, `bucket_fol
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from dsjax.buckets import Bucket, Place
 from dsjax.weights.bucket_folder import BucketDraft, Last, bucket_directory
@@ -30,17 +31,23 @@ class Draft:
         """Return where all processes can read what is written so far, once it is."""
         return str(self.directory)
 
-    def contents(self) -> dict[str, str]:
-        """Return the digest of every file that is written by now, by its path in the folder."""
-        return file_digests(self.directory)
+    def contents(self, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+        """Return the digest of every file that is written by now, by its path in the folder.
+
+        Args:
+            known: those of files that were read again since they were written.
+        """
+        return file_digests(self.directory, known)
 
 
-def file_digests(folder: Path) -> dict[str, str]:
-    """Return the digest of every file in a folder by its path in it."""
+def file_digests(folder: Path, known: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Return the digest of every file in a folder by its path in it; `known` ones as they are."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    names = [path.relative_to(folder).as_posix() for path in files]
-    reads = [functools.partial(file_digest, path) for path in files]
-    return dict(zip(names, in_order(reads, READS_AHEAD), strict=True))
+    names = {path.relative_to(folder).as_posix(): path for path in files}
+    others = [name for name in names if name not in known]
+    reads = [functools.partial(file_digest, names[name]) for name in others]
+    found = dict(zip(others, in_order(reads, READS_AHEAD), strict=True))
+    return {name: known[name] if name in known else found[name] for name in names}
 
 
 @contextmanager

@@ -3,20 +3,22 @@
 
 In: an opened checkpoint whose tensors `X.weight` are float8_e4m3fn beside `X.weight_scale_inv`, one
 scale for each block. Out: the same checkpoint under the same names with the numbers that the bytes
-stand for; and new bytes for new numbers. Despite its name the scale is the multiplier:
-W[i, j] = bytes[i, j] * scale[i // 128, j // 128]. Not done here: reading files.
+stand for, made here or on a device; and new bytes for new numbers. Despite its name the scale is
+the multiplier: W[i, j] = bytes[i, j] * scale[i // 128, j // 128]. Not done here: reading files.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from dsjax.errors import ConfigError, raise_all
 from dsjax.models.config_checks import shown
@@ -33,6 +35,9 @@ SCALE = "_scale_inv"
 
 _VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 """Number of every byte: five times as fast as a cast."""
+
+_LEAST_SCALE = 2.0**-117
+"""With smaller scales some numbers are subnormal in float32; most devices make them 0."""
 
 _LARGEST_BLOCK = 2**20
 
@@ -99,6 +104,42 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 1 <= value <= _LARGEST_BLOCK
 
 
+class Quantised(NamedTuple):
+    """Rows of a matrix as bytes, with all that their numbers are made of; a device takes it whole.
+
+    Attributes:
+        codes: the bytes.
+        scales: of every column, for each row of blocks.
+        block_rows: which row of blocks each row is in, counted from that of the first row.
+    """
+
+    codes: UInt8[np.ndarray | Array, "... O I"]
+    scales: Float[np.ndarray | Array, "o I"]
+    block_rows: Int[np.ndarray | Array, " O"]
+
+
+def dequantise(part: Quantised, dtype: np.dtype) -> Float[Array, "... O I"]:
+    """Return the numbers of bytes and scales, to be traced: bit by bit those that `read` gives."""
+    scales = jnp.asarray(part.scales).at[part.block_rows].get(mode="promise_in_bounds")
+    return (_numbers(jnp.asarray(part.codes)) * scales).astype(dtype)
+
+
+def _numbers(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
+    """Convert float8_e4m3fn to float32: XLA for CPU takes twice as long for its own conversion.
+
+    Of a byte, 1 bit is the sign, 4 the exponent, 3 the fraction; exponents count from -7, those of
+    float32 from -127. The smallest exponent means subnormals: no subnormal of float32 is among the
+    steps, since devices may make it 0.
+    """
+    as_float = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
+    bits = codes.astype(jnp.uint32)
+    rest = bits & 0x7F
+    normal, one_higher = as_float((rest << 20) + (120 << 23)), as_float((rest << 20) + (121 << 23))
+    values = jnp.where(rest < 8, one_higher - jnp.float32(2**-6), normal)
+    values = jnp.where(rest == 0x7F, jnp.float32(jnp.nan), values)
+    return as_float(jax.lax.bitcast_convert_type(values, jnp.uint32) | ((bits & 0x80) << 24))
+
+
 @dataclass(frozen=True)
 class DequantisedSource:
     """A checkpoint's numbers: scales are applied, and are no tensors of their own."""
@@ -137,13 +178,43 @@ class DequantisedSource:
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> Shaped[np.ndarray, "..."]:
         """Read a tensor, or the part that slices of step 1 select; float32 if it is quantised."""
-        info = self.raw.tensors[name]
-        if info.dtype != FP8:
+        if self.raw.tensors[name].dtype != FP8:
             return self.raw.read(name, index)
+        codes, scales, block_rows = self._quantised(name, index)
+        values = np.empty(codes.shape, np.float32)
+        for i, scale in enumerate(scales):  # not all at once: numpy's indices are 8 bytes each
+            first, last = np.searchsorted(block_rows, (i, i + 1))
+            np.multiply(_VALUES[codes[first:last]], scale, out=values[first:last])
+        return values
+
+    def read_quantised(
+        self, name: str, index: tuple[slice, ...], dtype: np.dtype
+    ) -> "Quantised | None":
+        """Read a part of a tensor for a device to compute; None of what only the host can.
+
+        That is what is not in FP8, and numbers that a device may round otherwise or that `dtype`
+        cannot hold.
+
+        Args:
+            name: of the tensor.
+            index: slices of step 1.
+            dtype: what `dequantise` will be asked for.
+        """
+        if self.raw.tensors[name].dtype != FP8:
+            return None
+        part = self._quantised(name, index)
+        sizes = np.abs(part.scales[part.scales != 0])
+        fits = np.all(sizes <= float(jnp.finfo(dtype).max) / LARGEST)
+        return part if fits and np.all(sizes >= _LEAST_SCALE) else None
+
+    def _quantised(self, name: str, index: tuple[slice, ...] | None) -> "Quantised":
+        """Read bytes and scales of a part of a quantised tensor."""
         rows, columns = (
             part.indices(size)[:2]
             for part, size in zip(
-                (*(index or ()), slice(None), slice(None)), info.shape, strict=False
+                (*(index or ()), slice(None), slice(None)),
+                self.raw.tensors[name].shape,
+                strict=False,
             )
         )
         blocks = (
@@ -151,11 +222,10 @@ class DequantisedSource:
             slice(columns[0] // self.format.columns, -(-columns[1] // self.format.columns)),
         )
         scales = self.raw.read(name + SCALE, blocks).astype(np.float32)
-        per_row = np.arange(*rows) // self.format.rows - blocks[0].start
+        per_row = np.arange(*rows, dtype=np.int32) // self.format.rows - blocks[0].start
         per_column = np.arange(*columns) // self.format.columns - blocks[1].start
-        values = _VALUES[self.raw.read(name, index).view(np.uint8)]
-        values *= scales[:, per_column][per_row]
-        return values
+        codes = self.raw.read(name, index).view(np.uint8)
+        return Quantised(codes, scales[:, per_column], per_row)
 
     def aux_files(self) -> list[Path]:
         """List the files to keep beside the weights."""

@@ -34,7 +34,7 @@ from dsjax.weights.safetensors import (
     read_range,
     read_tensor,
 )
-from dsjax.weights.storage import READS_AHEAD, File, Folder, RemoteFile, in_order
+from dsjax.weights.storage import File, Folder, RemoteFile, in_order
 
 __all__ = [
     "HFSource",
@@ -77,7 +77,8 @@ class HFSource:
     @property
     def reads_ahead(self) -> int:
         """How many reads are worth having under way at a time."""
-        return READS_AHEAD if self._found.folder.is_remote else 1
+        # Each read of a `.bin` file reads a whole tensor.
+        return self._found.folder.reads_ahead if self._headers else 1
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> Shaped[np.ndarray, "..."]:
         """Read a tensor, or the part that slices of step 1 select, into a fresh array.
@@ -240,9 +241,7 @@ def _read_headers(
     infos: list[TensorInfo] = []
     problems: list[str] = []
     reads = [partial(_read_header, folder.files[name]) for name in files]
-    for name, found in zip(
-        files, in_order(reads, READS_AHEAD if folder.is_remote else 1), strict=True
-    ):
+    for name, found in zip(files, in_order(reads, folder.reads_ahead), strict=True):
         if isinstance(found, ConfigError):
             problems.append(str(found))
             continue

@@ -12,9 +12,10 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from dsjax.errors import ConfigError, raise_all
 from dsjax.models import Model, base_shapes, build, carried_of, entries_of, stored_linears
 from dsjax.models.layers import Linear
 from dsjax.models.moe import ExpertLinear
-from dsjax.models.storage import storage_of
+from dsjax.models.storage import DENSE, Storage, storage_of
 from dsjax.models.weight_rules import EMBEDDING, HEAD, Entry, coverage_problems, entry_shape
 from dsjax.weights import dsjax_format, fp8, hf_directory
 from dsjax.weights.source import Source
@@ -183,39 +184,61 @@ def load_entries(
         storage, arrays = storage_of(stored.get(path))
         for array in arrays:
             leaf, sharding = leaves[path + array], shardings[path + array]
-            read = partial(_read_as, partial(storage.encode, source), array, leaf.dtype)
-            params[path + array] = _load_leaf(read, entries, leaf, sharding, source.reads_ahead)
+            reader = _Reader(source, storage, array, leaf.dtype)
+            params[path + array] = _load_leaf(reader, entries, leaf, sharding)
         done += sum(source.tensors[entry.hf].nbytes for entry in entries)
         progress(done, total)
     return params
 
 
-def _read_as(
-    encode: Callable[[str, str, tuple[slice, ...]], np.ndarray],
-    array: str,
-    dtype: np.dtype,
-    name: str,
-    index: tuple[slice, ...],
-) -> np.ndarray:
-    """Read a part of an array of a tensor and cast it; float16 must be able to hold the values."""
-    values = encode(name, array, index)
-    with np.errstate(over="ignore"):  # told below
-        cast = values.astype(dtype, copy=False)
-    if dtype == np.float16 and np.isinf(cast).any() and not np.isinf(values).any():
-        raise ConfigError(
-            f"{name}: got values beyond 65504, which float16 cannot hold, expected "
-            "model.dtype bfloat16 or float32"
-        )
-    return cast
+P = TypeVar("P")
+Piece = np.ndarray | fp8.Quantised
+"""Some rows of a tensor: its numbers, or what a device makes them of."""
 
 
-Read = Callable[[str, tuple[slice, ...]], np.ndarray]
+@dataclass(frozen=True)
+class _Reader:
+    """Reads parts of the tensors that one array holds.
+
+    Attributes:
+        source: the checkpoint.
+        storage: how the array's parameter is held.
+        array: which of its arrays.
+        dtype: of the array.
+    """
+
+    source: Source
+    storage: Storage
+    array: str
+    dtype: np.dtype
+
+    def numbers(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Read a part and cast it; float16 must be able to hold the values."""
+        values = self.storage.encode(self.source, name, self.array, index)
+        with np.errstate(over="ignore"):  # told below
+            cast = values.astype(self.dtype, copy=False)
+        if self.dtype == np.float16 and np.isinf(cast).any() and not np.isinf(values).any():
+            raise ConfigError(
+                f"{name}: got values beyond 65504, which float16 cannot hold, expected "
+                "model.dtype bfloat16 or float32"
+            )
+        return cast
+
+    def piece(self, name: str, index: tuple[slice, ...]) -> Piece:
+        """Read a part, of FP8 the bytes: a device makes numbers of them several times as fast."""
+        if self.storage is DENSE and isinstance(self.source, fp8.DequantisedSource):
+            quantised = self.source.read_quantised(name, index, self.dtype)
+            if quantised is not None:
+                return quantised
+        return self.numbers(name, index)
+
+
 Bounds = tuple[tuple[int, int], ...]
 """First and one past the last index of every axis."""
 
 
 def _load_leaf(
-    read: Read, entries: Sequence[Entry], leaf: Leaf, sharding: Sharding, ahead: int
+    reader: _Reader, entries: Sequence[Entry], leaf: Leaf, sharding: Sharding
 ) -> jax.Array:
     """Fill the part of every local device; devices that need the same rows share their reading."""
     groups: dict[Bounds, dict[Bounds, list[Any]]] = {}
@@ -227,60 +250,67 @@ def _load_leaf(
         groups.setdefault(bounds[:rows], {}).setdefault(bounds, []).append(device)
     shards = []
     for parts in groups.values():
-        shards += _load_parts(read, entries, leaf, parts, ahead)
+        shards += _load_parts(reader, entries, leaf, parts)
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
 
 def _load_parts(
-    read: Read,
-    entries: Sequence[Entry],
-    leaf: Leaf,
-    parts: Mapping[Bounds, Sequence[Any]],
-    ahead: int,
+    reader: _Reader, entries: Sequence[Entry], leaf: Leaf, parts: Mapping[Bounds, Sequence[Any]]
 ) -> list[jax.Array]:
     """Parts of a leaf on their devices: at once if they are small, else piece by piece.
 
     The parts differ only in the axes after the rows, so they are cut from the same pieces.
     """
     hull = tuple((min(axis)[0], max(axis)[1]) for axis in zip(*parts, strict=True))
-    pieces = _pieces(read, entries, leaf, hull, ahead)
+    ahead, lead = reader.source.reads_ahead, len(entries[0].index)
+    cuts = {bounds: _cut(bounds[lead:], hull[lead:]) for bounds in parts}
     shapes = {bounds: tuple(stop - start for start, stop in bounds) for bounds in parts}
     if sum(map(math.prod, shapes.values())) * leaf.dtype.itemsize <= arrays.PIECE_BYTES:
         wholes = {bounds: np.zeros(shape, leaf.dtype) for bounds, shape in shapes.items()}
-        for start, piece in pieces:
+        for start, numbers in in_order(_reads(reader.numbers, entries, leaf, hull), ahead):
             for bounds, whole in wholes.items():
-                own = _cut(piece, bounds, hull)
-                whole[tuple(slice(s, s + n) for s, n in zip(start, own.shape, strict=True))] = own
+                own = numbers[cuts[bounds]]
+                inner = [slice(s, s + n) for s, n in zip(start[lead:], own.shape, strict=True)]
+                whole[(*start[:lead], *inner)] = own
         return [jax.device_put(wholes[b], device) for b, own in parts.items() for device in own]
     places = [(bounds, device) for bounds, devices in parts.items() for device in devices]
     buffers = [_zeros(shapes[bounds], leaf.dtype, device) for bounds, device in places]
-    for start, piece in pieces:
-        # Waiting keeps the pieces in flight, and with them host memory, to one.
+    for start, piece in in_order(_reads(reader.piece, entries, leaf, hull), ahead):
+        # Waiting keeps host memory to the pieces that are read ahead.
         buffers = [
-            _write(buffer, jax.device_put(_cut(piece, bounds, hull), device), start)
+            _write(
+                buffer,
+                jax.device_put(_part(piece, cuts[bounds]), device),
+                start,
+                as_bits=device.platform == "cpu",
+            )
             for buffer, (bounds, device) in zip(buffers, places, strict=True)
         ]
         jax.block_until_ready(buffers)
     return buffers
 
 
-def _cut(piece: np.ndarray, bounds: Bounds, hull: Bounds) -> np.ndarray:
-    """Return what of a piece of the hull belongs to the part within these bounds.
-
-    They agree in the stacked axes and the rows, which are whole in both.
-    """
-    return piece[
-        tuple(
-            slice(None) if part == all_ else slice(part[0] - all_[0], part[1] - all_[0])
-            for part, all_ in zip(bounds, hull, strict=True)
-        )
-    ]
+def _cut(bounds: Bounds, hull: Bounds) -> tuple[slice, ...]:
+    """Return where in a piece of the hull the part within these bounds is; the rows are all its."""
+    return tuple(
+        slice(None) if part == all_ else slice(part[0] - all_[0], part[1] - all_[0])
+        for part, all_ in zip(bounds, hull, strict=True)
+    )
 
 
-def _pieces(
-    read: Read, entries: Sequence[Entry], leaf: Leaf, bounds: Bounds, ahead: int
-) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """Pieces of a part with their place in it: some rows of one tensor of the checkpoint.
+def _part(piece: Piece, cut: tuple[slice, ...]) -> Piece:
+    if isinstance(piece, fp8.Quantised):
+        return piece._replace(codes=piece.codes[cut], scales=piece.scales[cut])
+    return piece[cut]
+
+
+def _reads(
+    read: Callable[[str, tuple[slice, ...]], P],
+    entries: Sequence[Entry],
+    leaf: Leaf,
+    bounds: Bounds,
+) -> Iterator[Callable[[], tuple[tuple[int, ...], P]]]:
+    """Yield the reads of a part's pieces with their place in it: some rows of one tensor each.
 
     A file's rows are read whole, so that pieces are bounded by whole rows.
     """
@@ -288,44 +318,48 @@ def _pieces(
     by_index = {entry.index: entry for entry in entries}
     stacked, inner = bounds[:lead], bounds[lead:]
     shape = (*(stop - start for start, stop in inner[:1]), *leaf.shape[lead + 1 :])
-
-    def reads() -> Iterator[Callable[[], tuple[tuple[int, ...], np.ndarray]]]:
-        for position in itertools.product(*(range(stop - start) for start, stop in stacked)):
-            at = tuple(start + i for (start, _), i in zip(stacked, position, strict=True))
-            if at not in by_index:  # a stack in which some tensors have no scales
-                continue
-            for rows in row_pieces(shape, leaf.dtype.itemsize):
-                offset = rows[0].start if rows else 0
-                index = tuple(slice(*bound) for bound in inner)
-                if rows:
-                    first = inner[0][0]
-                    index = (slice(first + rows[0].start, first + rows[0].stop), *index[1:])
-                start = (offset,) + (0,) * (len(inner) - 1) if inner else ()
-                yield partial(_read_piece, read, by_index[at].hf, index, (*position, *start))
-
-    return in_order(reads(), ahead)
+    for position in itertools.product(*(range(stop - start) for start, stop in stacked)):
+        at = tuple(start + i for (start, _), i in zip(stacked, position, strict=True))
+        if at not in by_index:  # a stack in which some tensors have no scales
+            continue
+        for rows in row_pieces(shape, leaf.dtype.itemsize):
+            offset = rows[0].start if rows else 0
+            index = tuple(slice(*bound) for bound in inner)
+            if rows:
+                first = inner[0][0]
+                index = (slice(first + rows[0].start, first + rows[0].stop), *index[1:])
+            start = (offset,) + (0,) * (len(inner) - 1) if inner else ()
+            yield partial(_placed, read, by_index[at].hf, index, (*position, *start))
 
 
-def _read_piece(
-    read: Read, name: str, index: tuple[slice, ...], start: tuple[int, ...]
-) -> tuple[tuple[int, ...], np.ndarray]:
+def _placed(
+    read: Callable[[str, tuple[slice, ...]], P],
+    name: str,
+    index: tuple[slice, ...],
+    start: tuple[int, ...],
+) -> tuple[tuple[int, ...], P]:
     """Return a piece with its place."""
-    piece = read(name, index)
-    return start, piece[(None,) * (len(start) - len(index))]
+    return start, read(name, index)
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype, device: Any) -> jax.Array:
     return jax.device_put(jnp.zeros(shape, dtype, device=device), device)
 
 
-@partial(jax.jit, donate_argnums=0)
-def _write(buffer: jax.Array, piece: jax.Array, start: tuple[jax.Array, ...]) -> jax.Array:
-    """Put a piece into its place, as bits.
+@partial(jax.jit, donate_argnums=0, static_argnames="as_bits")
+def _write(buffer: jax.Array, piece: Any, start: tuple[jax.Array, ...], as_bits: bool) -> jax.Array:
+    """Put a piece into its place; of FP8, make the numbers.
 
-    Trap: XLA for CPU turns a bfloat16 buffer into float32 and back to update it, all of it for
-    every piece.
+    Traps: XLA for CPU turns a bfloat16 buffer into float32 and back to update it, all of it for
+    every piece, unless it is updated as bits; XLA for TPU copies all of it if it is.
     """
-    bits = jnp.dtype(f"uint{8 * buffer.dtype.itemsize}")
-    as_bits = partial(jax.lax.bitcast_convert_type, new_dtype=bits)
-    updated = jax.lax.dynamic_update_slice(as_bits(buffer), as_bits(piece), start)
+    if isinstance(piece, fp8.Quantised):
+        piece = fp8.dequantise(piece, buffer.dtype)
+    piece = piece.reshape((1,) * (buffer.ndim - piece.ndim) + piece.shape)
+    if not as_bits:
+        return jax.lax.dynamic_update_slice(buffer, piece, start)
+    bits = partial(
+        jax.lax.bitcast_convert_type, new_dtype=jnp.dtype(f"uint{8 * buffer.dtype.itemsize}")
+    )
+    updated = jax.lax.dynamic_update_slice(bits(buffer), bits(piece), start)
     return jax.lax.bitcast_convert_type(updated, buffer.dtype)

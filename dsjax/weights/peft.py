@@ -24,7 +24,7 @@ from dsjax.models import Model
 from dsjax.models.config_checks import shown
 from dsjax.models.tensor_names import mismatches
 from dsjax.weights.safetensors import TensorInfo, read_header, read_tensor
-from dsjax.weights.storage import READS_AHEAD, Folder, file_digest, in_order, open_folder
+from dsjax.weights.storage import Folder, file_digest, in_order, open_folder
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -172,7 +172,7 @@ def _read_all(folder: Folder) -> dict[str, np.ndarray]:
     infos = _tensor_infos(folder)
     wanted = [name for name in infos if not name.endswith(".base_layer.weight")]
     reads = [partial(read_tensor, folder.files[TENSORS], infos[name]) for name in wanted]
-    arrays = in_order(reads, READS_AHEAD if folder.is_remote else 1)
+    arrays = in_order(reads, folder.reads_ahead)
     return {name: array.astype(np.float32) for name, array in zip(wanted, arrays, strict=True)}
 
 

@@ -27,9 +27,12 @@ from dsjax.config.paths import is_url
 from dsjax.errors import ConfigError, files_of
 
 READS_AHEAD = 8
-"""Reads of remote files that are under way at a time: one alone mostly waits for its answer."""
+"""Reads that are under way at a time, of remote files: one alone mostly waits for its answer."""
+LOCAL_READS = min(4, max(2, os.cpu_count() or 1))
+"""Reads of files on this machine: a core each, up to as many as host memory is bounded with."""
 _DROP_PAGES_FROM = 1 << 23
 _DIGEST_BYTES = 1 << 24
+_ALIGNMENT = 64
 
 T = TypeVar("T")
 
@@ -110,6 +113,11 @@ class Folder:
     def is_remote(self) -> bool:
         """Whether its files lie behind a URL."""
         return any(isinstance(file, RemoteFile) for file in self.files.values())
+
+    @property
+    def reads_ahead(self) -> int:
+        """How many reads are worth having under way at a time."""
+        return READS_AHEAD if self.is_remote else LOCAL_READS
 
 
 def open_folder(path: str | Path, config_field: str, subfolders: Collection[str] = ()) -> Folder:
@@ -198,7 +206,7 @@ def read_at(file: File, offset: int, length: int) -> np.ndarray:
     """Read bytes of a file into a fresh uint8 array, without a shared file position."""
     if isinstance(file, RemoteFile):
         return np.frombuffer(file.read(offset, length), np.uint8).copy()
-    buffer = np.empty(length, np.uint8)
+    buffer = _empty(length)
     view, done = buffer.data, 0
     descriptor = os.open(file, os.O_RDONLY)
     try:
@@ -215,9 +223,20 @@ def read_at(file: File, offset: int, length: int) -> np.ndarray:
     return buffer
 
 
+def _empty(length: int) -> np.ndarray:
+    """Return bytes of memory where jax takes them for an array on the CPU without a copy."""
+    whole = np.empty(length + _ALIGNMENT, np.uint8)
+    return whole[-whole.ctypes.data % _ALIGNMENT :][:length]
+
+
+def new_digest() -> "hashlib._Hash":
+    """Return what takes the bytes of a file, in order, to say which they are (BLAKE2b)."""
+    return hashlib.blake2b(digest_size=16)
+
+
 def file_digest(file: File) -> str:
-    """Return the BLAKE2b digest of all bytes of a file."""
-    whole, size = hashlib.blake2b(digest_size=16), size_of(file)
+    """Return the digest of all bytes of a file."""
+    whole, size = new_digest(), size_of(file)
     for offset in range(0, size, _DIGEST_BYTES):
         whole.update(read_at(file, offset, min(_DIGEST_BYTES, size - offset)).data)
     return whole.hexdigest()
@@ -250,13 +269,21 @@ def _whole(file: File) -> bytes:
     return read_at(file, 0, size_of(file)).tobytes()
 
 
-def in_order(reads: Iterable[Callable[[], T]], at_a_time: int) -> Iterator[T]:
-    """Results of reads in their order, while up to `at_a_time` are under way in threads."""
+def in_order(
+    reads: Iterable[Callable[[], T]], at_a_time: int, threads: int | None = None
+) -> Iterator[T]:
+    """Results of reads in their order, while up to `at_a_time` are under way in threads.
+
+    Args:
+        reads: asked for here, one by one, as there is room for them.
+        at_a_time: how many may be running, waiting for a thread, or done and not yet taken.
+        threads: 1 makes what they do happen in order too; as many as `at_a_time` by default.
+    """
     if at_a_time <= 1:
         yield from (read() for read in reads)
         return
     running: deque[Any] = deque()
-    pool = ThreadPoolExecutor(at_a_time)
+    pool = ThreadPoolExecutor(threads or at_a_time)
     try:
         for read in reads:
             running.append(pool.submit(read))

@@ -11,7 +11,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,46 @@ from dsjax.models.changes import Change, Rows
 from dsjax.weights import fp8
 from dsjax.weights.dsjax_format import safetensors_name
 from dsjax.weights.folders import check_room
-from dsjax.weights.hf_directory import SAFETENSORS_INDEX, SafetensorsWriter, index_json, open_source
+from dsjax.weights.hf_directory import (
+    SAFETENSORS_INDEX,
+    HFSource,
+    SafetensorsWriter,
+    TensorInfo,
+    index_json,
+    open_source,
+)
 from dsjax.weights.model_files import CONFIG, DECIDING, needs_code
 from dsjax.weights.source import Source, copy_aux_files
+from dsjax.weights.storage import in_order, new_digest
+
+PIECES = 2
+"""Pieces that are read ahead of the one that is computed, and that wait behind it to be written."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor to write: what it is, and its rows a bounded number of bytes at a time."""
+    """One tensor to write: what it is, and its rows a bounded number of bytes at a time.
+
+    Attributes:
+        name: of the tensor.
+        dtype: that it is written in.
+        shape: that it is written in.
+        rows: the parts of the source's tensor that it is made of, in order.
+        read: reads such a part; any thread may.
+        make: (rows, what was read) -> what is written; all processes fetch for it alike.
+        change: what training changed of it.
+    """
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    pieces: Callable[[], Iterator[np.ndarray]]
+    rows: Callable[[], Iterator[Rows]]
+    read: Callable[[Rows], np.ndarray]
+    make: Callable[[Rows, np.ndarray], np.ndarray] = lambda rows, values: values
     change: Change | None = None
-    rows: Callable[[], Iterator[Rows]] = lambda: iter(())
 
     def follow(self) -> None:
-        """Do what `pieces` needs of a process that does not write."""
+        """Do what `make` needs of a process that does not write."""
         if self.change is not None:
             for rows in self.rows():
                 self.change.fetch(rows)
@@ -70,7 +92,7 @@ def write_checkpoint(
     primary: bool = True,
     send: Callable[[str], None] | None = None,
     share: Callable[[], str] | None = None,
-) -> None:
+) -> dict[str, str]:
     """Write a Hugging Face checkpoint like the source, some tensors changed, and prove it.
 
     Args:
@@ -83,6 +105,9 @@ def write_checkpoint(
         send: takes away each file of weights once it is written, so that one at a time needs room.
         share: called when all is written, gives the place where it is proven; else the folder is.
 
+    Returns:
+        The digest of each file of weights as it was read again (`storage.file_digest`).
+
     Raises:
         ConfigError: the disk has no room for it.
         RuntimeError: reading it again gave other bytes than were written.
@@ -91,31 +116,49 @@ def write_checkpoint(
     if not primary:
         for out in (out for outs in files.values() for out in outs):
             out.follow()
-        return
+        return {}
     sizes, done = file_bytes(source, changes, quantised).values(), 0
     total, needed = sum(sizes), sum(sizes) if send is None else max(sizes, default=0)
     check_room(directory, {"the checkpoint": needed}, "output directory")
     copy_aux_files(source, directory)
     _write_config(source, directory, files)
-    checksums = {}
+    checksums = {out.name: 0 for outs in files.values() for out in outs}
     for file, outs in files.items():
         entries = [(out.name, out.dtype, out.shape) for out in outs]
         header = _header(source, file, entries)
         with SafetensorsWriter(directory / file, entries, raw_header=header) as writer:
-            for out in outs:
-                checksum = 0
-                for piece in out.pieces():
-                    writer.append(out.name, piece)
-                    checksum = zlib.crc32(_bytes_of(piece), checksum)
-                checksums[out.name] = checksum
-                done += out.nbytes
+            for out, piece in _appended(writer, outs, min(PIECES, source.reads_ahead)):
+                checksums[out.name] = zlib.crc32(_bytes_of(piece), checksums[out.name])
+                done += piece.nbytes
                 progress(done, total)
         if send is not None:
             send(file)
     index = _index_text(source, files)
     if index is not None:
         (directory / SAFETENSORS_INDEX).write_text(index, "utf-8")
-    _prove_written(str(directory) if share is None else share(), checksums)
+    return _prove_written(str(directory) if share is None else share(), checksums)
+
+
+def _appended(
+    writer: SafetensorsWriter, outputs: Sequence[Output], ahead: int
+) -> Iterator[tuple[Output, np.ndarray]]:
+    """Make the pieces of a file's tensors and write them, and yield each one that is written.
+
+    While one is computed here, the next ones are read and the last ones written in threads.
+    """
+    reads = (partial(_read, out, rows) for out in outputs for rows in out.rows())
+    made = ((out, out.make(rows, values)) for out, rows, values in in_order(reads, ahead))
+    writes = (partial(_append, writer, out, piece) for out, piece in made)
+    return in_order(writes, PIECES, threads=1)
+
+
+def _read(out: Output, rows: Rows) -> tuple[Output, Rows, np.ndarray]:
+    return out, rows, out.read(rows)
+
+
+def _append(writer: SafetensorsWriter, out: Output, piece: np.ndarray) -> tuple[Output, np.ndarray]:
+    writer.append(out.name, piece)
+    return out, piece
 
 
 def _outputs(
@@ -139,17 +182,15 @@ def _output(source: Source, name: str, dtype: np.dtype, change: Change | None) -
     """Return a tensor as the source has it, or changed."""
     info = source.tensors[name]
     rows = partial(row_pieces, info.shape, info.dtype.itemsize)
-    pieces = partial(_pieces, source, name, change, rows)
-    return Output(name, dtype, info.shape, pieces, change, rows)
+    output = Output(name, dtype, info.shape, rows, partial(source.read, name))
+    if change is None:
+        return output
+    return replace(output, make=partial(_changed, change, info.dtype), change=change)
 
 
-def _pieces(
-    source: Source, name: str, change: Change | None, all_rows: Callable[[], Iterator[Rows]]
-) -> Iterator[np.ndarray]:
-    info = source.tensors[name]
-    for rows in all_rows():
-        piece = source.read(name, rows)
-        yield piece if change is None else change(rows, piece).astype(info.dtype)
+def _changed(change: Change, dtype: np.dtype, rows: Rows, values: np.ndarray) -> np.ndarray:
+    """Return the new values of some rows."""
+    return change(rows, values).astype(dtype)
 
 
 def _changed_fp8(source: Source, name: str, change: Change, quantised: bool) -> list[Output]:
@@ -160,25 +201,20 @@ def _changed_fp8(source: Source, name: str, change: Change, quantised: bool) -> 
     if quantised:
         whole = source.tensors[weight].shape
         rows = partial(row_pieces, whole, 4, source.format.rows)
-        pieces = partial(_requantised, source, weight, change, is_scale, rows)
-        return [Output(name, info.dtype, info.shape, pieces, change, rows)]
+        read = partial(source.read, weight)
+        make = partial(_requantised, source.format, change, info.dtype if is_scale else None)
+        return [Output(name, info.dtype, info.shape, rows, read, make, change)]
     if is_scale:
         return []
     return [_output(source, name, np.dtype(ml_dtypes.bfloat16), change)]
 
 
 def _requantised(
-    source: fp8.DequantisedSource,
-    name: str,
-    change: Change,
-    scales: bool,
-    all_rows: Callable[[], Iterator[Rows]],
-) -> Iterator[np.ndarray]:
-    """Return the new bytes, or the new scales, of a changed FP8 weight, whole blocks at a time."""
-    form, info = source.format, source.raw.tensors[name + fp8.SCALE]
-    for rows in all_rows():
-        pair = fp8.quantise(change(rows, source.read(name, rows)), form)
-        yield pair[1].astype(info.dtype) if scales else pair[0]
+    form: fp8.Format, change: Change, scales: np.dtype | None, rows: Rows, values: np.ndarray
+) -> np.ndarray:
+    """Return the new bytes, or new scales of a dtype, of whole rows of blocks of an FP8 weight."""
+    pair = fp8.quantise(change(rows, values), form)
+    return pair[0] if scales is None else pair[1].astype(scales)
 
 
 def _header(source: Source, file: str, entries: Sequence[tuple]) -> bytes | None:
@@ -243,17 +279,40 @@ def _bytes_of(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _prove_written(directory: str, checksums: Mapping[str, int]) -> None:
-    """Read everything again, as anybody would, and compare it with what was meant."""
+def _prove_written(directory: str, checksums: Mapping[str, int]) -> dict[str, str]:
+    """Read everything again, as anybody would, and compare it with what was meant.
+
+    Returns:
+        The digest of each file as it was read.
+    """
     written = open_source(directory)
     wrong = sorted(set(written.tensors) ^ set(checksums))
-    for name in set(written.tensors) & set(checksums):
-        info, checksum = written.tensors[name], 0
-        for rows in row_pieces(info.shape, info.dtype.itemsize):
-            checksum = zlib.crc32(_bytes_of(written.read(name, rows)), checksum)
-        if checksum != checksums[name]:
-            wrong.append(name)
+    files: dict[str, list[TensorInfo]] = {file: [] for file in written.files}
+    for info in written.tensors.values():
+        files[info.file].append(info)
+    reads = [partial(_read_again, written, file, infos) for file, infos in files.items()]
+    digests = {}
+    for file, (digest, found) in zip(files, in_order(reads, written.reads_ahead), strict=True):
+        digests[file] = digest
+        wrong += [name for name in found if found[name] != checksums.get(name, found[name])]
     if wrong:
         raise RuntimeError(
             f"{directory}: what was read back differs from what was written: {wrong}"
         )
+    return digests
+
+
+def _read_again(
+    written: HFSource, file: str, infos: Sequence[TensorInfo]
+) -> tuple[str, dict[str, int]]:
+    """Read a file from end to end: its digest, and the checksum of each of its tensors."""
+    whole, header, checksums = new_digest(), written.raw_header(file), {}
+    whole.update(len(header).to_bytes(8, "little") + header)
+    for info in infos:  # in the order of their bytes, without a gap: `parse_header`
+        checksum = 0
+        for rows in row_pieces(info.shape, info.dtype.itemsize):
+            piece = _bytes_of(written.read(info.name, rows))
+            whole.update(piece)
+            checksum = zlib.crc32(piece, checksum)
+        checksums[info.name] = checksum
+    return whole.hexdigest(), checksums

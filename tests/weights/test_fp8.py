@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import quantised
@@ -66,6 +67,42 @@ def test_any_slice_is_the_same_part_of_the_whole(shape, cut, power_of_two):
     np.testing.assert_array_equal(source.read(NAME, index), numbers[index])
     np.testing.assert_array_equal(source.read(NAME, index[:1]), numbers[index[:1]])
     assert list(source.tensors) == [NAME]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_device_makes_the_same_bits(dtype: str) -> None:
+    codes = np.random.default_rng(0).integers(0, 256, (53, 41)).astype(np.uint8)
+    codes.flat[:256] = np.arange(256)  # subnormals, both zeros and not-a-numbers among them
+    scales = np.random.default_rng(1).uniform(-2, 2, (4, 3)).astype(np.float32)
+    scales[1, 1], scales[2, 0] = 0, 2.0**-117
+    source = fp8.dequantised(_source({NAME: codes.view(fp8.FP8), NAME + fp8.SCALE: scales}))
+    assert isinstance(source, fp8.DequantisedSource)
+    for index in ((slice(None),), (slice(20, 51), slice(3, 40)), (slice(7, 8), slice(16, 16))):
+        part = source.read_quantised(NAME, index, np.dtype(dtype))
+        assert part is not None
+        found = np.asarray(jax.jit(fp8.dequantise, static_argnums=1)(part, np.dtype(dtype)))
+        expected = source.read(NAME, index).astype(dtype)
+        assert found.tobytes() == expected.tobytes() and found.shape == expected.shape
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [
+        (2.0**-118, "bfloat16"),  # subnormals in float32
+        (200.0, "float16"),  # beyond 65504
+        (1e37, "float32"),
+        (np.nan, "bfloat16"),
+    ],
+)
+def test_what_a_device_may_round_otherwise_stays_on_the_host(scale: float, dtype: str) -> None:
+    arrays, _ = _quantised((20, 20))
+    arrays[NAME + fp8.SCALE][1, 1] = scale
+    arrays["norm"] = np.ones(3, np.float32)
+    source = fp8.dequantised(_source(arrays))
+    assert isinstance(source, fp8.DequantisedSource)
+    assert source.read_quantised(NAME, (slice(None),), np.dtype(dtype)) is None
+    assert source.read_quantised(NAME, (slice(16),), np.dtype(dtype)) is not None
+    assert source.read_quantised("norm", (slice(None),), np.dtype(dtype)) is None
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])

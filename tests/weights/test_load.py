@@ -2,9 +2,11 @@
 """Loading gives the files' numbers on every mesh, in pieces or whole, or one message of faults."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -21,7 +23,7 @@ from dsjax.distributed.sharding import Params, leaf_shardings
 from dsjax.errors import ConfigError
 from dsjax.models import build, entries_of
 from dsjax.training.partition import make_partition
-from dsjax.weights import hf_directory
+from dsjax.weights import fp8, hf_directory
 from dsjax.weights import load as loading
 from dsjax.weights.convert import to_flax
 
@@ -44,6 +46,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.build_checkpoint(folder, "llama_gqa", **shape)
 
 
+@pytest.fixture(scope="module")
+def fp8_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts and attention in block-wise FP8."""
+    return tiny.build_checkpoint(tmp_path_factory.mktemp("fp8"), "deepseek_v3_fp8_ue8m0")
+
+
 def _load(
     checkpoint: Path,
     mesh: Mapping[str, int],
@@ -54,7 +62,8 @@ def _load(
     model = build(source.config, "float32")
     loading.check_coverage(source, model)
     section = MeshSection(**mesh)
-    devices = jax.devices()[: section.data * section.fsdp * section.tensor]
+    count = math.prod((section.data, section.fsdp, section.tensor, section.expert))
+    devices = jax.devices()[:count]
     leaves = {
         path: replace(leaf, dtype=np.dtype(dtype))
         for path, leaf in make_partition(model).leaves.items()
@@ -104,6 +113,39 @@ def test_pieces_give_the_whole(
     if mesh == "one device":
         only = (*only, "input_layernorm.weight", "lm_head.weight")
     _check(_load(checkpoint, MESHES[mesh], only=only), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "dtype"),
+    [({"fsdp": 1}, "float16"), ({"fsdp": 2, "tensor": 2, "expert": 2}, "bfloat16")],
+)
+def test_devices_make_the_numbers_of_fp8(
+    mesh: dict[str, int],
+    dtype: str,
+    fp8_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each device makes its own, of blocks that end within its part, all that the host would."""
+    monkeypatch.setattr(arrays, "PIECE_BYTES", 1000)
+    made, read = [], fp8.DequantisedSource.read_quantised
+
+    def spy(*words: Any) -> fp8.Quantised | None:
+        made.append(read(*words))
+        return made[-1]
+
+    monkeypatch.setattr(fp8.DequantisedSource, "read_quantised", spy)
+    only = (
+        "model.layers.self_attn.kv_a_proj_with_mqa.weight",
+        "model.layers.mlp.experts.down_proj.weight",
+    )
+    params = _load(fp8_checkpoint, mesh, dtype, only)
+    source = loading.open_checkpoint(str(fp8_checkpoint))
+    assert len(params) == 2 and made and None not in made
+    for entry in entries_of(build(source.config, "float32")):
+        if entry.path in params:
+            found = np.asarray(params[entry.path][entry.index])
+            assert source.tensors[entry.hf].dtype == ml_dtypes.bfloat16  # as FP8 counts
+            assert found.tobytes() == source.read(entry.hf).astype(dtype).tobytes(), entry.hf
 
 
 def test_no_piece_is_larger_than_said(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
