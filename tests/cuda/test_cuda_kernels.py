@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dsjax.models.ops import attention_cuda
 from dsjax.models.ops.attention import Tokens, dot_product_attention, kernel_for
-from dsjax.models.ops.attention_cuda import attend_cuda
+from dsjax.models.ops.attention_cuda import attend_cuda, attend_part_cuda
 from dsjax.models.ops.attention_cudnn import attend_cudnn, cuts_of
 from dsjax.models.ops.grouped_matmul import grouped_matmul
 
@@ -77,6 +77,25 @@ def test_attention_holds_no_scores(name: str, target: str) -> None:
     assert program.temporaries < 1.1 * queries * (2 * heads.value_size * 2 + 2 * 4)
 
 
+@pytest.mark.parametrize("target", ["h100_sxm", "a100_sxm_80"])
+@pytest.mark.parametrize("name", ["V2-Lite", "Llama 8B, long"])
+def test_a_part_of_the_queries_holds_no_scores(name: str, target: str) -> None:
+    heads = HEADS[name]
+    queries = heads._replace(length=heads.length // 16)
+    q, _, _, q_segment = queries.arrays(target)
+    _, *keys, segment = heads.arrays(target)
+
+    def loss(q: Any, k: Any, v: Any, *segments: Any) -> jax.Array:
+        out = attend_part_cuda(q, k, v, *segments, jnp.int32(5), 0.1)
+        return jnp.sum(jnp.square(out.astype(jnp.float32)))
+
+    gradients = jax.grad(loss, (0, 1, 2))
+    program = h100.compiled(h100.lowered(gradients, q, *keys, q_segment, segment))
+    assert program.kernels() == KERNELS
+    scores = {queries.length, heads.length}
+    assert [shape for shape in program.shapes() if scores <= set(shape)] == []
+
+
 CUDNN = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
 
 
@@ -101,6 +120,7 @@ def test_hoppers_attention_is_cudnns_and_holds_no_scores(name: str) -> None:
 def test_a_compile_only_gpu_has_its_own_kernel(target: str, kernel: Any) -> None:
     (device,) = h100.devices(1, target)
     assert kernel_for(device, 128, 128) is kernel
+    assert kernel_for(device, 128, 128, 512) is attend_part_cuda  # cuDNN takes whole rows
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
