@@ -18,9 +18,9 @@ Kinds: `copies out of stacks` are fusions and instructions that do nothing but t
 `stores into stacks` are those that end in a dynamic-update-slice, with all that they read; small
 products have a dimension of 64 or less, which is LoRA's rank; what is left is element by element or
 a reduction. All products are cuBLAS calls here (`xla_gpu_enable_triton_gemm` off): without a device
-the compiler cannot time Triton's against them, and would take Triton's for all. On a card some small
-products are fused with their neighbours, so that element-wise bytes are at most these. Not done
-here: times, which need a card (`gpu_steps`).
+the compiler cannot time Triton's against them, and would take Triton's for all. On a card some
+small products are fused with their neighbours, so that element-wise bytes are at most these. Not
+done here: times, which need a card (`gpu_steps`).
 """
 
 import argparse
@@ -182,7 +182,7 @@ def _fusion_cost(body: dict[str, Instruction], one: Instruction) -> tuple[str, i
     )
     written = one.nbytes
     for i in updates:
-        written += _origin_bytes(body, i.operands[1]) - i.nbytes
+        written += body[i.operands[1]].nbytes - i.nbytes
     return (KINDS[1] if updates else "element-wise"), read + written
 
 
@@ -191,10 +191,6 @@ def _origin(body: dict[str, Instruction], name: str) -> str:
     while body[name].op == "bitcast":
         name = body[name].operands[0]
     return name
-
-
-def _origin_bytes(body: dict[str, Instruction], name: str) -> int:
-    return body[name].nbytes
 
 
 def _read_of(body: dict[str, Instruction], parameter: Instruction) -> int:
