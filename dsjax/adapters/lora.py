@@ -177,17 +177,14 @@ class Lora(nnx.Module):
         linear: Callable[[jax.Array], jax.Array],
         dropout: Dropout | None,
     ) -> Float[Array, "*B O"]:
-        """Add the update, in x's dtype as all products: no wide array of y's size is written.
-
-        The scaling goes with B, whose numbers are the fewest; the update is the addend of the
-        base product, so that a library that can adds it where the product is written.
-        """
+        """Add the update. Products run in x's dtype and are summed in float32."""
         y = linear(x)
         if self.dropout and dropout is not None:
             keep = dropout.fold_in(self.seed).keep(1 - self.dropout, x.shape[-1])
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        low = product(x, self.lora_A[...])
-        return y + product(low, self.lora_B[...] * self.scaling[...])
+        low = product(x, self.lora_A[...], jnp.float32).astype(x.dtype)
+        update = product(low, self.lora_B[...], jnp.float32) * self.scaling[...]
+        return (y.astype(jnp.float32) + update).astype(y.dtype)
 
     def merged_weight(self, weight: Float[Array, "O I"]) -> Float[Array, "O I"]:
         """The weight with the update, in float32."""
