@@ -8,8 +8,8 @@ for a step, and for one layer of it, how many kernels of each kind run and how m
 and write. Needs dsjax[cuda].
 
 How it counts. Every instruction of the optimised text that is a kernel or a copy is counted as
-often as the loops around it run; of a conditional the last branch, which takes rows of several
-segments, is left out. It reads its operands and writes its results, but
+often as the loops around it run; of attention's branches the one for whole rows (true, or last of
+the list) is counted, the others are not. It reads its operands and writes its results, but
 
 - of an operand that a fusion only takes a dynamic-slice of, that slice;
 - of an array that a fusion updates in place, the update, written once.
