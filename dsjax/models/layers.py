@@ -166,8 +166,28 @@ class MLP(nnx.Module):
         self, x_BTD: Float[Array, "*B D"], dropout: Dropout | None = None
     ) -> Float[Array, "*B D"]:
         """Widen, gate, narrow."""
-        gate_BTF = jax.nn.silu(self.gate_proj(x_BTD, dropout))
-        return self.down_proj(gate_BTF * self.up_proj(x_BTD, dropout), dropout)
+        gated_BTF = gated(self.gate_proj(x_BTD, dropout), self.up_proj(x_BTD, dropout))
+        return self.down_proj(gated_BTF, dropout)
+
+
+@jax.custom_vjp
+def gated(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """SiLU of one, times the other. Only both are kept for the gradients, which are float32."""
+    return jax.nn.silu(gate) * up
+
+
+def _gated_forward(gate: jax.Array, up: jax.Array):
+    return gated(gate, up), (gate, up)
+
+
+def _gated_backward(residuals: tuple[jax.Array, jax.Array], y: jax.Array):
+    gate, up, wide = (x.astype(jnp.float32) for x in (*residuals, y))
+    share = jax.nn.sigmoid(gate)
+    d_gate = wide * up * share * (1 + gate * (1 - share))
+    return d_gate.astype(y.dtype), (wide * gate * share).astype(y.dtype)
+
+
+gated.defvjp(_gated_forward, _gated_backward)
 
 
 class Embedding(nnx.Module):
@@ -229,7 +249,33 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalise in float32, cast back, then scale in x's dtype: the reference's order."""
-        wide = x.astype(jnp.float32)
-        variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
-        normed = (wide * lax.rsqrt(variance + self.eps)).astype(x.dtype)
-        return spread(self.weight[...], x.shape, x.dtype) * normed
+        return _rms_norm(x, self.weight[...], self.eps)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Scaled rows. Only x is kept for the gradients, which are computed in float32."""
+    normed = (x.astype(jnp.float32) * _inverse_rms(x, eps)).astype(x.dtype)
+    return spread(weight, x.shape, x.dtype) * normed
+
+
+def _inverse_rms(x: jax.Array, eps: float) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    return lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+
+
+def _rms_norm_forward(x: jax.Array, weight: jax.Array, eps: float):
+    return _rms_norm(x, weight, eps), (x, weight)
+
+
+def _rms_norm_backward(eps: float, residuals: tuple[jax.Array, jax.Array], y: jax.Array):
+    x, weight = residuals
+    inverse, wide = _inverse_rms(x, eps), y.astype(jnp.float32)
+    normed = x.astype(jnp.float32) * inverse
+    d_weight = jnp.sum(wide * normed, axis=tuple(range(x.ndim - 1)))
+    scaled = wide * weight.astype(x.dtype).astype(jnp.float32)
+    d_x = inverse * (scaled - normed * jnp.mean(scaled * normed, axis=-1, keepdims=True))
+    return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)

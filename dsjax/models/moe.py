@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.distributed.sharding import Layout
-from dsjax.models.layers import MLP, BaseMap
+from dsjax.models.layers import MLP, BaseMap, gated
 from dsjax.models.ops.blocks import in_blocks, out_of_blocks, precision
 from dsjax.models.ops.grouped_matmul import grouped_matmul
 from dsjax.models.parameters import parameter
@@ -309,8 +309,8 @@ def _local_experts(
     back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
     sizes_E = jnp.bincount(group, length=count + 1)[:count].astype(jnp.int32)
     x_ZD = _rows_in_order(x_BTD.reshape(-1, shape[-1]), order, back)
-    gate_ZF = jax.nn.silu(experts.gate_proj(x_ZD, sizes_E))
-    y_ZD = experts.down_proj(gate_ZF * experts.up_proj(x_ZD, sizes_E), sizes_E)
+    gated_ZF = gated(experts.gate_proj(x_ZD, sizes_E), experts.up_proj(x_ZD, sizes_E))
+    y_ZD = experts.down_proj(gated_ZF, sizes_E)
     y_ZD = _rows_in_order(y_ZD, back, order)
     y_ZD = jnp.where(mine[:, None], y_ZD, 0).astype(jnp.float32)
     weights_Z1 = routing.weights.reshape(-1, 1)

@@ -57,7 +57,9 @@ def _cross_entropy(
     weights: Float[Array, "B T"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Weighted sums of the losses and of the correct predictions."""
-    picked_BT = jnp.take_along_axis(logits_BTV, targets[..., None], axis=-1)[..., 0]
+    # Not taken by index: the gradient would be scattered, through float32 arrays of all logits.
+    is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets[..., None]
+    picked_BT = jnp.sum(logits_BTV, axis=-1, where=is_target_BTV)
     losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
     hits_BT = jnp.argmax(logits_BTV, axis=-1) == targets
     return jnp.sum(losses_BT * weights), jnp.sum(hits_BT * weights)
