@@ -32,7 +32,8 @@ LOCAL_READS = min(4, max(2, os.cpu_count() or 1))
 """Reads of files on this machine: a core each, up to as many as host memory is bounded with."""
 _DROP_PAGES_FROM = 1 << 23
 _DIGEST_BYTES = 1 << 24
-_ALIGNMENT = 64
+ALIGNMENT = 64
+"""Of memory that jax takes for an array on the CPU without a copy."""
 
 T = TypeVar("T")
 
@@ -225,11 +226,11 @@ def read_at(file: File, offset: int, length: int) -> np.ndarray:
 
 def _empty(length: int) -> np.ndarray:
     """Return bytes of memory where jax takes them for an array on the CPU without a copy."""
-    whole = np.empty(length + _ALIGNMENT, np.uint8)
-    return whole[-whole.ctypes.data % _ALIGNMENT :][:length]
+    whole = np.empty(length + ALIGNMENT, np.uint8)
+    return whole[-whole.ctypes.data % ALIGNMENT :][:length]
 
 
-def new_digest() -> "hashlib._Hash":
+def new_digest() -> hashlib.blake2b:
     """Return what takes the bytes of a file, in order, to say which they are (BLAKE2b)."""
     return hashlib.blake2b(digest_size=16)
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dsjax.errors import ConfigError
+from dsjax.weights import storage
 from dsjax.weights.hf_directory import SafetensorsWriter, index_json, open_source, shard_names
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
@@ -175,7 +176,8 @@ def test_slices(tmp_path: Path, kind: str, array: np.ndarray, index: list[slice]
     part = tuple(index[: array.ndim])
     read = open_source(tmp_path).read("x", part)
     assert same(read, array[part])
-    assert read.base is None or read.base.nbytes == read.nbytes
+    # Nothing but itself is kept, and what brings it to where jax takes it without a copy.
+    assert read.base is None or read.base.nbytes <= read.nbytes + storage.ALIGNMENT
 
 
 # Files beside the weights

@@ -184,7 +184,10 @@ def _attend_queries(
 
 def _backward(scale, name, interpret, residuals, dout_BTNV):
     del name
-    gradients = backward(*residuals, dout_BTNV, scale, interpret)
+    q_BTNH, k_BSKH, v_BSKV, rows, out_BTNV, log_BNT = residuals
+    gradients = backward(
+        q_BTNH, k_BSKH, v_BSKV, rows, out_BTNV, log_BNT, dout_BTNV, scale, interpret
+    )
     return *gradients, None
 
 

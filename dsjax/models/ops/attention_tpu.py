@@ -149,12 +149,12 @@ def _run(
 ) -> jax.Array:
     """Each row by the kernel, which has the heads first."""
     scaled = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
-    by_head = (jnp.moveaxis(x, 2, 1) for x in (scaled, k_BSKH, v_BSKV))
+    q_BNTH, k_BKSH, v_BKSV = (jnp.moveaxis(x, 2, 1) for x in (scaled, k_BSKH, v_BSKV))
 
     def row(q_NTH, k_KSH, v_KSV, segments):
         return kernel(q_NTH, k_KSH, v_KSV, segment_ids=segments)
 
-    return jnp.moveaxis(jax.vmap(row)(*by_head, segments_B), 1, 2)
+    return jnp.moveaxis(jax.vmap(row)(q_BNTH, k_BKSH, v_BKSV, segments_B), 1, 2)
 
 
 def _blocks(size: int) -> splash.BlockSizes:
