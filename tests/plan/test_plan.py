@@ -124,7 +124,7 @@ def test_the_table_is_for_people(
     assert "temporaries" in out and "no peak is known for this device in this dtype" in out
     assert "all-reduce                 3 times     1.00 GiB" in out
     assert "loops of unknown length, counted once: 2\n" in out
-    assert "model.layers.self_attn.q_proj.weight" in out and "fsdp x expert" in out
+    assert "model.layers.self_attn.q_proj.weight" in out and "tensor x fsdp" in out
 
 
 @pytest.mark.slow

@@ -64,8 +64,10 @@ def test_a_row_of_one_segment_is_causal(name: str) -> None:
     check(_ours, arrays_of(shape), jnp.ones((shape.rows, shape.tokens), jnp.int32))
 
 
-@pytest.mark.parametrize("parts", [2, 5])
-@pytest.mark.parametrize("name", ["grouped", "latent"])
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("grouped", 2), ("latent", 2), pytest.param("latent", 5, marks=pytest.mark.slow)],
+)
 def test_parts_of_the_queries_are_attended_to_as_whole_rows(name: str, parts: int) -> None:
     shape = SHAPES[name]
     ours = attention_cases.by_part(attend_part_cuda, parts, shape.size**-0.5)
