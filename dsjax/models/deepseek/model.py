@@ -87,8 +87,8 @@ class LatentAttention(nnx.Module):
             selection = self.indexer.select(x_BTD, q_latent_BTQ, seen[2], shared)
         q_rope_BTNR = self._rotate(q_rope_BTNR, shared)
         if own.cache is None:
-            whole = dropout and dropout._replace(token=copy_rows(dropout.token, shared.layout))
-            qkv = self._expanded(q_nope_BTNP, q_rope_BTNR, seen[0], seen[1], whole)
+            kept = _of_copies(dropout, shared)
+            qkv = self._expanded(q_nope_BTNP, q_rope_BTNR, seen[0], seen[1], kept)
         else:
             qkv = self._as_latents(q_nope_BTNP, q_rope_BTNR, seen[0], seen[1])
         out_BTNV = dot_product_attention(
@@ -173,6 +173,13 @@ class LatentAttention(nnx.Module):
         """Shapes that are kept of one token: latent, rotated key, the indexer's key."""
         shapes = ((self.mla.kv_lora_rank,), (self.mla.qk_rope_head_dim,))
         return shapes if self.indexer is None else (*shapes, (self.indexer.sizes.index_head_dim,))
+
+
+def _of_copies(dropout: Dropout | None, shared: StackInputs) -> Dropout | None:
+    """Return what is dropped of the copies of rows that their parts have: the rows' own."""
+    if dropout is None:
+        return None
+    return dropout._replace(token=copy_rows(dropout.token, shared.layout))
 
 
 class Indexer(nnx.Module):
