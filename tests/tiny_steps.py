@@ -97,9 +97,9 @@ class Run:
         self.state, report = self.compiled(self.state, self.frozen, batch)
         return report
 
-    def compile(self, batch: Batch) -> "Run":
-        """Compile the step for batches of this shape; returns the run."""
-        self.compiled = self.lower(batch).compile()
+    def compile(self, batch: Batch, **options: Any) -> "Run":
+        """Compile the step for batches of this shape, with XLA's options; returns the run."""
+        self.compiled = self.lower(batch).compile(options)
         return self
 
     def lower(self, batch: Batch) -> jax.stages.Lowered:

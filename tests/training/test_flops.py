@@ -182,7 +182,7 @@ def test_needed_flops_are_what_xla_counts(case, below, monkeypatch):
     )
     # Whether XLA sees that the head's recomputation is its forward product depends on its version.
     monkeypatch.setattr("jax.checkpoint", lambda function: function)
-    rows, length = 8, 64
+    rows, length = 16, 64
     batch = tiny_steps.batch(rows, length)
     compiled: Any = start(case, "none").compile(batch).compiled
     found = compiled.cost_analysis()["flops"] / (rows * length)
