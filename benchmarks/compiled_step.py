@@ -11,7 +11,8 @@ How it counts. Every instruction of the optimised text that is a kernel or a cop
 often as the loops around it run; of attention's branches the one for whole rows (true, or last of
 the list) is counted, the others are not. It reads its operands and writes its results, but
 
-- of an operand that a fusion only takes a dynamic-slice of, that slice;
+- of an operand that a fusion only takes a dynamic-slice of, that slice (from jax 0.12 on a product
+  reads a layer's weight where it lies in its stack: a fusion of the two);
 - of an array that a fusion updates in place, the update, written once.
 
 Kinds: `copies out of stacks` are fusions and instructions that do nothing but take a dynamic-slice;
@@ -47,6 +48,7 @@ SMALL = 64
 
 KINDS = (
     "copies out of stacks",
+    "copies beside kernels",
     "stores into stacks",
     "element-wise",
     "small products",
@@ -54,7 +56,16 @@ KINDS = (
     "attention",
 )
 _ITEMSIZE = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "f64": 8}
-_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"}
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "iota",
+    "fusion-done",
+}
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _LINE = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
@@ -162,14 +173,18 @@ def _cost(
             return "attention", moved
         small = any(min(shape) <= SMALL for shape in shapes)
         return ("small products" if small else "large products"), moved
+    if one.op == "fusion-start":
+        return KINDS[1], _fusion_cost(all_of[one.called("calls")[0]])[1]
     if one.op == "fusion":
-        return _fusion_cost(all_of[one.called("calls")[0]], one)
+        body = all_of[one.called("calls")[0]]
+        inside = [i for i in body.values() if i.op == "custom-call"]
+        return _cost(all_of, body, inside[0]) if inside else _fusion_cost(body)
     if one.op == "dynamic-slice":
         return KINDS[0], 2 * one.nbytes
     return "element-wise", one.nbytes + sum(o.nbytes for o in operands)
 
 
-def _fusion_cost(body: dict[str, Instruction], one: Instruction) -> tuple[str, int]:
+def _fusion_cost(body: dict[str, Instruction]) -> tuple[str, int]:
     """Kind and bytes of a fusion: what it reads of each parameter, what it writes."""
     work = [i for i in body.values() if i.op not in _FREE and i.nbytes > 64]
     slices = [i for i in work if i.op == "dynamic-slice"]
@@ -180,10 +195,10 @@ def _fusion_cost(body: dict[str, Instruction], one: Instruction) -> tuple[str, i
     read = sum(
         _read_of(body, i) for i in body.values() if i.op == "parameter" and i.name not in updated
     )
-    written = one.nbytes
+    written = sum(i.nbytes for i in body.values() if i.root)
     for i in updates:
         written += body[i.operands[1]].nbytes - i.nbytes
-    return (KINDS[1] if updates else "element-wise"), read + written
+    return (KINDS[2] if updates else "element-wise"), read + written
 
 
 def _origin(body: dict[str, Instruction], name: str) -> str:

@@ -55,6 +55,11 @@ def _name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def _room(path: Path) -> str:
     """Name the room that a file of the package is in, or the door that it is."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
@@ -90,15 +95,17 @@ def test_the_house_has_these_rooms():
     assert found == set().union(*ROOMS)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=_name)
-def test_imports_point_one_way(path: Path):
-    own = _room(path)
-    if own == "__init__":
-        return
+def test_imports_point_one_way():
     rank = {name: row for row, names in enumerate(ROOMS) for name in names}
-    inside = [name for name in _imports(ast.parse(path.read_text())) if name.startswith("dsjax.")]
-    others = {name.split(".")[1] for name in inside} - {own}
-    assert {name for name in others if rank[name] >= rank[own]} == set()
+    arrows = [
+        (path, name.split(".")[1])
+        for path in PACKAGE.rglob("*.py")
+        for name in _imports(_tree(path))
+        if name.startswith("dsjax.") and _room(path) not in ("__init__", name.split(".")[1])
+    ]
+    assert len(arrows) > 100
+    back = [(_name(path), other) for path, other in arrows if rank[other] >= rank[_room(path)]]
+    assert back == []
 
 
 def test_no_room_has_a_circle():
@@ -109,8 +116,7 @@ def test_no_room_has_a_circle():
     files = {_dotted(path): path for path in PACKAGE.rglob("*.py")}
     del files["dsjax"]
     imported = {
-        name: {_home(other, files) for other in _imports(ast.parse(path.read_text()))}
-        - {name, None}
+        name: {_home(other, files) for other in _imports(_tree(path))} - {name, None}
         for name, path in files.items()
     }
     while imported:
@@ -131,8 +137,7 @@ def _home(name: str, files: Mapping[str, Path]) -> str | None:
 
 @pytest.mark.parametrize("path", ALL_PYTHON, ids=_name)
 def test_files_are_small_and_say_what_they_are(path: Path):
-    text = path.read_text()
-    tree = ast.parse(text)
+    text, tree = path.read_text(), _tree(path)
     assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n")
     assert ast.get_docstring(tree), "no module docstring"
     assert len(text.splitlines()) <= 400
@@ -146,31 +151,35 @@ def test_files_are_small_and_say_what_they_are(path: Path):
     assert long == []
 
 
-@pytest.mark.parametrize("path", ALL_PYTHON, ids=_name)
-def test_nothing_is_left_for_later(path: Path):
+def test_nothing_is_left_for_later():
     # Put together here, so that this file does not contain them.
     words = ["TO" + "DO", "FIX" + "ME", "type: " + "ignore", "mark." + "skip", "pytest." + "skip"]
     words += ["x" + "fail", "from __future__ " + "import annotations"]
-    text = path.read_text()
-    assert [word for word in words if word in text] == []
+    texts = {path: path.read_text() for path in ALL_PYTHON}
+    found = [(_name(path), word) for path in texts for word in words if word in texts[path]]
+    assert found == []
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=_name)
-def test_torch_is_imported_only_where_it_is_used(path: Path):
-    top = [
-        node for node in ast.parse(path.read_text()).body if not isinstance(node, ast.FunctionDef)
+def test_torch_is_imported_only_where_it_is_used():
+    imported = [
+        (_name(path), name)
+        for path in SOURCES
+        for node in _tree(path).body
+        if not isinstance(node, ast.FunctionDef)
+        for name in _imports(node)
     ]
-    names = [name for node in top for name in _imports(node)]
-    assert [name for name in names if name.split(".")[0] == "torch"] == []
+    assert len(imported) > 1000
+    assert [found for found in imported if found[1].split(".")[0] == "torch"] == []
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=_name)
-def test_only_commands_read_the_environment(path: Path):
-    if str(path.relative_to(PACKAGE)) not in ENTRY_POINTS:
-        assert (
-            re.findall(r"os\.(?:environ|getenv)|import environ|import getenv", path.read_text())
-            == []
-        )
+def test_only_commands_read_the_environment():
+    reads = r"os\.(?:environ|getenv)|import environ|import getenv"
+    readers = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if re.search(reads, path.read_text())
+    }
+    assert readers - ENTRY_POINTS == set()
 
 
 def test_every_key_of_the_configuration_is_read():
@@ -228,7 +237,7 @@ def _defined(module: str) -> dict[str, ast.AST]:
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     if not file.is_file():
         return {}
-    names = _bindings(ast.parse(file.read_text()).body)
+    names = _bindings(_tree(file).body)
     if path.is_dir():
         inside = [p for p in path.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()]
         names = {p.stem: ast.Module([], []) for p in inside} | names
@@ -252,6 +261,7 @@ def _bindings(body: Sequence[ast.stmt]) -> dict[str, ast.AST]:
     return names
 
 
+@functools.cache
 def _exists(name: str) -> bool:
     """Tell whether a dotted name is a module of dsjax, something in one, or in a class there."""
     parts = name.split(".")
@@ -330,8 +340,13 @@ def _wanted(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, str(node.value)
 
 
-@pytest.mark.parametrize("path", ALL_PYTHON, ids=_name)
-def test_names_of_the_package_exist(path: Path):
+def test_names_of_the_package_exist():
     """Those that are imported, used, patched or written in strings of code."""
-    found = [pair for tree in _trees(ast.parse(path.read_text())) for pair in _wanted(tree)]
-    assert [f"line {line}: {name}" for line, name in found if not _exists(name)] == []
+    found = [
+        (f"{_name(path)}:{line}", name)
+        for path in ALL_PYTHON
+        for tree in _trees(_tree(path))
+        for line, name in _wanted(tree)
+    ]
+    assert len(found) > 3000
+    assert [pair for pair in found if not _exists(pair[1])] == []

@@ -139,7 +139,11 @@ def _one_device(recipe: str) -> tiny_steps.Outcome:
 
 
 @pytest.mark.parametrize("recipe", ["qwen2", pytest.param("v3", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param({"fsdp": 8}, marks=pytest.mark.slow), {"data": 2, "fsdp": 2, "tensor": 2}],
+    ids=str,
+)
 def test_a_mesh_gives_the_result_of_one_device(recipe: str, mesh: dict[str, int]) -> None:
     run = tiny_steps.start(**RECIPES[recipe], mesh=mesh)
     tiny_steps.assert_same(tiny_steps.two_steps(run), _one_device(recipe))

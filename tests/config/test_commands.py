@@ -134,7 +134,13 @@ def test_the_version_names_what_a_report_needs():
     assert shown.endswith(f", transformers {version('transformers')})\n")
 
 
-@pytest.mark.parametrize("module", [module for module, _ in COMMANDS.values()])
+@pytest.mark.parametrize(
+    "module",
+    [
+        pytest.param(module, marks=[] if name == "train" else pytest.mark.slow)
+        for name, (module, _) in COMMANDS.items()
+    ],
+)
 def test_help_takes_a_few_times_what_its_two_libraries_take(module: str):
     """Of a processor: a tenth of a second each on a quiet machine, so that it is below 0.7 s there.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from dsjax.config import (
     AdapterSection,
@@ -315,6 +315,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path):
     assert _refusal(None, []).startswith("--config: got nothing, expected a YAML file")
 
 
+@settings(max_examples=40)
 @given(
     path=st.text(min_size=1, alphabet=st.characters(exclude_categories=("Cs", "Cc"))),
     rate=st.floats(0, 1),

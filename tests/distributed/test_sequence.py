@@ -143,7 +143,12 @@ def test_tokens_cross_devices_only_where_they_have_to() -> None:
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"sequence": 4}, {"sequence": 2, "fsdp": 2, "tensor": 2}], ids=str
+    "mesh",
+    [
+        pytest.param({"sequence": 4}, marks=pytest.mark.slow),
+        {"sequence": 2, "fsdp": 2, "tensor": 2},
+    ],
+    ids=str,
 )
 def test_every_device_runs_the_kernel_on_its_parts_and_heads(
     mesh: dict[str, int], monkeypatch: pytest.MonkeyPatch

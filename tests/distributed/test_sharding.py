@@ -2,6 +2,7 @@
 """Every mesh computes what one device computes, and holds each array in its parts."""
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -56,6 +57,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "prefix": {"shape": {"model_type": "qwen3"}, "adapter": PrefixConfig(3)},
 }
+FAST = {("lora", "fsdp 2, tensor 2, data 2"), ("full", "tensor 4, data 2"), ("prefix", "fsdp 8")}
 
 
 def _two_steps(recipe: str, mesh: Mapping[str, int] | None) -> tiny_steps.Outcome:
@@ -72,8 +74,13 @@ def _one_device(recipe: str) -> tiny_steps.Outcome:
     return _two_steps(recipe, None)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("recipe", "mesh"),
+    [
+        pytest.param(*both, marks=[] if both in FAST else pytest.mark.slow)
+        for both in itertools.product(RECIPES, MESHES)
+    ],
+)
 def test_a_mesh_gives_the_result_of_one_device(recipe: str, mesh: str) -> None:
     tiny_steps.assert_same(_two_steps(recipe, MESHES[mesh]), _one_device(recipe))
 

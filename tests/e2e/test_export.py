@@ -249,6 +249,7 @@ def test_a_run_that_removes_what_is_read_is_exported_at_its_newest_step(
     assert "exported step 7 as merged" in said and "damaged" not in said
 
 
+@pytest.mark.slow
 def test_twice_replaces_its_own(trained: Path, tmp_path: Path):
     out = tmp_path / "out"
     export_here(trained / "run", out, "merged")

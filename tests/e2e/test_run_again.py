@@ -42,6 +42,7 @@ def test_only_the_export_is_made_again(again, run: Path, finished: Path):
     assert small_run.contents(run / "export") == original
 
 
+@pytest.mark.slow
 def test_an_export_with_a_file_missing_is_made_again(again, run: Path):
     before = small_run.contents(run / "export")
     next((run / "export").glob("*.safetensors")).unlink()
@@ -49,7 +50,7 @@ def test_an_export_with_a_file_missing_is_made_again(again, run: Path):
     assert small_run.contents(run / "export") == before
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "md"])
+@pytest.mark.parametrize("kind", ["safetensors", pytest.param("md", marks=pytest.mark.slow)])
 def test_an_export_with_a_changed_byte_is_made_again(again, run: Path, kind: str):
     """Neither a bad disk nor an editor changes a file's name, and not always its size."""
     before = small_run.contents(run / "export")
@@ -104,6 +105,7 @@ def test_other_rows_under_the_same_name_are_evaluated(
     assert "nothing to do" in again(f"data.eval={rows}")
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_another_training_is_not_taken_for_this_one_s(again, run: Path):
     """Checkpoints and export were removed by hand, and the run started anew."""
     text = (run / "eval_results.json").read_text()
@@ -113,6 +115,7 @@ def test_an_evaluation_of_another_training_is_not_taken_for_this_one_s(again, ru
     assert json.loads((run / "eval_results.json").read_text())["run"] == results["run"]
 
 
+@pytest.mark.slow
 def test_another_format_replaces_the_export(again, run: Path):
     again("export.format=peft")
     assert (run / "export" / "adapter_config.json").is_file()

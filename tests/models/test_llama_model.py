@@ -75,6 +75,7 @@ def test_policies_keep_what_they_say() -> None:
     assert kept("names") < kept("dots") < kept("none")
 
 
+@pytest.mark.slow
 def test_a_cache_continues_a_row_after_a_prefix() -> None:
     window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     run = tiny_steps.start({"model_type": "qwen2", **window}, PrefixConfig(2))

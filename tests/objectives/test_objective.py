@@ -95,9 +95,9 @@ def _expected(run: tiny_steps.Run, batch: Batch) -> dict[str, jax.Array]:
     ("mesh", "portions"),
     [
         pytest.param(None, 1, marks=pytest.mark.slow),
-        pytest.param(None, 4, marks=pytest.mark.slow),
+        (None, 4),
         pytest.param({"data": 2, "fsdp": 4}, 1, marks=pytest.mark.slow),
-        ({"data": 8}, 2),
+        pytest.param({"data": 8}, 2, marks=pytest.mark.slow),
     ],
 )
 def test_each_term_is_divided_once_over_portions_and_devices(

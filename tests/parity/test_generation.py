@@ -50,11 +50,11 @@ def _searched(model: torch.nn.Module, prompt: list[int], stop_ids: list[int]) ->
 @pytest.mark.parametrize(
     "variant",
     [
-        "llama_mqa",
+        pytest.param("llama_mqa", marks=pytest.mark.slow),
         "llama_llama3_hub",
         "qwen2_window",
-        "qwen3_yarn_attn_factor",
-        "deepseek_v2_groups",
+        pytest.param("qwen3_yarn_attn_factor", marks=pytest.mark.slow),
+        pytest.param("deepseek_v2_groups", marks=pytest.mark.slow),
         "deepseek_v3_fp8_mtp_hub",
         "deepseek_v32_sparse",
         "deepseek_moe_hub",
@@ -89,8 +89,8 @@ def test_tokens_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     ("variant", "kind"),
     [
         ("llama_gqa", "lora"),
-        ("llama_yarn", "lora"),
-        ("qwen2", "prefix"),
+        pytest.param("llama_yarn", "lora", marks=pytest.mark.slow),
+        pytest.param("qwen2", "prefix", marks=pytest.mark.slow),
         ("qwen2_window", "prefix"),
     ],
 )

@@ -97,7 +97,7 @@ def _check_merged_export(checkpoint: Path, adapter: Path, merged: Path) -> None:
     ("case", "pieces"),
     [
         pytest.param("llama_all_linear", 1, marks=pytest.mark.slow),
-        ("qwen2_q_v", 2),
+        pytest.param("qwen2_q_v", 2, marks=pytest.mark.slow),
         pytest.param("qwen3_patterns", 4, marks=pytest.mark.slow),
         pytest.param("llama_layers", 1, marks=pytest.mark.slow),
         pytest.param("qwen2_window", 2, marks=pytest.mark.slow),

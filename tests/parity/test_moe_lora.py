@@ -190,6 +190,7 @@ def test_peft_applies_what_we_write(variant: str, form: str, tmp_path: Path) -> 
     _check_equal(checkpoint, adapter, model)
 
 
+@pytest.mark.slow
 def test_the_merged_form_is_that_of_peft(tmp_path: Path) -> None:
     checkpoint = tiny.build_checkpoint(tmp_path / "model", "deepseek_v3")
     fields, _ = FORMS["experts_with_patterns"]

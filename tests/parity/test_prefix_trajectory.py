@@ -19,7 +19,7 @@ TOKENS = 5
     ("variant", "pieces", "remat"),
     [
         pytest.param("llama_mha", 1, "none", marks=pytest.mark.slow),
-        ("qwen2", 2, "full"),
+        pytest.param("qwen2", 2, "full", marks=pytest.mark.slow),
         pytest.param("llama_mqa", 1, "full", marks=pytest.mark.slow),
         pytest.param("qwen3", 1, "none", marks=pytest.mark.slow),
         pytest.param("llama_head_dim", 1, "dots", marks=pytest.mark.slow),

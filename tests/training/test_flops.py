@@ -167,7 +167,7 @@ BELOW = {
     "v3_lora": (Case(V3_2, ALL), 2 * 256 * (96 + 80 + 2 * 4)),
     "v3_upper_layer": (Case(V3_2, None, ("embed_tokens", r"layers\.0")), 2 * 256 * (96 + 80)),
 }
-SLOW = {name: [pytest.mark.slow] for name in BELOW if name not in ("llama_lora", "v3")}
+SLOW = {name: [pytest.mark.slow] for name in BELOW if name != "llama_lora"}
 
 
 @pytest.mark.parametrize(

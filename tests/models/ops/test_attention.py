@@ -119,7 +119,15 @@ def _loss_and_gradients(run: Run, batch: Batch) -> tuple[jax.Array, dict[str, ja
     return compiled.compile()(run.state.trainable, batch)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param("window", marks=pytest.mark.slow),
+        pytest.param("prefix", marks=pytest.mark.slow),
+        "lora",
+        "window and prefix",
+    ],
+)
 def test_packed_rows_are_their_segments_apart(case: str) -> None:
     run = tiny_steps.start(**CASES[case])
     packed = tiny_steps.batch(rows=2, length=14)
