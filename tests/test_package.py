@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+
 from dsjax.view.page import SCRIPTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,6 +81,7 @@ def test_the_pinned_versions_are_those_of_declared_libraries():
 BUILD = "import sys\nfrom setuptools import build_meta\nbuild_meta.build_wheel(sys.argv[1])"
 
 
+@pytest.mark.slow
 def test_a_wheel_has_what_it_reads_and_no_tests(tmp_path: Path):
     source, target = tmp_path / "source", tmp_path / "installed"
     shutil.copytree(ROOT / "dsjax", source / "dsjax", symlinks=True)

@@ -257,11 +257,11 @@ class Outcome(NamedTuple):
     trained: dict[str, np.ndarray]
 
 
-def two_steps(run: Run, vocab_size: int = 64) -> Outcome:
+def two_steps(run: Run, vocab_size: int = 64, packed: bool = True) -> Outcome:
     """Take two steps of a fresh run."""
-    report = run.step(batch(vocab_size=vocab_size))
+    report = run.step(batch(vocab_size=vocab_size, packed=packed))
     gradients = run.gradients()
-    run.step(batch(vocab_size=vocab_size, seed=1))
+    run.step(batch(vocab_size=vocab_size, packed=packed, seed=1))
     return Outcome(float(report.sums["loss"]), gradients, run.trainable())
 
 

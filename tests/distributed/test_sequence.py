@@ -94,6 +94,23 @@ def test_a_mesh_gives_the_result_of_one_device(recipe: str, mesh: dict[str, int]
     tiny_steps.assert_same(_two_steps(recipe, mesh), _one_device(recipe))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "mesh"),
+    [
+        ("qwen2, lora with dropout", {"sequence": 2, "fsdp": 4}),
+        ("v3.2, full", {"sequence": 4, "expert": 2}),
+    ],
+    ids=str,
+)
+def test_rows_that_are_not_packed_too(recipe: str, mesh: dict[str, int]) -> None:
+    whole, divided = (
+        tiny_steps.two_steps(tiny_steps.start(mesh=axes, **RECIPES[recipe]), packed=False)
+        for axes in (None, mesh)
+    )
+    tiny_steps.assert_same(divided, whole)
+
+
 def _layout(**sizes: int) -> Layout:
     devices = jax.devices()[: math.prod(sizes.values())]
     return make_layout(make_mesh(MeshSection(**({"fsdp": 1} | sizes)), devices))

@@ -89,6 +89,7 @@ def test_only_the_evaluation_is_made_again(again, run: Path, finished: Path):
     assert_same_results(run, original)
 
 
+@pytest.mark.slow
 def test_other_rows_under_the_same_name_are_evaluated(
     again, run: Path, finished: Path, tmp_path: Path
 ):

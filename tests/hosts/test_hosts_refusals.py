@@ -120,6 +120,7 @@ def test_nobody_at_the_coordinator():
     assert str(error.value).startswith(told)
 
 
+@pytest.mark.slow
 def test_an_unreachable_coordinator_ends_the_command(config: Path, run_cli):
     address = f"localhost:{multi_process.free_port()}"
     options = ["--coordinator", address, "--processes=2", "--process=1"]

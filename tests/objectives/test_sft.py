@@ -100,7 +100,9 @@ def test_a_train_step_has_no_array_of_all_logits(
     assert rows * length > 64
 
 
-@pytest.mark.parametrize("chunk", [8, 16, 1000])
+@pytest.mark.parametrize(
+    "chunk", [16, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 1000))]
+)
 def test_dropout_of_an_adapted_head_goes_by_tokens_not_by_chunks(
     monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:

@@ -56,7 +56,7 @@ def _searched(model: torch.nn.Module, prompt: list[int], stop_ids: list[int]) ->
         pytest.param("qwen3_yarn_attn_factor", marks=pytest.mark.slow),
         pytest.param("deepseek_v2_groups", marks=pytest.mark.slow),
         "deepseek_v3_fp8_mtp_hub",
-        "deepseek_v32_sparse",
+        pytest.param("deepseek_v32_sparse", marks=pytest.mark.slow),
         "deepseek_moe_hub",
         pytest.param("llama_biases", marks=pytest.mark.slow),
         pytest.param("llama_tied", marks=pytest.mark.slow),

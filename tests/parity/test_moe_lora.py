@@ -164,8 +164,8 @@ def _check_equal(checkpoint: Path, adapter: Path, model: PeftModel) -> None:
     ("variant", "form"),
     [
         pytest.param("deepseek_v3", "all_linear", marks=pytest.mark.slow),
-        ("deepseek_v3", "feed_forward_of_one_layer"),
-        ("deepseek_v2_groups", "patterns"),
+        pytest.param("deepseek_v3", "feed_forward_of_one_layer", marks=pytest.mark.slow),
+        pytest.param("deepseek_v2_groups", "patterns", marks=pytest.mark.slow),
         pytest.param("deepseek_v2_groups", "experts", marks=pytest.mark.slow),
         pytest.param("deepseek_v3", "experts_with_patterns", marks=pytest.mark.slow),
         ("deepseek_v3", "experts_gate_up_of_one_layer"),

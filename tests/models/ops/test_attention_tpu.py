@@ -60,7 +60,9 @@ def test_rows_longer_than_a_block_are_filled_up_to_whole_blocks(
     check(_ours, arrays_of(shape), _packed(shape))
 
 
-@pytest.mark.parametrize(("parts", "block"), [(2, 512), (4, 128), (2, 128)])
+@pytest.mark.parametrize(
+    ("parts", "block"), [(2, 512), pytest.param(4, 128, marks=pytest.mark.slow), (2, 128)]
+)
 def test_parts_of_the_queries_are_attended_to_as_whole_rows(
     parts: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
