@@ -16,6 +16,7 @@ the list) is counted, the others are not. It reads its operands and writes its r
 - of an array that a fusion updates in place, the update, written once.
 
 Kinds: `copies out of stacks` are fusions and instructions that do nothing but take a dynamic-slice;
+`copies beside kernels` are those, and stores, that jax 0.12 starts early and awaits late;
 `stores into stacks` are those that end in a dynamic-update-slice, with all that they read; small
 products have a dimension of 64 or less, which is LoRA's rank; what is left is element by element or
 a reduction. All products are cuBLAS calls here (`xla_gpu_enable_triton_gemm` off): without a device

@@ -65,12 +65,11 @@ class ExpertLora(nnx.Module):
         linear: Callable[[jax.Array], jax.Array],
         sizes_E: Int[Array, " E"],
     ) -> Float[Array, "Z O"]:
-        """Add each group's update. Products run in x's dtype and are summed in float32."""
-        y_ZO = linear(x_ZI)
-        low_Zr = grouped_matmul(x_ZI, self.lora_A[...], sizes_E, jnp.float32).astype(x_ZI.dtype)
-        update_ZO = grouped_matmul(low_Zr, self.lora_B[...], sizes_E, jnp.float32)
+        """Add each group's update, in x's dtype; see `Lora`."""
+        low_Zr = grouped_matmul(x_ZI, self.lora_A[...], sizes_E)
         scaling_Z = jnp.repeat(self.scaling[...], sizes_E, total_repeat_length=x_ZI.shape[0])
-        return (y_ZO.astype(jnp.float32) + update_ZO * scaling_Z[:, None]).astype(y_ZO.dtype)
+        low_Zr = (low_Zr * scaling_Z[:, None]).astype(x_ZI.dtype)
+        return linear(x_ZI) + grouped_matmul(low_Zr, self.lora_B[...], sizes_E)
 
 
 def is_routed(module: str) -> bool:

@@ -177,14 +177,17 @@ class Lora(nnx.Module):
         linear: Callable[[jax.Array], jax.Array],
         dropout: Dropout | None,
     ) -> Float[Array, "*B O"]:
-        """Add the update. Products run in x's dtype and are summed in float32."""
+        """Add the update, in x's dtype: no array of y's size is made in a wider one.
+
+        The scaling goes with the narrow product, whose numbers are the fewest, so that the wide one
+        is a plain addend of y, which GPU libraries add where they write the product.
+        """
         y = linear(x)
         if self.dropout and dropout is not None:
             keep = dropout.fold_in(self.seed).keep(1 - self.dropout, x.shape[-1])
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        low = product(x, self.lora_A[...], jnp.float32).astype(x.dtype)
-        update = product(low, self.lora_B[...], jnp.float32) * self.scaling[...]
-        return (y.astype(jnp.float32) + update).astype(y.dtype)
+        low = (product(x, self.lora_A[...]) * self.scaling[...]).astype(x.dtype)
+        return y + product(low, self.lora_B[...])
 
     def merged_weight(self, weight: Float[Array, "O I"]) -> Float[Array, "O I"]:
         """Return the weight with the update, in float32."""

@@ -185,6 +185,8 @@ def _walk(module: _Module, computation: str, times: int, unknown: frozenset[str]
     for line in module.lines.get(computation, ()):
         name = line.partition(" = ")[0].split("%")[-1]
         found = _COLLECTIVE.search(line)
+        if found and _is_a_step(module, computation, line):
+            continue
         if found:
             # XLA for TPU writes some as a fusion of the sum over all with the slice that is kept.
             scatters = computation.startswith("all-reduce-scatter")
@@ -199,6 +201,15 @@ def _walk(module: _Module, computation: str, times: int, unknown: frozenset[str]
         for called in _CALLED.findall(line):
             for callee in called.replace("%", "").split(", "):
                 yield from _walk(module, callee, runs, inside)
+
+
+def _is_a_step(module: _Module, computation: str, line: str) -> bool:
+    """Tell whether a collective is only begun or carried on here, and ends in another computation.
+
+    XLA for TPU spreads one over several fusions, beside their own work; each of them names it.
+    """
+    ends = any("AsyncCollectiveDone" in other for other in module.lines[computation])
+    return "chain_id=" in line and not ends
 
 
 def _larger_side(module: _Module, name: str, found: re.Match[str]) -> int:

@@ -144,7 +144,8 @@ def test_each_group_gets_its_own_update(dtype: str) -> None:
 
     group = np.repeat(np.arange(4), sizes)
     low = held(np.einsum("zi,zri->zr", held(x), held(a_ErI)[group]))
-    update = np.einsum("zr,zor->zo", low, held(b_EOr)[group]) * scaling[group][:, None]
+    low = held(low * scaling[group][:, None])
+    update = held(np.einsum("zr,zor->zo", low, held(b_EOr)[group]))
     assert out.dtype == dtype
     # Half a unit of bfloat16: the sum is rounded once.
     bound = {"rtol": 1e-6, "atol": 1e-5} if dtype == "float32" else {"rtol": 2**-8, "atol": 1e-5}

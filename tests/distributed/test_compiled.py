@@ -78,6 +78,41 @@ def test_what_is_moved_together_counts_and_a_sum_that_is_sliced_is_a_scatter() -
     ]
 
 
+STEPS_TEXT = """HloModule step
+
+%begin (p.0: bf16[8,4]) -> (bf16[8,4], bf16[64,4]) {
+  %p.0 = bf16[8,4]{1,0} parameter(0)
+  %all-gather.1 = bf16[64,4]{1,0} all-gather(%p.0), frontend_attributes={chain_id="7"}
+  ROOT %c.1 = (bf16[8,4], bf16[64,4]) custom-call(%p.0), custom_call_target="AsyncCollectiveStart"
+}
+
+%carry_on (p.1: bf16[8,4]) -> (bf16[8,4], bf16[64,4]) {
+  %p.1 = bf16[8,4]{1,0} parameter(0)
+  %all-gather.2 = bf16[64,4]{1,0} all-gather(%p.1), frontend_attributes={chain_id="7"}
+  ROOT %t.1 = (bf16[8,4], bf16[64,4]) tuple(%p.1, %all-gather.2)
+}
+
+%end (p.2: bf16[8,4]) -> bf16[64,4] {
+  %p.2 = bf16[8,4]{1,0} parameter(0)
+  %all-gather.3 = bf16[64,4]{1,0} all-gather(%p.2), frontend_attributes={chain_id="7"}
+  ROOT %c.2 = bf16[64,4]{1,0} custom-call(%p.2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: bf16[8,4]) -> bf16[64,4] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %f.0 = (bf16[8,4], bf16[64,4]) fusion(%x), kind=kCustom, calls=%begin
+  %f.1 = (bf16[8,4], bf16[64,4]) fusion(%x), kind=kOutput, calls=%carry_on
+  %f.2 = (bf16[8,4], bf16[64,4]) fusion(%x), kind=kOutput, calls=%carry_on
+  ROOT %f.3 = bf16[64,4]{1,0} fusion(%x), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_what_several_fusions_carry_on_counts_once() -> None:
+    once = Collective("all-gather", 1, 64 * 4 * 2)
+    assert collectives_of(STEPS_TEXT) == Collectives([once], unknown_loops=0)
+
+
 def test_the_larger_side_of_a_scatter_counts() -> None:
     run = jax.shard_map(
         lambda x: jax.lax.psum_scatter(x, "x", tiled=True),
