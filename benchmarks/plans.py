@@ -186,9 +186,7 @@ whose rows a plan does not read: the evaluation is compiled too, and has to fit 
 `remat` is the policy that a run there takes: where the recipe names none, the one that computes
 least again and still fits (`training.gradient_checkpointing: auto`). So a plan may leave little
 room; where that is too little after all, the run, which compiles the same step, goes on to the next
-policy. Least is not always fastest: on v5e, where the links decide, the compiler gathers more under
-`names` than under `full` (R1-Distill-Llama-8B: 253.91 GiB a step against 219.39, at most 23,995
-tokens/s against 27,762). `training.gradient_checkpointing=full` in the command plans the other.
+policy.
 
 `--json` prints a plan for programs, `--verbose` every array with its sharding, `--search` finds the
 largest batch and the cheapest remat policy that fit, `--suggest` the smallest slices.
