@@ -23,9 +23,7 @@ from dsjax.models.slots import Dropout, LinearSlot
 from dsjax.models.storage import DENSE, decoded_weight
 
 
-def product(
-    x: Float[Array, "*B I"], weight: Float[Array, "O I"], dtype: Any = None
-) -> Float[Array, "*B O"]:
+def product(x: Float[Array, "*B I"], weight: Float[Array, "O I"]) -> Float[Array, "*B O"]:
     """Multiply x W^T in x's dtype. The gradient of a wider W is summed and given in W's own dtype.
 
     So it is in float32 that devices, chunks and microbatches add their parts of it.
@@ -33,36 +31,26 @@ def product(
     Args:
         x: rows.
         weight: W, of x's dtype or a wider one.
-        dtype: of the result, x's if None.
     """
-    dtype = jnp.dtype(dtype or x.dtype)
-    return (_product if weight.dtype == x.dtype else _wide_product)(x, weight, dtype)
+    return (_product if weight.dtype == x.dtype else _wide_product)(x, weight)
 
 
-def _product(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    weight = weight.astype(x.dtype)
-    preferred = None if dtype == x.dtype else dtype
-    return jnp.einsum(
-        "...i,oi->...o",
-        x,
-        weight,
-        precision=precision(x.dtype),
-        preferred_element_type=preferred,
-    )
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype), precision=precision(x.dtype))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _wide_product(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return _product(x, weight, dtype)
+@jax.custom_vjp
+def _wide_product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return _product(x, weight)
 
 
-def _wide_product_forward(x: jax.Array, weight: jax.Array, dtype: jnp.dtype):
-    return _product(x, weight, dtype), (x, weight)
+def _wide_product_forward(x: jax.Array, weight: jax.Array):
+    return _product(x, weight), (x, weight)
 
 
-def _wide_product_backward(dtype: jnp.dtype, residuals: tuple[jax.Array, ...], y: jax.Array):
+def _wide_product_backward(residuals: tuple[jax.Array, ...], y: jax.Array):
     x, weight = residuals
-    _, pull = jax.vjp(lambda x: _product(x, weight, dtype), x)
+    _, pull = jax.vjp(lambda x: _product(x, weight), x)
     rows = tuple(range(x.ndim - 1))
     d_weight = lax.dot_general(y, x, ((rows, rows), ((), ())), preferred_element_type=weight.dtype)
     return *pull(y), d_weight

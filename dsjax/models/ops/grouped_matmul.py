@@ -7,7 +7,6 @@ they are not exact enough; CUDA has `grouped_matmul_cuda`; every other platform 
 of rows. Not done here: sorting the rows.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +30,6 @@ def grouped_matmul(
     x_ZI: Float[Array, "Z I"],
     weight_EOI: Float[Array, "E O I"],
     sizes_E: Int[Array, " E"],
-    dtype: Any = None,
 ) -> Float[Array, "Z O"]:
     """Multiply each group of rows by its own matrix: x W_e^T; rows beyond all groups give zeros.
 
@@ -39,24 +37,26 @@ def grouped_matmul(
         x_ZI: rows, sorted by group.
         weight_EOI: a matrix for each group, used in x's dtype; its gradient has its own.
         sizes_E: rows of each group.
-        dtype: of the result, x's if None; sums are float32 in any case.
+
+    Returns:
+        The products in x's dtype; their sums are float32.
     """
-    return _product(x_ZI, weight_EOI, sizes_E, jnp.dtype(dtype or x_ZI.dtype))
+    return _product(x_ZI, weight_EOI, sizes_E)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _product(x_ZI: jax.Array, weight_EOI: jax.Array, sizes_E: jax.Array, dtype: Any) -> jax.Array:
-    return _by_rows(x_ZI, weight_EOI, sizes_E, dtype, transposed=True)
+@jax.custom_vjp
+def _product(x_ZI: jax.Array, weight_EOI: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    return _by_rows(x_ZI, weight_EOI, sizes_E, transposed=True)
 
 
-def _forward(x_ZI: jax.Array, weight_EOI: jax.Array, sizes_E: jax.Array, dtype: Any):
-    return _product(x_ZI, weight_EOI, sizes_E, dtype), (x_ZI, weight_EOI, sizes_E)
+def _forward(x_ZI: jax.Array, weight_EOI: jax.Array, sizes_E: jax.Array):
+    return _product(x_ZI, weight_EOI, sizes_E), (x_ZI, weight_EOI, sizes_E)
 
 
-def _backward(dtype: Any, residuals: tuple[jax.Array, ...], y_ZO: jax.Array):
+def _backward(residuals: tuple[jax.Array, ...], y_ZO: jax.Array):
     x_ZI, weight_EOI, sizes_E = residuals
-    dx_ZI = _by_rows(y_ZO.astype(x_ZI.dtype), weight_EOI, sizes_E, x_ZI.dtype, transposed=False)
-    return dx_ZI, _by_weights(x_ZI, y_ZO.astype(x_ZI.dtype), sizes_E, weight_EOI.dtype), None
+    dx_ZI = _by_rows(y_ZO, weight_EOI, sizes_E, transposed=False)
+    return dx_ZI, _by_weights(x_ZI, y_ZO, sizes_E, weight_EOI.dtype), None
 
 
 _product.defvjp(_forward, _backward)
@@ -94,9 +94,10 @@ def tiles_of(sizes_E: Int[Array, " E"], rows: int, tile_rows: int) -> Tiles:
 
 
 def _by_rows(
-    x_ZK: jax.Array, weight: jax.Array, sizes_E: jax.Array, dtype: Any, *, transposed: bool
+    x_ZK: jax.Array, weight: jax.Array, sizes_E: jax.Array, *, transposed: bool
 ) -> jax.Array:
-    """x W^T, or x W, for each group; zeros beyond the groups."""
+    """x W^T, or x W, for each group, in x's dtype; zeros beyond the groups."""
+    dtype = x_ZK.dtype
 
     def tpu(x_ZK, weight, sizes_E):
         weight = weight.astype(x_ZK.dtype)
