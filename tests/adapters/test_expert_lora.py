@@ -147,7 +147,7 @@ def test_each_group_gets_its_own_update(dtype: str) -> None:
     low = held(low * scaling[group][:, None])
     update = held(np.einsum("zr,zor->zo", low, held(b_EOr)[group]))
     assert out.dtype == dtype
-    # Half a unit of bfloat16: the sum is rounded once.
+    # Half a unit of bfloat16: of the sum, all before it being rounded here as there.
     bound = {"rtol": 1e-6, "atol": 1e-5} if dtype == "float32" else {"rtol": 2**-8, "atol": 1e-5}
     np.testing.assert_allclose(np.asarray(out, np.float32), held(y) + update, **bound)
 
