@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dsjax.adapters import check_form
 from dsjax.config import AdapterSection, MeshSection, ModelSection
+from dsjax.config.sections import QUANTIZATIONS
 from dsjax.data import find_tokenizer, load_tokenizer
 from dsjax.decoding.decode import generate, length_warnings
 from dsjax.decoding.detokenizer import TextBatch, TextStream
@@ -42,6 +43,10 @@ def load_pretrained(
     adapter: str | os.PathLike[str] | None = None,
     dtype: str = "bfloat16",
     mesh: Mesh | None = None,
+    *,
+    quantization: str | None = None,
+    quantization_experts: bool = True,
+    quantization_skip_modules: Sequence[str] = (),
 ) -> Model:
     """Load a model, and a PEFT adapter if one is given; calling it gives float32 logits.
 
@@ -52,6 +57,9 @@ def load_pretrained(
         adapter: PEFT adapter's folder.
         dtype: what weights are held in and activations are computed in.
         mesh: devices to shard over, axes among `sharding.AXES`; the first device if None.
+        quantization: how the weights of linear maps are held, `nf4` or `int8`; None: in `dtype`.
+        quantization_experts: whether routed experts' are held so, too.
+        quantization_skip_modules: modules whose weights are not.
 
     Returns:
         `model(input_ids)`: [B, T] -> float32 [B, T, V]; lists and arrays of numpy and torch are
@@ -68,7 +76,19 @@ def load_pretrained(
     mesh = normalize_mesh(mesh)
     if dtype not in ("bfloat16", "float32", "float16"):
         raise ConfigError(f"dtype: got {dtype!r}, expected bfloat16, float32 or float16")
-    section = ModelSection.model_validate({"path": str(path), "dtype": dtype})
+    if quantization is not None and quantization not in QUANTIZATIONS:
+        raise ConfigError(
+            f"quantization: got {quantization!r}, expected {' or '.join(QUANTIZATIONS)}, or None"
+        )
+    section = ModelSection.model_validate(
+        {
+            "path": str(path),
+            "dtype": dtype,
+            "quantization": quantization,
+            "quantization_experts": quantization_experts,
+            "quantization_skip_modules": list(quantization_skip_modules),
+        }
+    )
     wanted = AdapterSection() if adapter is None else AdapterSection(path=str(adapter))
     setup = assemble_model(section, wanted, [], mesh)
     if setup.spec is None:

@@ -11,6 +11,7 @@ are relative to the working directory. A section's `model_fields_set` holds the 
 gave.
 """
 
+import json
 import os
 import re
 from collections.abc import Container, Mapping, Sequence
@@ -68,7 +69,7 @@ class RunConfig(Section):
 
 # Values that have a name but no code yet: refused by that name.
 _PLANNED: dict[str, Container[Any]] = {
-    "model.quantization": ("int8", "nf4", "fp8"),
+    "model.quantization": ("fp8",),
     "adapter.peft_type": ("BOTTLENECK",),
     "adapter.use_dora": (True,),
 }
@@ -195,9 +196,33 @@ def _contradictions(config: RunConfig) -> list[str]:
     problems += _push_problems(export)
     return (
         problems
+        + _quantization_contradictions(config.model, adapter)
         + _schedule_contradictions(config.optimizer)
         + _adapter_contradictions(adapter, export)
     )
+
+
+def _quantization_contradictions(model: ModelSection, adapter: AdapterSection) -> list[str]:
+    """Compare how frozen weights are held with whether there are any, and with its other keys."""
+    if model.quantization is None:
+        return [
+            f"model.{key}: got {json.dumps(getattr(model, key))} without model.quantization, "
+            "expected nothing; set model.quantization, or leave it out"
+            for key in ("quantization_double", "quantization_experts", "quantization_skip_modules")
+            if key in model.model_fields_set
+            and getattr(model, key) != ModelSection.model_fields[key].default
+        ]
+    if model.quantization_double and model.quantization != "nf4":
+        return [
+            f"model.quantization_double: got true with {model.quantization}, expected false; only "
+            "nf4 has it"
+        ]
+    if adapter.peft_type is None and adapter.path is None:
+        return [
+            f"model.quantization: got {model.quantization} without an adapter, expected null; "
+            "quantized weights do not train: set adapter.peft_type"
+        ]
+    return []
 
 
 def _push_problems(section: ExportSection) -> list[str]:

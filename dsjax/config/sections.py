@@ -9,7 +9,7 @@ Hugging Face's `TrainingArguments` and PEFT's configs wherever they have one. A 
 import os.path
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -33,6 +33,10 @@ Sources = Annotated[Texts, Field(min_length=1)]
 Reporters = Annotated[
     list[Literal["tensorboard", "wandb", "trackio", "swanlab"]], BeforeValidator(_as_list)
 ]
+
+
+Quantization = Literal["nf4", "int8"]
+QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 
 
 class Section(BaseModel):
@@ -60,8 +64,16 @@ class ModelSection(Section):
     """Number type in which trained base weights are held and updated (full training); null:
     float32. bfloat16 rounds updates at random, so that none is lost on average. Frozen weights are
     held in `dtype`, adapters in float32."""
-    quantization: None = None
-    """How frozen weights are stored; null: as numbers of `param_dtype`."""
+    quantization: Quantization | None = None
+    """How an adapter's frozen weights are held: nf4 (4.5 bits a weight) or int8 (8 bits), decoded
+    where they are used; null: as numbers of `dtype`. Embedding, norms, routers and head stay."""
+    quantization_double: bool = False
+    """nf4: whether the scales of its blocks are quantized, too (4.13 bits a weight)."""
+    quantization_experts: bool = True
+    """Whether routed experts' weights are held so, too."""
+    quantization_skip_modules: Texts = []
+    """Modules whose weights stay as they are: names, or ends of paths (down_proj,
+    self_attn.o_proj)."""
     attention: Literal["auto"] = "auto"
     """Attention kernel; auto: the best one for the device."""
 

@@ -127,6 +127,11 @@ def check_experts(leaves: Mapping[str, Leaf], mesh: Mesh) -> None:
     sizes = {
         (axis, size) for leaf in experts for axis, size in zip(leaf.axes, leaf.shape, strict=True)
     }
+    if mesh.shape["tensor"] > 1 and any("whole_matrix" in leaf.axes for leaf in experts):
+        raise ConfigError(
+            f"mesh.tensor: got {mesh.shape['tensor']}, expected 1: a part of an expert's matrix "
+            "cannot be decoded alone; use mesh.expert, or set model.quantization_double=false"
+        )
     raise_all(
         f"mesh.{divisor}: got {mesh.shape[divisor]}, expected a divisor of {field} ({size})"
         for axis, divisor, field in (

@@ -8,18 +8,21 @@ found where it moves logits further than rounding does; after a very small updat
 done here: comparing the tensors with what was meant (`weights.write`).
 """
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
+from dsjax import adapters
 from dsjax.config import AdapterSection, ModelSection
 from dsjax.distributed.mesh import batch_shards, length_multiple, replicated
 from dsjax.distributed.sharding import Params, make_layout
-from dsjax.models import entries_of
+from dsjax.export.layerwise import Variant, layerwise_logits
+from dsjax.models import build, entries_of
 from dsjax.training.setup import Assembly, assemble_model
 from dsjax.weights.fp8 import FP8, raw_of
 from dsjax.weights.load import load_base
@@ -75,6 +78,8 @@ def prove(
     Raises:
         DifferentLogitsError: the logits are further apart than rounding explains.
     """
+    if setup.section.quantization is not None:
+        return _prove_layerwise(setup, trainable, frozen, directory, changed)
     trained = sample_logits(setup, trainable, frozen, "float32")
     held = dict(trainable) | dict(frozen)
     base, arrays = _loaded(setup, setup.section, held, set(trainable))
@@ -82,15 +87,48 @@ def prove(
     section = setup.section.model_copy(update={"path": directory, "revision": None})
     touched = {entry.path for entry in entries_of(base.model) if entry.hf in changed}
     merged, arrays = _loaded(setup, section, arrays, touched)
-    written = raw_of(merged.source).tensors
-    dtypes = {i.dtype.name for n, i in written.items() if n in changed} & ROUNDING.keys()
-    coarsest = max(dtypes | {setup.section.dtype}, key=ROUNDING.__getitem__)
-    logits = _compare(merged, arrays, trained, coarsest)
+    found = _judge(
+        merged, changed, partial(sample_logits, merged, {}, arrays), trained=trained, before=before
+    )
     for array in arrays.values():
         array.delete()
-    if all(ROUNDING[name] < ROUNDING[setup.section.dtype] for name in dtypes):
-        return None
-    return kept(logits, trained, before)
+    return found
+
+
+def _prove_layerwise(
+    setup: Assembly, trainable: Params, frozen: Params, directory: str, changed: Set[str]
+) -> float | None:
+    """Prove what was merged into the checkpoint's own weights, where training had quantized ones.
+
+    So the trained model is, here, the adapter over these weights. They may not fit on the devices.
+    """
+    leaves = setup.partition.leaves
+    for path, array in frozen.items():
+        if leaves[path].kind == "base":
+            array.delete()
+    adapter = {
+        path: array for path, array in (frozen | trainable).items() if leaves[path].kind != "base"
+    }
+    section = setup.section.model_copy(update={"quantization": None})
+    base, plain = _unquantized(setup, section)
+    model = build(base.source.config, section.dtype)
+    adapters.attach(model, setup.spec)
+    both, ids = [plain, replace(plain, model=model, adapter=adapter)], sample_ids(setup)
+    before, trained = layerwise_logits(base.source, both, setup.mesh, ids, "float32")
+    section = section.model_copy(update={"path": directory, "revision": None})
+    merged, alone = _unquantized(setup, section)
+
+    def logits_of(dtype: str) -> Float[np.ndarray, "T V"]:
+        return layerwise_logits(merged.source, [alone], setup.mesh, ids, dtype)[0]
+
+    return _judge(merged, changed, logits_of, trained=trained, before=before)
+
+
+def _unquantized(setup: Assembly, section: ModelSection) -> tuple[Assembly, Variant]:
+    """Open a checkpoint as an unquantized model is opened; its arrays are not loaded."""
+    opened = assemble_model(section, AdapterSection(), [], setup.mesh)
+    leaves = opened.partition.for_inference(section.dtype).leaves
+    return opened, Variant(opened.model, leaves, {})
 
 
 def _loaded(
@@ -135,22 +173,39 @@ def kept(
     return None if learnt <= LEAST else round(1.0 - distance(exported, trained) / learnt, 3)
 
 
-def _compare(
-    merged: Assembly, arrays: Params, expected: np.ndarray, coarsest: str
-) -> Float[np.ndarray, "T V"]:
-    """Hold the logits of what was written against the trained model's; returns them."""
-    logits = sample_logits(merged, {}, arrays, "float32")
-    found, bound = distance(logits, expected), ROUNDING[coarsest]
+def _judge(
+    merged: Assembly,
+    changed: Set[str],
+    logits_of: Callable[[str], Float[np.ndarray, "T V"]],
+    *,
+    trained: Float[np.ndarray, "T V"],
+    before: Float[np.ndarray, "T V"],
+) -> float | None:
+    """Hold the logits of what was written against the trained model's; returns `kept` of them.
+
+    Args:
+        merged: what was written.
+        changed: names of its tensors that training changed.
+        logits_of: dtype of activations -> its logits.
+        trained: those of the trained model.
+        before: those of the base.
+    """
+    held, written = merged.section.dtype, raw_of(merged.source).tensors
+    dtypes = {i.dtype.name for n, i in written.items() if n in changed} & ROUNDING.keys()
+    coarsest = max(dtypes | {held}, key=ROUNDING.__getitem__)
+    logits = logits_of("float32")
+    found, bound = distance(logits, trained), ROUNDING[coarsest]
     if found > bound and coarsest != "float32":
-        dtype = "bfloat16" if coarsest == FP8.name else coarsest
-        rounded = sample_logits(merged, {}, arrays, dtype)
+        rounded = logits_of("bfloat16" if coarsest == FP8.name else coarsest)
         bound = min(1.0, max(bound, SLACK * distance(rounded, logits)))
     if not found <= bound:
         raise DifferentLogitsError(
             f"{merged.source.directory}: logits differ from the trained model's by {found:.3g} of "
             f"their norm, expected at most {bound:.3g}"
         )
-    return logits
+    if all(ROUNDING[name] < ROUNDING[held] for name in dtypes):
+        return None
+    return kept(logits, trained, before)
 
 
 def distance(logits: Float[np.ndarray, "T V"], expected: Float[np.ndarray, "T V"]) -> float:
@@ -165,16 +220,8 @@ def distance(logits: Float[np.ndarray, "T V"], expected: Float[np.ndarray, "T V"
 def sample_logits(
     setup: Assembly, trainable: Params, frozen: Params, dtype: str
 ) -> Float[np.ndarray, "T V"]:
-    """Logits of some fixed random tokens; activations are computed in `dtype`.
-
-    Every device that a batch is dealt to has them as its row, so that experts and weights stay
-    where they are, and the tokens are the same on every mesh.
-    """
-    shards, vocab = batch_shards(setup.mesh), setup.model.config.vocab_size
-    length = TOKENS + -TOKENS % length_multiple(setup.mesh)
-    row = np.random.default_rng(0).integers(0, vocab, length, np.int32)
-    ids = np.tile(row, (shards, 1))
-    layout = make_layout(setup.mesh)
+    """Logits of some fixed random tokens; activations are computed in `dtype`."""
+    ids, layout = sample_ids(setup), make_layout(setup.mesh)
 
     def model(trainable: Params, frozen: Params):
         merged = setup.partition.merge(trainable, frozen)
@@ -190,6 +237,19 @@ def sample_logits(
     # Two programs: in one, float32 copies of embedding and head would be there at the same time.
     hidden = jax.jit(run, out_shardings=replicated(setup.mesh), compiler_options=options)
     head = jax.jit(lambda t, f, x_TD: model(t, f).head(x_TD), out_shardings=replicated(setup.mesh))
-    dealt = jax.make_array_from_callback(ids.shape, layout.rows, lambda index: ids[index])
-    x_TD = hidden(trainable, frozen, dealt)
+    x_TD = hidden(trainable, frozen, ids)
     return np.asarray(head(trainable, frozen, x_TD), np.float32)
+
+
+def sample_ids(setup: Assembly) -> Int[Array, "B T"]:
+    """Make some fixed random tokens.
+
+    Every device that a batch is dealt to has them as its row, so that experts and weights stay
+    where they are, and the tokens are the same on every mesh.
+    """
+    shards, vocab = batch_shards(setup.mesh), setup.model.config.vocab_size
+    length = TOKENS + -TOKENS % length_multiple(setup.mesh)
+    row = np.random.default_rng(0).integers(0, vocab, length, np.int32)
+    ids = np.tile(row, (shards, 1))
+    rows = make_layout(setup.mesh).rows
+    return jax.make_array_from_callback(ids.shape, rows, lambda index: ids[index])

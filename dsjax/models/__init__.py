@@ -15,12 +15,12 @@ Dimension key, used as suffixes of array names throughout:
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 
-from dsjax.errors import ConfigError
+from dsjax.errors import ConfigError, nearest, raise_all
 from dsjax.models.config_checks import shown
 from dsjax.models.decoder import CausalLM
 from dsjax.models.deepseek import weights as deepseek_weights
@@ -33,6 +33,9 @@ from dsjax.models.llama.config import parse_config as parse_llama
 from dsjax.models.llama.model import causal_lm as llama
 from dsjax.models.llama.model import prefix_shape
 from dsjax.models.moe import ExpertLinear
+from dsjax.models.quantization.int8 import INT8
+from dsjax.models.quantization.nf4 import NF4
+from dsjax.models.quantization.nf4_double import NF4_DOUBLE
 from dsjax.models.slots import PrefixShape
 from dsjax.models.storage import DENSE, Storage, base_shape, store
 from dsjax.models.weight_rules import Entry, Rule, expand
@@ -81,7 +84,12 @@ MODELS = {
 }
 """config.json's model_type -> family."""
 
-STORAGE: dict[str, Storage] = {"dense": DENSE}
+STORAGE: dict[str, Storage] = {
+    "dense": DENSE,
+    "nf4": NF4,
+    "nf4_double": NF4_DOUBLE,
+    "int8": INT8,
+}
 """Kind of storage of frozen matrices -> how it works."""
 
 
@@ -99,26 +107,93 @@ def family_of(config: Mapping[str, Any]) -> Family:
     return MODELS[kind]
 
 
-def build(config: Mapping[str, Any], dtype: jnp.dtype | str, storage: str = "dense") -> Model:
+class Quantization(NamedTuple):
+    """Which frozen matrices are held in fewer bits, and how.
+
+    Attributes:
+        kind: `model.quantization`.
+        double: whether the scales are quantized, too.
+        experts: whether the routed experts' are.
+        skip_modules: names of modules whose matrices stay as they are; a name is one or more whole
+            components of a module's path (`down_proj`, `self_attn.o_proj`, `shared_experts`).
+    """
+
+    kind: str
+    double: bool = False
+    experts: bool = True
+    skip_modules: Sequence[str] = ()
+
+    @property
+    def storage(self) -> Storage:
+        """How the matrices are held."""
+        return STORAGE[f"{self.kind}_double" if self.double else self.kind]
+
+
+def build(
+    config: Mapping[str, Any],
+    dtype: jnp.dtype | str,
+    quantization: Quantization | None = None,
+) -> Model:
     """Build the abstract model of a checkpoint, computing in `dtype`.
 
     Args:
         config: its config.json.
         dtype: of activations.
-        storage: kind of storage, a key of `STORAGE`, of the linear maps in all stacks of blocks.
-            Where it is not dense they are frozen.
+        quantization: of the linear maps in all stacks of blocks, which then are frozen.
+
+    Raises:
+        ConfigError: of the config.json; or a matrix cannot be held so.
     """
     family = family_of(config)
     model = family.model(family.parse_config(config), jnp.dtype(dtype))
-    for linear in _stacked_linears(model) if storage != "dense" else ():
-        store(linear, STORAGE[storage])
+    if quantization is not None:
+        _quantize(model, quantization)
     return model
 
 
-def _stacked_linears(model: Model) -> list[Linear | ExpertLinear]:
-    """Return the linear maps of all stacks, but for those that no gradient goes through."""
-    modules = [m for block in model.model.blocks() for _, m in nnx.iter_modules(block)]
-    return [m for m in modules if isinstance(m, (Linear, ExpertLinear)) and m.trains]
+def _quantize(model: Model, quantization: Quantization) -> None:
+    """Declare other storage for the matrices of a model, or refuse those that do not fit into it.
+
+    Raises:
+        ConfigError: a matrix cannot be held so; a name that no module has.
+    """
+    kind, storage = quantization.kind, quantization.storage
+    names = {entry.path: entry.hf for entry in reversed(entries_of(model))}
+    linears, problems, skipped = _stacked_linears(model), [], set()
+    for path, linear in linears.items():
+        own = {name for name in quantization.skip_modules if f".{name}." in f".{path}."}
+        skipped |= own
+        if own or (isinstance(linear, ExpertLinear) and not quantization.experts):
+            continue
+        shape = (linear.weight.shape[-2], linear.weight.shape[-1])
+        expected = storage.problem(shape)
+        if expected:
+            name = path.rpartition(".")[2]
+            problems.append(
+                f"model.quantization: got {kind} for {names[f'{path}.weight']} of shape "
+                f"{list(shape)}, expected {expected}; keep it as it is, with "
+                f"model.quantization_skip_modules=[{name}], or take int8"
+            )
+        else:
+            store(linear, storage)
+    modules = {name for path in linears for name in path.split(".")}
+    problems += [
+        f"model.quantization_skip_modules: got {name!r}, which is in no linear map's path; "
+        f"{nearest(name, sorted(modules))}"
+        for name in quantization.skip_modules
+        if name not in skipped
+    ]
+    raise_all(problems)
+
+
+def _stacked_linears(model: Model) -> dict[str, Linear | ExpertLinear]:
+    """Return the linear maps of all stacks by path, but for those that no gradient goes through."""
+    return {
+        f"model.{stack}." + ".".join(map(str, path)): module
+        for stack in model.model.stacks
+        for path, module in nnx.iter_modules(getattr(model.model, stack))
+        if isinstance(module, (Linear, ExpertLinear)) and module.trains
+    }
 
 
 def stored_linears(model: Model) -> dict[str, Linear | ExpertLinear]:

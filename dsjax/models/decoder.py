@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax.distributed.sharding import Layout
+from dsjax.models.cache import Cache, key_tokens
 from dsjax.models.layers import MLP, Embedding, Linear, RMSNorm
 from dsjax.models.loaded import Loaded
 from dsjax.models.moe import ROUTING, MoE, RouterStats
@@ -45,20 +46,6 @@ are always kept: a few numbers, whose routing is costly to recompute."""
 
 POLICIES = ("none", *REMAT)
 """Remat policies, from what computes least again to what keeps least."""
-
-
-class Cache(NamedTuple):
-    """What attention keeps of the tokens seen so far.
-
-    Attributes:
-        stacks: for each stack the arrays of its attention, [L, B, S, ...].
-        tokens: where those tokens stand.
-        length: how many there are.
-    """
-
-    stacks: tuple[Any, ...]
-    tokens: Tokens
-    length: Int[Array, ""]
 
 
 class Hidden(NamedTuple):
@@ -216,19 +203,34 @@ class CausalLM(Loaded):
         """
         position_ids = positions_like(input_ids) if position_ids is None else position_ids
         segment_ids = jnp.ones_like(input_ids) if segment_ids is None else segment_ids
-        input_ids, position_ids, segment_ids = (
-            _constrain(x, layout) for x in (input_ids, position_ids, segment_ids)
-        )
-        query = Tokens(position_ids + self._prefix_length(), segment_ids)
-        key = _key_tokens(query, cache)
-        length = None if cache is None else cache.length
-        tables = rope_tables(self.config.rope, query.position)
-        shared = StackInputs(*tables, query, self._with_prefix(key), length, layout, dropout)
-        x_BTD = _constrain(self.model.embed_tokens(input_ids, self.dtype), layout)
+        tokens = Tokens(position_ids, segment_ids)
+        shared, key = self.stack_inputs(tokens, dropout=dropout, layout=layout, cache=cache)
+        x_BTD = self.model.embed_tokens(_constrain(input_ids, layout), self.dtype)
+        x_BTD = _constrain(x_BTD, layout)
         x_BTD, caches, work = self._run_stacks(x_BTD, shared, remat, cache)
         if cache is not None:
             cache = Cache(caches, key, cache.length + input_ids.shape[1])
         return Hidden(self.model.norm(x_BTD), cache, work)
+
+    def stack_inputs(
+        self,
+        tokens: Tokens,
+        *,
+        dropout: Dropout | None = None,
+        layout: Layout | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[StackInputs, Tokens]:
+        """Make what every block needs besides its input.
+
+        Returns:
+            That, and where the keys' tokens stand, those in the cache included.
+        """
+        position, segment = (_constrain(x, layout) for x in (tokens.position, tokens.segment))
+        query = Tokens(position + self._prefix_length(), segment)
+        key = key_tokens(query, cache)
+        length = None if cache is None else cache.length
+        tables = rope_tables(self.config.rope, query.position)
+        return StackInputs(*tables, query, self._with_prefix(key), length, layout, dropout), key
 
     def ahead(
         self,
@@ -267,7 +269,7 @@ class CausalLM(Loaded):
         """Run all stacks; returns the activations, the new caches and the experts' work."""
         blocks = self.model.blocks()
         total, first = sum(block.layers for block in blocks), 0
-        windows = self._windows()
+        windows = self.windows()
         numbers = None if shared.dropout is None else jnp.arange(total)
         caches, work = [], None
         for number, block in enumerate(blocks):
@@ -283,7 +285,7 @@ class CausalLM(Loaded):
             first += block.layers
         return x_BTD, tuple(caches), work
 
-    def _windows(self) -> jax.Array | None:
+    def windows(self) -> jax.Array | None:
         """Window per layer, or None when no layer slides."""
         windows = self.config.windows
         if all(window is None for window in windows):
@@ -342,28 +344,6 @@ def run_stack(
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
     x_BTD, (caches, work) = jax.lax.scan(body, x_BTD, (stacked, own))
     return x_BTD, caches, work
-
-
-def append_to_cache(
-    cache: tuple[jax.Array, ...] | None, new: tuple[jax.Array, ...], length: jax.Array | None
-) -> tuple[jax.Array, ...]:
-    """Write new tokens at the end of one layer's cache; return them alone without a cache."""
-    if cache is None or length is None:
-        return new
-    return tuple(
-        jax.lax.dynamic_update_slice(old, x, (0, length, *(0,) * (x.ndim - 2)))
-        for old, x in zip(cache, new, strict=True)
-    )
-
-
-def _key_tokens(query: Tokens, cache: Cache | None) -> Tokens:
-    """Places of the keys: the queries' own, or the cache's with the queries' written in."""
-    if cache is None:
-        return query
-    start = (0, cache.length)
-    return jax.tree.map(
-        lambda old, new: jax.lax.dynamic_update_slice(old, new, start), cache.tokens, query
-    )
 
 
 def _gathered(state: Any, dtype: jnp.dtype, layout: Layout | None) -> Any:

@@ -7,7 +7,7 @@ of a stack holds all layers as [L, ...]. Modules are abstract (`jax.ShapeDtypeSt
 declare shape, dtype and logical axes, and are filled elsewhere. Not done here: loading, sharding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.models.ops.blocks import precision
 from dsjax.models.parameters import parameter
 from dsjax.models.slots import Dropout, LinearSlot
-from dsjax.models.storage import DENSE, decoded_weight
+from dsjax.models.storage import DENSE, Decode, decoded_weight, stored_arrays
 
 
 def product(x: Float[Array, "*B I"], weight: Float[Array, "O I"]) -> Float[Array, "*B O"]:
@@ -57,6 +57,39 @@ def _wide_product_backward(residuals: tuple[jax.Array, ...], y: jax.Array):
 
 
 _wide_product.defvjp(_wide_product_forward, _wide_product_backward)
+
+
+def stored_product(
+    decode: Decode, x: Float[Array, "*B I"], stored: Mapping[str, Array]
+) -> Float[Array, "*B O"]:
+    """Multiply x W^T by a matrix that does not train and is held in another storage than `dense`.
+
+    It is decoded again for the gradient of x. Kept instead, the matrices of all layers would be
+    there at once.
+
+    Args:
+        decode: `Storage.decode`.
+        x: rows.
+        stored: the arrays that hold W.
+    """
+    return _stored_product(decode, x, stored)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _stored_product(decode: Decode, x: jax.Array, stored: Mapping[str, jax.Array]) -> jax.Array:
+    return _product(x, decode(stored, x.dtype))
+
+
+def _stored_product_forward(decode: Decode, x: jax.Array, stored: Mapping[str, jax.Array]):
+    return _stored_product(decode, x, stored), stored
+
+
+def _stored_product_backward(decode: Decode, stored: Mapping[str, jax.Array], y: jax.Array):
+    weight = decode(stored, y.dtype).astype(y.dtype)
+    return jnp.einsum("...o,oi->...i", y, weight, precision=precision(y.dtype)), None
+
+
+_stored_product.defvjp(_stored_product_forward, _stored_product_backward)
 
 
 def spread(x: Float[Array, "*S"], shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
@@ -131,7 +164,10 @@ class Linear(nnx.Module):
 
     def base(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         """Apply the map without what is in the slot."""
-        y = product(x, decoded_weight(self, x.dtype))
+        if self.storage is DENSE:
+            y = product(x, self.weight[...])
+        else:
+            y = stored_product(self.storage.decode, x, stored_arrays(self))
         return y if self.bias is None else y + spread(self.bias[...], y.shape, y.dtype)
 
     def merged_weight(self, dtype: jnp.dtype) -> Float[Array, "O I"]:

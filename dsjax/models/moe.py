@@ -21,10 +21,10 @@ from jaxtyping import Array, Bool, Float, Int
 from dsjax.distributed.sharding import Layout
 from dsjax.models.layers import MLP, BaseMap, gated
 from dsjax.models.ops.blocks import in_blocks, out_of_blocks, precision
-from dsjax.models.ops.grouped_matmul import grouped_matmul
+from dsjax.models.ops.grouped_matmul import grouped_matmul, stored_grouped_matmul
 from dsjax.models.parameters import parameter
 from dsjax.models.slots import Dropout, ExpertSlot
-from dsjax.models.storage import DENSE, decoded_weight
+from dsjax.models.storage import DENSE, stored_arrays
 
 ROUTING = "routing"
 """What a remat policy calls the choice of experts."""
@@ -189,7 +189,9 @@ class ExpertLinear(nnx.Module):
         """Map each group of rows by its expert, as the adapter in the slot changes it."""
 
         def base(x_ZI: jax.Array) -> jax.Array:
-            return grouped_matmul(x_ZI, decoded_weight(self, x_ZI.dtype), sizes_E)
+            if self.storage is DENSE:
+                return grouped_matmul(x_ZI, self.weight[...], sizes_E)
+            return stored_grouped_matmul(self.storage.decode, x_ZI, stored_arrays(self), sizes_E)
 
         if self.adapter is None:
             return base(x_ZI)

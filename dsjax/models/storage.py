@@ -19,6 +19,13 @@ import numpy as np
 from flax import nnx
 
 Index = tuple[slice, ...]
+Decode = Callable[[Mapping[str, jax.Array], jnp.dtype], jax.Array]
+Encode = Callable[[str, str, Index], np.ndarray]
+"""(tensor, array, index into that array) -> that part of it. It reads no more than the part needs,
+in pieces where that is much (`arrays.row_pieces`)."""
+
+WHOLE = "whole_matrix"
+"""Logical axis of what a part of a matrix cannot be decoded by alone; no mesh axis divides it."""
 
 
 class StoredParam(nnx.Variable):
@@ -28,6 +35,11 @@ class StoredParam(nnx.Variable):
 @runtime_checkable
 class TensorReader(Protocol):
     """An opened checkpoint, as far as an encoder needs it (`weights.source.Source`)."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """Every tensor by name; each has a `shape`."""
+        ...
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """Read the tensor's numbers, or a part of them."""
@@ -48,6 +60,10 @@ class StoredArray(NamedTuple):
     axes: tuple[str | None, ...]
 
 
+def _holds_all(shape: tuple[int, int]) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Storage:
     """A kind of storage.
@@ -55,25 +71,24 @@ class Storage:
     Attributes:
         arrays: (shape, axes) of a matrix -> its arrays by what their names have after `weight`;
             that of "" keeps the matrix's rows as its first axis.
-        encode: (checkpoint, tensor, array, index into that array) -> that part of it. It reads no
-            more than the part needs, in pieces where that is much (`arrays.row_pieces`).
+        encoder: checkpoint -> what makes the arrays of its tensors, called from several threads.
         decode: (arrays of a layer, or of a whole stack, and the dtype of the activations) -> its
             matrix [..., O, I], which the layer casts to that dtype if it is another.
     """
 
     arrays: Callable[[tuple[int, int], tuple[str | None, ...]], Mapping[str, StoredArray]]
-    encode: Callable[[TensorReader, str, str, Index], np.ndarray]
-    decode: Callable[[Mapping[str, jax.Array], jnp.dtype], jax.Array]
+    encoder: Callable[[TensorReader], Encode]
+    decode: Decode
+    problem: Callable[[tuple[int, int]], str] = _holds_all
 
 
-def _read(source: TensorReader, name: str, array: str, index: Index) -> np.ndarray:
-    del array
-    return source.read(name, index)
+def _reader(source: TensorReader) -> Encode:
+    return lambda name, array, index: source.read(name, index)
 
 
 DENSE = Storage(
     arrays=lambda shape, axes: {"": StoredArray(shape, "float32", axes)},
-    encode=_read,
+    encoder=_reader,
     decode=lambda arrays, dtype: arrays[""],
 )
 """The parameter itself, in the dtype that the partition gives it; it may train."""
@@ -111,10 +126,14 @@ def storage_of(linear: Any | None) -> tuple[Storage, tuple[str, ...]]:
     return (DENSE, ("",)) if linear is None else (linear.storage, linear.stored_as)
 
 
+def stored_arrays(linear: Any) -> dict[str, jax.Array]:
+    """Return what holds the matrix of a linear map in a layer, by the names after `weight`."""
+    return {name: getattr(linear, f"weight{name}")[...] for name in linear.stored_as}
+
+
 def decoded_weight(linear: Any, dtype: jnp.dtype) -> jax.Array:
     """Decode the matrix of a linear map in a layer, for activations of this dtype."""
-    arrays = {name: getattr(linear, f"weight{name}")[...] for name in linear.stored_as}
-    return linear.storage.decode(arrays, dtype)
+    return linear.storage.decode(stored_arrays(linear), dtype)
 
 
 def base_shape(variable: nnx.Variable) -> tuple[int, ...] | None:

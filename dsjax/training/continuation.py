@@ -39,6 +39,7 @@ LASTING_SECTIONS = ("adapter", "objective")
 
 LASTING = (
     *("model.dtype", "model.param_dtype", "model.quantization"),
+    *("model.quantization_double", "model.quantization_experts", "model.quantization_skip_modules"),
     *("data.max_length", "data.packing", "data.shuffle"),
     *("optimizer.optim", "optimizer.learning_rate", "optimizer.weight_decay"),
     *("optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_epsilon"),

@@ -199,9 +199,10 @@ def _of_weight(step: _Step, path: str, part: str, again: int) -> TokenFlops:
         of_weight = step.partition.trainable_count(path) / leaf.count
     if leaf.kind == "adapter":  # only in layers that train; the second factor's input always does
         of_input = 1.0 if path.endswith(".lora_B") else float(math.ceil(of_input))
-    # The padding of unequal adapter ranks is multiplied with too.
-    whole = 2 * met * math.prod(leaf.shape)
-    return _product(2 * met * leaf.count, (of_input, of_weight), again, whole)
+    # The padding of unequal adapter ranks is multiplied with too. (A stored matrix's shape is that
+    # of what holds it.)
+    whole = math.prod(leaf.shape) if leaf.kind == "adapter" else leaf.count
+    return _product(2 * met * leaf.count, (of_input, of_weight), again, 2 * met * whole)
 
 
 def _of_attention(step: _Step) -> Iterator[TokenFlops]:

@@ -21,7 +21,7 @@ from dsjax.config import AdapterSection, ModelSection, ObjectiveSection, RunConf
 from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import Params, check_experts, leaf_shardings
 from dsjax.errors import raise_all
-from dsjax.models import Model, build
+from dsjax.models import Model, Quantization, build
 from dsjax.objectives import objective_of
 from dsjax.training.partition import Partition, make_partition
 from dsjax.weights import peft
@@ -99,7 +99,7 @@ def assemble_model(
     options = objective or ObjectiveSection()
     own = objective_of(options)
     source = open_checkpoint(section.path, section.revision, weights, adapter.path, checked=True)
-    model = build(source.config, section.dtype)
+    model = build(source.config, section.dtype, quantization_of(section))
     spec, left_out = fitted(adapter, resolve(adapter), model)
     if left_out and jax.process_index() == 0:
         print(left_out, file=sys.stderr)
@@ -121,6 +121,18 @@ def assemble_model(
     if weights and adapter.path is not None and spec is not None:
         check_params(adapter.path, model, spec, partition.leaves, source.read)
     return Assembly(section, source, model, spec, partition, mesh, carried, adapter.path)
+
+
+def quantization_of(section: ModelSection) -> Quantization | None:
+    """Return how frozen weights are held in fewer bits; None: they are not."""
+    if section.quantization is None:
+        return None
+    return Quantization(
+        section.quantization,
+        section.quantization_double,
+        section.quantization_experts,
+        section.quantization_skip_modules,
+    )
 
 
 ByteProgress = Callable[[int, int], None]

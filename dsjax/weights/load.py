@@ -29,7 +29,7 @@ from dsjax.errors import ConfigError, raise_all
 from dsjax.models import Model, base_shapes, build, carried_of, entries_of, stored_linears
 from dsjax.models.layers import Linear
 from dsjax.models.moe import ExpertLinear
-from dsjax.models.storage import DENSE, Storage, storage_of
+from dsjax.models.storage import DENSE, Encode, Storage, storage_of
 from dsjax.models.weight_rules import EMBEDDING, HEAD, Entry, coverage_problems, entry_shape
 from dsjax.weights import dsjax_format, fp8, hf_directory
 from dsjax.weights.source import Source
@@ -180,11 +180,13 @@ def load_entries(
             by_path.setdefault(entry.path, []).append(entry)
     total = sum(source.tensors[e.hf].nbytes for entries in by_path.values() for e in entries)
     params, done = {}, 0
+    encoders: dict[Storage, Encode] = {}
     for path, entries in by_path.items():
         storage, arrays = storage_of(stored.get(path))
+        encode = encoders.setdefault(storage, storage.encoder(source))
         for array in arrays:
             leaf, sharding = leaves[path + array], shardings[path + array]
-            reader = _Reader(source, storage, array, leaf.dtype)
+            reader = _Reader(source, storage is DENSE, array, encode, leaf.dtype)
             params[path + array] = _load_leaf(reader, entries, leaf, sharding)
         done += sum(source.tensors[entry.hf].nbytes for entry in entries)
         progress(done, total)
@@ -202,19 +204,21 @@ class _Reader:
 
     Attributes:
         source: the checkpoint.
-        storage: how the array's parameter is held.
-        array: which of its arrays.
+        dense: whether the array is the parameter itself.
+        array: which of those that hold it.
+        encode: makes parts of these.
         dtype: of the array.
     """
 
     source: Source
-    storage: Storage
+    dense: bool
     array: str
+    encode: Encode
     dtype: np.dtype
 
     def numbers(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Read a part and cast it; float16 must be able to hold the values."""
-        values = self.storage.encode(self.source, name, self.array, index)
+        values = self.encode(name, self.array, index)
         with np.errstate(over="ignore"):  # told below
             cast = values.astype(self.dtype, copy=False)
         if self.dtype == np.float16 and np.isinf(cast).any() and not np.isinf(values).any():
@@ -226,7 +230,7 @@ class _Reader:
 
     def piece(self, name: str, index: tuple[slice, ...]) -> Piece:
         """Read a part, of FP8 the bytes: a device makes numbers of them several times as fast."""
-        if self.storage is DENSE and isinstance(self.source, fp8.DequantisedSource):
+        if self.dense and isinstance(self.source, fp8.DequantisedSource):
             quantised = self.source.read_quantised(name, index, self.dtype)
             if quantised is not None:
                 return quantised

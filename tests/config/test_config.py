@@ -135,7 +135,10 @@ mesh: 8
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.quantization=nf4", 'got "nf4", which is not built yet, expected null'),
+        (
+            "model.quantization=fp8",
+            'got "fp8", which is not built yet, expected nf4, int8 or null',
+        ),
         (
             "adapter.peft_type=BOTTLENECK",
             'got "BOTTLENECK", which is not built yet, expected LORA, IA3, PREFIX_TUNING or null',

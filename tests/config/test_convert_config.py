@@ -34,10 +34,6 @@ FACTORY_REFUSED = [
     ({"stage": "pt"}, 'stage: got "pt", expected packing: false beside pt; documents that are cut'),
     ({"finetuning_type": "freeze"}, 'finetuning_type: got "freeze", expected lora or full; tr'),
     (
-        {"quantization_bit": 4},
-        'quantization_bit: here model.quantization: got "nf4", which is not built yet',
-    ),
-    (
         {"quantization_bit": 3},
         "quantization_bit: got 3, expected 4 (of quantization_type nf4) or 8",
     ),
@@ -81,10 +77,6 @@ FACTORY_REFUSED = [
 TRL_REFUSED = [
     ({"dataset_name": None, "use_peft": False}, "dataset_name: got nothing, expected a data set"),
     ({"max_length": None}, "max_length: got null, expected an integer; write the length of the lo"),
-    (
-        {"load_in_4bit": True},
-        'load_in_4bit: here model.quantization: got "nf4", which is not built',
-    ),
     ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, 'bnb_4bit_quant_type: got "fp4", expec'),
     ({"dtype": "float16"}, 'dtype: got "float16", expected float32 or bfloat16 in full training'),
     ({"completion_only_loss": False}, "completion_only_loss: got false, expected a file without"),

@@ -150,6 +150,15 @@ FACTORY_VALUES = [
     ),
     ({"finetuning_type": "full"}, {"adapter.peft_type": None, "export.format": "merged"}),
     ({"finetuning_type": "full", "pure_bf16": True}, {"model.param_dtype": "bfloat16"}),
+    (
+        {"quantization_bit": 4},
+        {"model.quantization": "nf4", "model.quantization_double": True},
+    ),
+    ({"quantization_bit": 4, "double_quantization": False}, {"model.quantization_double": False}),
+    (
+        {"quantization_bit": 8},
+        {"model.quantization": "int8", "model.quantization_double": False},
+    ),
     ({"pure_bf16": True, "bf16": False}, {"model.dtype": "bfloat16", "model.param_dtype": None}),
     ({"bf16": False, "fp16": True}, {"model.dtype": "float16"}),
     ({"adapter_name_or_path": "old"}, {"adapter.path": "old", "adapter.peft_type": None}),
@@ -212,6 +221,15 @@ TRL_VALUES = [
         {"adapter.target_modules": "all-linear"},
     ),
     ({"use_peft": True, "use_rslora": True}, {"adapter.use_rslora": True}),
+    (
+        {"use_peft": True, "load_in_4bit": True, "dtype": "bfloat16"},
+        {"model.quantization": "nf4", "model.quantization_double": False},
+    ),
+    (
+        {"use_peft": True, "load_in_4bit": True, "use_bnb_nested_quant": True},
+        {"model.quantization_double": True},
+    ),
+    ({"use_peft": True, "load_in_8bit": True}, {"model.quantization": "int8"}),
     ({"use_peft": False, "lora_r": 64}, {"adapter.peft_type": None}),
     ({"gradient_checkpointing": False}, {"training.gradient_checkpointing": "none"}),
     ({"activation_checkpointing": True}, {"training.gradient_checkpointing": "full"}),

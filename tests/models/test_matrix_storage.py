@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A kind of storage is a record: loaded in pieces, sharded, decoded in the scan, trained over.
 
-The kind here is one for tests: int8 with a scale for each row. A model that holds its matrices so
-gives the numbers of a dense one whose weights are the decoded ones.
+Shown of int8. A model that holds its matrices so gives the numbers of a dense one whose weights are
+the decoded ones.
 """
 
 import functools
@@ -26,55 +26,18 @@ from dsjax.adapters.ia3 import IA3Config
 from dsjax.adapters.lora import LoraConfig
 from dsjax.config import MeshSection
 from dsjax.distributed import arrays
-from dsjax.distributed.arrays import row_pieces
 from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import Leaf, leaf_shardings
-from dsjax.models import STORAGE, base_shapes, build, entries_of
+from dsjax.models import STORAGE, Quantization, base_shapes, build, entries_of
 from dsjax.models.layers import Linear
+from dsjax.models.quantization.int8 import SCALE, decode, quantise
 from dsjax.models.slots import LinearMap
-from dsjax.models.storage import Storage, StoredArray, store
-from dsjax.training import setup
+from dsjax.models.storage import store
 from dsjax.training.partition import make_partition
 from dsjax.training.state import state_bytes
 from dsjax.weights import load as loading
 
-SCALE = "_scale"
-
-
-def _arrays(shape: tuple[int, int], axes: tuple[str | None, ...]) -> Mapping[str, StoredArray]:
-    return {
-        "": StoredArray(shape, "int8", axes),
-        SCALE: StoredArray((shape[0], 1), "float32", (axes[0], None)),
-    }
-
-
-def _quantise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    scale = np.abs(values).max(axis=-1, keepdims=True).astype(np.float32) / np.float32(127)
-    return np.rint(values / scale).astype(np.int8), scale
-
-
-def _encode(source: Any, name: str, array: str, index: tuple[slice, ...]) -> np.ndarray:
-    """Whole rows at a time, however many rows of scales are wanted at once."""
-    rows, columns = index
-    count, width = source.tensors[name].shape
-    first, last, _ = rows.indices(count)
-    parts = []
-    for (piece,) in row_pieces((last - first, width), 4):
-        values = source.read(name, (slice(first + piece.start, first + piece.stop),))
-        parts.append(_quantise(values.astype(np.float32))[array == SCALE])
-    return np.concatenate(parts)[:, columns]
-
-
-def _decode(stored: Mapping[str, jax.Array], dtype: jnp.dtype) -> jax.Array:
-    return (stored[""].astype(jnp.float32) * stored[SCALE]).astype(dtype)
-
-
-@pytest.fixture(autouse=True)
-def int8_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(STORAGE, "int8_rows", Storage(_arrays, _encode, _decode))
-
-
-int8_build = functools.partial(build, storage="int8_rows")
+int8_build = functools.partial(build, quantization=Quantization("int8"))
 
 MESHES = [{"fsdp": 8}, {"fsdp": 2, "tensor": 2, "expert": 2}]
 
@@ -142,7 +105,7 @@ def test_it_is_loaded_in_pieces_and_sharded_as_the_dense_one(
     for entry in entries_of(model):
         values = source.read(entry.hf)
         if entry.path in scaled:
-            values, scale = _quantise(values.astype(np.float32))
+            values, scale = quantise(values.astype(np.float32))
             np.testing.assert_array_equal(params[entry.path + SCALE][entry.index], scale)
         np.testing.assert_array_equal(params[entry.path][entry.index], values)
 
@@ -171,7 +134,7 @@ def _start_dense(kind: str, stored: tiny_steps.Run) -> tiny_steps.Run:
         if path + SCALE not in stored.frozen:
             return tiny_steps.random_array(path, leaf)
         pair = {"": stored.frozen[path], SCALE: stored.frozen[path + SCALE]}
-        return np.asarray(_decode(pair, jnp.dtype(jnp.float32)))
+        return np.asarray(decode(pair, jnp.dtype(jnp.float32)))
 
     return tiny_steps.start(SHAPES[kind], LORA[kind], values=values)
 
@@ -214,9 +177,9 @@ class _ByWeight(nnx.Module):
 
 def test_a_slot_is_handed_the_decoded_weight() -> None:
     linear = Linear(6, 4, (None, None), bias=True)
-    store(linear, STORAGE["int8_rows"])
+    store(linear, STORAGE["int8"])
     rng = np.random.default_rng(0)
-    codes, scales = _quantise(rng.normal(size=(4, 6)).astype(np.float32))
+    codes, scales = quantise(rng.normal(size=(4, 6)).astype(np.float32))
     arrays = {"weight": codes, f"weight{SCALE}": scales, "bias": np.float32([1, 2, 3, 4])}
     for name, values in arrays.items():
         setattr(linear, name, getattr(linear, name).replace(jnp.asarray(values)))
@@ -259,9 +222,8 @@ def test_first_values_are_made_of_the_decoded_stack(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_a_run_trains_evaluates_and_exports(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(setup, "build", int8_build)
     rng = np.random.default_rng(0)
     rows = tmp_path / "rows.jsonl"
     lines = [{"input_ids": rng.integers(3, 250, 20).tolist()} for _ in range(16)]
@@ -270,6 +232,7 @@ def test_a_run_trains_evaluates_and_exports(
         "model": {
             "path": str(tiny.build_checkpoint(tmp_path / "model", "deepseek_v3")),
             "dtype": "float32",
+            "quantization": "int8",
         },
         "data": {"train": str(rows), "eval": str(rows), "format": "tokens", "max_length": 64},
         "adapter": {"peft_type": "LORA", "r": 4, "target_modules": ["kv_b_proj", "o_proj"]},
@@ -290,7 +253,6 @@ def test_a_run_trains_evaluates_and_exports(
     adapter = tmp_path / "run/export/adapter_model.safetensors"
     assert adapter.is_file()
     # The same rows over the dense base: near, but not the same numbers.
-    monkeypatch.setattr(setup, "build", build)
     words = ["--model", config["model"]["path"], "--adapter", str(adapter.parent)]
     assert evaluate.main([*words, "--data", str(rows), "--dtype", "float32"]) == 0
     dense = json.loads(capsys.readouterr().out)["loss"]

@@ -26,6 +26,7 @@ OTHER: dict[str, Any] = {
     "training.gradient_accumulation_steps": 2,
     "model.dtype": "float32",
     "model.param_dtype": "bfloat16",
+    "model.quantization": "nf4",
     "adapter.peft_type": "LORA",
     "adapter.layers_to_transform": [1],
     "adapter.feedforward_modules": ["o_proj"],
@@ -46,7 +47,7 @@ OTHER: dict[str, Any] = {
     "export.format": "peft",
     "export.dtype": "fp8",
 }
-ONE_VALUE = ("model.quantization", "model.attention", "adapter.use_dora", "objective.type")
+ONE_VALUE = ("model.attention", "adapter.use_dora", "objective.type")
 """Keys that have but one value yet."""
 
 

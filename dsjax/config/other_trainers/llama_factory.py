@@ -124,6 +124,9 @@ def _convert_number_types(draft: Draft) -> None:
         draft.refuse("quantization_bit", "4 (of quantization_type nf4) or 8", "take it out")
     elif bits is not None:
         draft.set("quantization_bit", "model.quantization", {4: "nf4", 8: "int8"}[bits])
+        if bits == 4 and draft.values.get("double_quantization", True):
+            draft.set("double_quantization", "model.quantization_double", True)
+        draft.tell("quantization_bit", trainer.QUANTIZED_EXPERTS)
     for key in ("gradient_checkpointing", "activation_checkpointing"):
         if key in draft.given:
             draft.tell(key, "disable_gradient_checkpointing decides, there too", same=True)

@@ -39,6 +39,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "pure_bf16": read("model.param_dtype", "full training: bfloat16, rounded at random"),
         "quantization_bit": read("model.quantization", "4: nf4; 8: int8"),
         "quantization_type": read("model.quantization", "nf4"),
+        "double_quantization": read("model.quantization_double", "true is their default"),
         "disable_gradient_checkpointing": read("training.gradient_checkpointing", MEMORY),
         "dataset": read("data.train", _INFO),
         "eval_dataset": read("data.eval", _INFO),
@@ -68,7 +69,6 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         **each("use_fast_tokenizer", nothing("the fast tokenizer is used")),
         **each("ignore_pad_token_for_loss", nothing("padding is never trained")),
         **each("upcast_layernorm upcast_lmhead_output", nothing("norms and logits are in float32")),
-        **each("double_quantization", nothing("see model.quantization")),
         **each("print_param_status", nothing("the announcement counts what trains")),
         **each(
             "ray_run_name ray_storage_path ray_num_workers", nothing("see --devices and launch/")

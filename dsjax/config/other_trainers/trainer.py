@@ -15,6 +15,11 @@ EXPERTS = (
     "are modules: name gate_proj, up_proj and down_proj for them"
 )
 
+QUANTIZED_EXPERTS = (
+    "routed experts are quantized, too, which bitsandbytes leaves as they are; "
+    "model.quantization_experts=false does so"
+)
+
 _ADAMW = (
     "adamw_torch",
     "adamw_torch_fused",

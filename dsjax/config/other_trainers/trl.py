@@ -152,6 +152,9 @@ def _convert_number_types(draft: Draft) -> None:
         draft.refuse("bnb_4bit_quant_type", "nf4", "fp4 is not here")
     for name in bits:
         draft.set(name, "model.quantization", "nf4" if name == "load_in_4bit" else "int8")
+        draft.tell(name, trainer.QUANTIZED_EXPERTS)
+    if draft.on("load_in_4bit") and draft.on("use_bnb_nested_quant"):
+        draft.set("use_bnb_nested_quant", "model.quantization_double", True)
     checkpointing = next(
         (
             name

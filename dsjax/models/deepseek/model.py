@@ -13,7 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dsjax.distributed.sequence import copy_rows
-from dsjax.models.decoder import LATENTS, Block, CausalLM, LayerInputs, StackInputs, append_to_cache
+from dsjax.models.cache import append_to_cache
+from dsjax.models.decoder import LATENTS, Block, CausalLM, LayerInputs, StackInputs
 from dsjax.models.deepseek.config import LATENT_EPS, DeepseekConfig
 from dsjax.models.deepseek.mtp import MTP
 from dsjax.models.layers import MLP, LayerNorm, Linear, RMSNorm, spread

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dsjax.distributed.sequence import copy_rows
-from dsjax.models.decoder import Block, CausalLM, LayerInputs, StackInputs, append_to_cache
+from dsjax.models.cache import append_to_cache
+from dsjax.models.decoder import Block, CausalLM, LayerInputs, StackInputs
 from dsjax.models.layers import MLP, Linear, RMSNorm
 from dsjax.models.llama.config import LlamaConfig
 from dsjax.models.ops.attention import dot_product_attention

@@ -7,6 +7,8 @@ they are not exact enough; CUDA has `grouped_matmul_cuda`; every other platform 
 of rows. Not done here: sorting the rows.
 """
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +23,11 @@ from dsjax.models.ops.blocks import precision
 MEGABLOX_TILE = (256, 1024, 1024)
 """Rows, inner size and columns that megablox multiplies at a time. Its matrices stay in the layout
 that they are held in; XLA's `ragged_dot` would copy the stacks of all layers into another one."""
+
+Stored = Mapping[str, jax.Array]
+"""Arrays that hold a matrix for each group, by name."""
+
+Decode = Callable[[Stored, jnp.dtype], jax.Array]
 
 LOOP_ROWS = 32
 """Rows that the loop over tiles multiplies at a time."""
@@ -46,7 +53,7 @@ def grouped_matmul(
 
 @jax.custom_vjp
 def _product(x_ZI: jax.Array, weight_EOI: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    return _by_rows(x_ZI, weight_EOI, sizes_E, transposed=True)
+    return _by_rows(x_ZI, {"": weight_EOI}, sizes_E, transposed=True)
 
 
 def _forward(x_ZI: jax.Array, weight_EOI: jax.Array, sizes_E: jax.Array):
@@ -55,11 +62,46 @@ def _forward(x_ZI: jax.Array, weight_EOI: jax.Array, sizes_E: jax.Array):
 
 def _backward(residuals: tuple[jax.Array, ...], y_ZO: jax.Array):
     x_ZI, weight_EOI, sizes_E = residuals
-    dx_ZI = _by_rows(y_ZO, weight_EOI, sizes_E, transposed=False)
+    dx_ZI = _by_rows(y_ZO, {"": weight_EOI}, sizes_E, transposed=False)
     return dx_ZI, _by_weights(x_ZI, y_ZO, sizes_E, weight_EOI.dtype), None
 
 
 _product.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def stored_grouped_matmul(
+    decode: Decode, x_ZI: Float[Array, "Z I"], stored: Stored, sizes_E: Int[Array, " E"]
+) -> Float[Array, "Z O"]:
+    """`grouped_matmul` by matrices that do not train and are held in another form.
+
+    They are decoded again for the gradient of x. The loop over tiles decodes a group's matrix at a
+    time; the kernels for TPU and CUDA take those of all groups that are here.
+
+    Args:
+        decode: (arrays, dtype) -> the matrices that they hold.
+        x_ZI: rows, sorted by group.
+        stored: the arrays, which all lead with E.
+        sizes_E: rows of each group.
+    """
+    return _by_rows(x_ZI, stored, sizes_E, transposed=True, decode=decode)
+
+
+def _stored_forward(decode: Decode, x_ZI: jax.Array, stored: Stored, sizes_E: jax.Array):
+    return stored_grouped_matmul(decode, x_ZI, stored, sizes_E), (stored, sizes_E)
+
+
+def _stored_backward(decode: Decode, residuals: tuple[Stored, jax.Array], y_ZO: jax.Array):
+    stored, sizes_E = residuals
+    return _by_rows(y_ZO, stored, sizes_E, transposed=False, decode=decode), None, None
+
+
+stored_grouped_matmul.defvjp(_stored_forward, _stored_backward)
+
+
+def _as_held(stored: Stored, dtype: jnp.dtype) -> jax.Array:
+    """Decode matrices that are held as they are."""
+    return stored[""]
 
 
 class Tiles(NamedTuple):
@@ -94,31 +136,40 @@ def tiles_of(sizes_E: Int[Array, " E"], rows: int, tile_rows: int) -> Tiles:
 
 
 def _by_rows(
-    x_ZK: jax.Array, weight: jax.Array, sizes_E: jax.Array, *, transposed: bool
+    x_ZK: jax.Array,
+    stored: Stored,
+    sizes_E: jax.Array,
+    *,
+    transposed: bool,
+    decode: Decode = _as_held,
 ) -> jax.Array:
     """x W^T, or x W, for each group, in x's dtype; zeros beyond the groups."""
     dtype = x_ZK.dtype
 
-    def tpu(x_ZK, weight, sizes_E):
-        weight = weight.astype(x_ZK.dtype)
-        if x_ZK.dtype == jnp.bfloat16:
+    def tpu(x_ZK, stored, sizes_E):
+        weight = decode(stored, dtype).astype(dtype)
+        if dtype == jnp.bfloat16:
             rows = _whole_tiles(x_ZK)
             y_ZN = gmm(rows, weight, sizes_E, dtype, MEGABLOX_TILE, transpose_rhs=transposed)
             return y_ZN[: x_ZK.shape[0]]
         contract = ((1,), (2 if transposed else 1,))
         return _ragged(x_ZK, weight, sizes_E, contract, [0], dtype)
 
-    def cuda(x_ZK, weight, sizes_E):
+    def cuda(x_ZK, stored, sizes_E):
         tiles = tiles_of(sizes_E, x_ZK.shape[0], grouped_matmul_cuda.TILE_ROWS)
-        weight = weight.astype(x_ZK.dtype)
+        weight = decode(stored, dtype).astype(dtype)
         return grouped_matmul_cuda.multiply(
             x_ZK, weight, *tiles[:3], transposed=transposed, dtype=dtype
         )
 
-    def loop(x_ZK, weight, sizes_E):
-        return _loop_over_rows(x_ZK, weight, sizes_E, transposed).astype(dtype)
+    def loop(x_ZK, stored, sizes_E):
+        def matrix(group: jax.Array) -> jax.Array:
+            own = {name: array[group] for name, array in stored.items()}
+            return decode(own, dtype).astype(dtype)
 
-    y_ZN = lax.platform_dependent(x_ZK, weight, sizes_E, tpu=tpu, cuda=cuda, default=loop)
+        return _loop_over_rows(x_ZK, matrix, sizes_E, transposed).astype(dtype)
+
+    y_ZN = lax.platform_dependent(x_ZK, stored, sizes_E, tpu=tpu, cuda=cuda, default=loop)
     return jnp.where((jnp.arange(x_ZK.shape[0]) < sizes_E.sum())[:, None], y_ZN, 0)
 
 
@@ -162,9 +213,15 @@ def _ragged(
 
 
 def _loop_over_rows(
-    x_ZK: jax.Array, weight: jax.Array, sizes_E: jax.Array, transposed: bool
+    x_ZK: jax.Array,
+    matrix: Callable[[jax.Array], jax.Array],
+    sizes_E: jax.Array,
+    transposed: bool,
 ) -> Float[Array, "Z N"]:
-    """Tile after tile. Sums stay float32: XLA for CPU would convert all of a narrower buffer."""
+    """Multiply tile after tile by the matrix of its group.
+
+    Sums stay float32: XLA for CPU would convert all of a narrower buffer.
+    """
     rows = min(LOOP_ROWS, x_ZK.shape[0])
     tiles = tiles_of(sizes_E, x_ZK.shape[0], rows)
     contract = 1 if transposed else 0
@@ -172,14 +229,14 @@ def _loop_over_rows(
     def multiply(tile, y_ZN):
         first, has_row_M = _window(tiles, tile, rows, x_ZK.shape[0])
         x_MK = lax.dynamic_slice_in_dim(x_ZK, first, rows)
-        matrix = weight[tiles.group_Q[tile]].astype(x_ZK.dtype)
-        new_MN = _dot(x_MK, matrix, 1, contract)
+        new_MN = _dot(x_MK, matrix(tiles.group_Q[tile]), 1, contract)
         old_MN = lax.dynamic_slice_in_dim(y_ZN, first, rows)
         return lax.dynamic_update_slice_in_dim(
             y_ZN, jnp.where(has_row_M[:, None], new_MN, old_MN), first, 0
         )
 
-    shape = (x_ZK.shape[0], weight.shape[2 - contract])
+    width = jax.eval_shape(matrix, tiles.group_Q[0]).shape[1 - contract]
+    shape = (x_ZK.shape[0], width)
     return lax.fori_loop(0, tiles.count, multiply, jnp.zeros(shape, jnp.float32))
 
 

@@ -167,7 +167,11 @@ def test_a_yaml_file_of_other_bytes(cli_runner: CliRunner):
         ),
         (["adapter.peft_type=BOTTLENECK"], ["adapter.peft_type", "which is not built yet"]),
         (["adapter.use_dora=true"], ["adapter.use_dora: got true, which is not built yet"]),
-        (["model.quantization=nf4"], ['model.quantization: got "nf4", which is not built yet']),
+        (["model.quantization=fp8"], ['model.quantization: got "fp8", which is not built yet']),
+        (
+            ["model.quantization=nf4", "adapter.peft_type=null"],
+            ["model.quantization: got nf4 without an adapter", "set adapter.peft_type"],
+        ),
         (["model.dtype=fp16"], ['model.dtype: got "fp16"', "bfloat16, float32 or float16"]),
         (["data.format=chatml"], ['data.format: got "chatml"', "messages, sharegpt, alpaca"]),
         (["data.max_length=1"], ["data.max_length: got 1", "an integer >= 2"]),
