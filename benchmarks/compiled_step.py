@@ -175,7 +175,8 @@ def _cost(
         small = any(min(shape) <= SMALL for shape in shapes)
         return ("small products" if small else "large products"), moved
     if one.op == "fusion-start":
-        return KINDS[1], _fusion_cost(all_of[one.called("calls")[0]])[1]
+        kind, moved = _fusion_cost(all_of[one.called("calls")[0]])
+        return (kind if kind == "element-wise" else KINDS[1]), moved
     if one.op == "fusion":
         body = all_of[one.called("calls")[0]]
         inside = [i for i in body.values() if i.op == "custom-call"]

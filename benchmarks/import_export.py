@@ -2,13 +2,15 @@
 """How fast checkpoints come in and go out, and what host memory that takes beyond the arrays.
 
     python benchmarks/import_export.py [--model llama|deepseek_v3] [--gigabytes 6] [--repeats 3]
+                                       [--quantization nf4|int8|fp8]
 
 Makes a synthetic checkpoint in shards of 1 GB, a llama in bfloat16 or a small V3 in FP8, then
 measures each way in and out in a process of its own: `import` (load for a LoRA run), `export`
 (merge and prove, as a run ends), `to-flax`, `to-hf`; and a plain `cp` of the same files. Memory is
 resident memory: above what the libraries and an initialised JAX take, and above the arrays that are
-held. CPU seconds are of all threads together: on a shared machine they say more than seconds. The
-files may still be in the page cache when they are read; so they may for `cp`. Out: a table, and
+held; with `--quantization` these are the quantized ones, and `import` and `export` alone are
+measured. CPU seconds are of all threads together: on a shared machine they say more than seconds.
+The files may still be in the page cache when they are read; so they may for `cp`. Out: a table, and
 JSON under benchmarks/results.
 """
 
@@ -71,6 +73,9 @@ MODELS = {
 """--model -> its config.json, its sizes, and the targets of the adapter."""
 
 OUTPUTS = {"export": "merged", "to-flax": "flax", "to-hf": "again"}
+QUANTIZED = ("import", "export")
+"""What holds weights as `model.quantization` says."""
+
 COPIES = 3
 LIMIT = 1e9
 
@@ -87,7 +92,7 @@ def config_of(model: str, gigabytes: float) -> dict[str, Any]:
 # ---- In the process that is measured
 
 
-def measure(task: str, folder: Path) -> dict[str, Any]:
+def measure(task: str, folder: Path, quantization: str | None) -> dict[str, Any]:
     """Run one task in this process, and say what it took."""
     import jax
     import jax.numpy as jnp
@@ -95,9 +100,11 @@ def measure(task: str, folder: Path) -> dict[str, Any]:
     from dsjax.export import command as export  # noqa: F401  (their memory is the libraries')
 
     jnp.zeros(8).block_until_ready()
-    return {"import": _import, "export": _export, "to-flax": _to_flax, "to-hf": _to_hf}[task](
-        folder, machine.resident_bytes(), jax
-    )
+    baseline = machine.resident_bytes()
+    if task in QUANTIZED:
+        config = _run_config(folder, quantization)
+        return {"import": _import, "export": _export}[task](folder, baseline, jax, config)
+    return {"to-flax": _to_flax, "to-hf": _to_hf}[task](folder, baseline)
 
 
 def _figures(memory: Any, baseline: int, arrays: int) -> dict[str, Any]:
@@ -111,12 +118,12 @@ def _figures(memory: Any, baseline: int, arrays: int) -> dict[str, Any]:
     }
 
 
-def _run_config(folder: Path) -> Any:
+def _run_config(folder: Path, quantization: str | None) -> Any:
     from dsjax.config import RunConfig
 
     kind = json.loads((folder / "model" / "config.json").read_text())["model_type"]
     sections = {
-        "model": {"path": str(folder / "model")},
+        "model": {"path": str(folder / "model"), "quantization": quantization},
         "adapter": {"peft_type": "LORA", "r": 16, "target_modules": MODELS[kind][2]},
         "data": {"train": ["none"]},
         "export": {"min_kept": None},  # random numbers: what bfloat16 keeps of them says nothing
@@ -125,32 +132,31 @@ def _run_config(folder: Path) -> Any:
     return RunConfig.model_validate(sections)
 
 
-def _load(folder: Path, jax: Any) -> tuple[Any, Any, dict, dict]:
+def _load(config: Any, jax: Any) -> tuple[Any, dict, dict]:
     from dsjax.training.setup import assemble, load_frozen, load_trainable
 
-    config = _run_config(folder)
     setup = assemble(config)
     frozen = load_frozen(setup, 0)
     trainable = load_trainable(setup, frozen, 0)
     jax.block_until_ready((frozen, trainable))
-    return config, setup, frozen, trainable
+    return setup, frozen, trainable
 
 
 def _nbytes(*groups: Mapping[str, Any]) -> int:
     return sum(array.nbytes for group in groups for array in group.values())
 
 
-def _import(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
+def _import(folder: Path, baseline: int, jax: Any, config: Any) -> dict[str, Any]:
     with machine.PeakMemory() as memory:
-        _, _, frozen, trainable = _load(folder, jax)
+        _, frozen, trainable = _load(config, jax)
     return _figures(memory, baseline, _nbytes(frozen, trainable))
 
 
-def _export(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
+def _export(folder: Path, baseline: int, jax: Any, config: Any) -> dict[str, Any]:
     from dsjax.export.folder import Output
     from dsjax.export.run import Trained, export_trained
 
-    config, setup, frozen, trainable = _load(folder, jax)
+    setup, frozen, trainable = _load(config, jax)
     for path, array in trainable.items():
         if path.endswith("lora_B"):
             trainable[path] = array + 0.01
@@ -161,7 +167,7 @@ def _export(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
     return _figures(memory, baseline, arrays)
 
 
-def _to_flax(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
+def _to_flax(folder: Path, baseline: int) -> dict[str, Any]:
     from dsjax.weights.convert import to_flax
 
     with machine.PeakMemory() as memory:
@@ -169,7 +175,7 @@ def _to_flax(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
     return _figures(memory, baseline, _weights(folder / "model"))
 
 
-def _to_hf(folder: Path, baseline: int, jax: Any) -> dict[str, Any]:
+def _to_hf(folder: Path, baseline: int) -> dict[str, Any]:
     from dsjax.weights.convert import to_hf
 
     with machine.PeakMemory() as memory:
@@ -184,9 +190,10 @@ def _weights(folder: Path) -> int:
 # ---- In the process that asks
 
 
-def in_process(task: str, folder: Path) -> dict[str, Any]:
+def in_process(task: str, folder: Path, quantization: str | None) -> dict[str, Any]:
     """Run `measure` in a fresh process."""
     words = [sys.executable, __file__, "--task", task, "--folder", str(folder)]
+    words += [] if quantization is None else ["--quantization", quantization]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -207,17 +214,19 @@ def _cpu_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def run(folder: Path, repeats: int) -> dict[str, Any]:
+def run(folder: Path, repeats: int, quantization: str | None) -> dict[str, Any]:
     """Measure `cp`, then every task `repeats` times; times are medians, memory is the highest."""
-    tasks: dict[str, list[dict[str, Any]]] = {task: [] for task in ("import", *OUTPUTS)}
+    chosen = ("import", *OUTPUTS) if quantization is None else QUANTIZED
+    tasks: dict[str, list[dict[str, Any]]] = {task: [] for task in chosen}
     copies = [plain_copy(folder) for _ in range(COPIES)]
     for repeat in range(repeats):
         for task, rounds in tasks.items():
-            rounds.append(in_process(task, folder))
+            rounds.append(in_process(task, folder, quantization))
             print(f"{task} {repeat + 1}/{repeats}: {rounds[-1]}", file=sys.stderr)
-        _check_identical(folder / "model", folder / OUTPUTS["to-hf"])
+        if "to-hf" in tasks:
+            _check_identical(folder / "model", folder / OUTPUTS["to-hf"])
         for name in OUTPUTS.values():
-            shutil.rmtree(folder / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
     size = _weights(folder / "model")
     summary = {
         task: {
@@ -256,7 +265,7 @@ def report(results: Mapping[str, Any]) -> str:
         "| | seconds | MB/s | of cp's | CPU seconds | arrays held (GB) | memory above them (GB) |",
         "|---|---|---|---|---|---|---|",
     ]
-    for task in ("cp", "import", *OUTPUTS):
+    for task in [task for task in ("cp", "import", *OUTPUTS) if task in results]:
         r = results[task]
         held = f"{r['array_bytes'] / 1e9:.2f}" if "array_bytes" in r else ""
         above = f"{r['above_arrays_bytes'] / 1e9:.2f}" if "above_arrays_bytes" in r else ""
@@ -279,26 +288,29 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="result file")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--task", choices=("import", *OUTPUTS), help=argparse.SUPPRESS)
+    parser.add_argument("--quantization", choices=("nf4", "int8", "fp8"))
     words = parser.parse_args()
     if words.task:
-        print(json.dumps(measure(words.task, words.folder)))
+        print(json.dumps(measure(words.task, words.folder, words.quantization)))
         return 0
     described = machine.describe()
     with tempfile.TemporaryDirectory(dir=words.folder, prefix="dsjax-import-export-") as name:
         folder = Path(name)
         config = config_of(words.model, words.gigabytes)
         synthetic.write_checkpoint(folder / "model", config, "bfloat16")
-        results = run(folder, words.repeats)
+        results = run(folder, words.repeats, words.quantization)
     command = (
         f"python benchmarks/import_export.py --model {words.model} "
         f"--gigabytes {words.gigabytes:g} --repeats {words.repeats}"
-    )
-    out = words.out or RESULTS / f"import_export_{words.model}.json"
+    ) + (f" --quantization {words.quantization}" if words.quantization else "")
+    name = "_".join(filter(None, ("import_export", words.model, words.quantization)))
+    out = words.out or RESULTS / f"{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"command": command, "machine": described, "results": results}, indent=2)
     out.write_text(text + "\n")
     print(report(results))
-    above = {task: results[task]["above_arrays_bytes"] for task in ("import", *OUTPUTS)}
+    tasks = [task for task in ("import", *OUTPUTS) if task in results]
+    above = {task: results[task]["above_arrays_bytes"] for task in tasks}
     over = {task: value for task, value in above.items() if value >= LIMIT}
     print(f"over the limit of 1 GB: {', '.join(over)}" if over else "all within 1 GB")
     return 1 if over else 0

@@ -68,6 +68,23 @@ PLANS: list[tuple[str, str, str, list[str]]] = [
     ("R1-Distill-Qwen-7B, LoRA, one A100", "r1_distill_qwen_7b_lora", "a100-40gb:1", []),
     ("R1-Distill-Llama-8B, LoRA, v5e-8", "r1_distill_llama_8b_lora", "v5e:2x4", []),
     ("R1-Distill-Llama-8B, LoRA, one A100", "r1_distill_llama_8b_lora", "a100-40gb:1", []),
+    ("DeepSeek-R1, LoRA over NF4, 8 chips of v5p", "deepseek_r1_qlora", "v5p:2x2x2", []),
+    ("The same recipe, one node of 8 H100", "deepseek_r1_qlora", "h100:8", []),
+    (
+        "DeepSeek-R1, LoRA over its FP8 weights, 16 chips of v5p",
+        "deepseek_r1_lora",
+        "v5p:2x2x4",
+        ["model.quantization=fp8"],
+    ),
+    (
+        "The same recipe, one node of 8 H200",
+        "deepseek_r1_lora",
+        "h200:8",
+        ["model.quantization=fp8", "training.batch_size=32"],
+    ),
+    ("R1-Distill-Llama-8B, QLoRA, one chip of v5e", "r1_distill_llama_8b_qlora", "v5e:1x1", []),
+    ("The same recipe, one L4", "r1_distill_llama_8b_qlora", "l4:1", []),
+    ("DeepSeek-V2-Lite, QLoRA, one L4", "deepseek_v2_lite_qlora", "l4:1", []),
     ("Quickstart, full training, a CPU", "quickstart_pretrain", "cpu:1", []),
     ("Quickstart, LoRA, a CPU", "quickstart", "cpu:1", []),
 ]
@@ -156,8 +173,14 @@ def _section(python: str, recipe: str, topology: str, overrides: list[str]) -> s
     return (
         f"```\n{' '.join(command)}\n```\n\n```\n{text.rstrip()}\n```\n\n"
         f"The command took {seconds:.0f} s and at most {gigabytes:.1f} GB of this machine's "
-        "memory.\n"
+        f"memory, with jax {_jax_of(python)}.\n"
     )
+
+
+def _jax_of(python: str) -> str:
+    """Version of jax in an environment."""
+    asked = "import importlib.metadata; print(importlib.metadata.version('jax'))"
+    return subprocess.run([python, "-c", asked], capture_output=True, text=True).stdout.strip()
 
 
 def _model(recipe: str, folder: Path) -> Path:
@@ -165,16 +188,17 @@ def _model(recipe: str, folder: Path) -> Path:
     if recipe.startswith("quickstart"):
         (folder / "config.json").write_text(json.dumps(CONFIG))
         return folder
-    return ROOT / "tests/model_configs" / recipe.removesuffix("_lora").removesuffix("_full")
+    return ROOT / "tests/model_configs" / re.sub("_(lora|qlora|full)$", "", recipe)
 
 
 _HEAD = """# Plans
 
 Whether a run fits is asked of the platform's own compiler, which needs neither the devices nor the
 weights: `python -m dsjax.plan` compiles the very step that training runs, for a slice that is not
-there. Written by `python benchmarks/plans.py`, on a machine without an accelerator ({cores} cores
-of an {cpu}, {gib} GiB of memory); the commands below read the model's config.json from the hub, the
-script from `tests/model_configs`. Seconds count whatever else that machine did meanwhile.
+there. Written by `python benchmarks/plans.py` without an accelerator, the last of them on {cores}
+cores of an {cpu} with {gib} GiB of memory. The commands below read
+the model's config.json from the hub, the script from `tests/model_configs`. Seconds count whatever
+else that machine did meanwhile.
 
 **Nothing here ran on a TPU or a GPU.** Memory is what the compilers assign. Times are a roofline:
 every unit at its published peak, everything overlapped, so a real step takes longer; see

@@ -45,6 +45,7 @@ def load_pretrained(
     mesh: Mesh | None = None,
     *,
     quantization: str | None = None,
+    quantization_double: bool = False,
     quantization_experts: bool = True,
     quantization_skip_modules: Sequence[str] = (),
 ) -> Model:
@@ -57,7 +58,9 @@ def load_pretrained(
         adapter: PEFT adapter's folder.
         dtype: what weights are held in and activations are computed in.
         mesh: devices to shard over, axes among `sharding.AXES`; the first device if None.
-        quantization: how the weights of linear maps are held, `nf4` or `int8`; None: in `dtype`.
+        quantization: how the weights of linear maps are held, `nf4`, `int8` or `fp8`; None: in
+            `dtype`.
+        quantization_double: whether nf4's scales are quantized, too.
         quantization_experts: whether routed experts' are held so, too.
         quantization_skip_modules: modules whose weights are not.
 
@@ -74,17 +77,14 @@ def load_pretrained(
     if mesh is None:
         mesh = make_mesh(MeshSection(fsdp=1), jax.devices()[:1])
     mesh = normalize_mesh(mesh)
-    if dtype not in ("bfloat16", "float32", "float16"):
-        raise ConfigError(f"dtype: got {dtype!r}, expected bfloat16, float32 or float16")
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise ConfigError(
-            f"quantization: got {quantization!r}, expected {' or '.join(QUANTIZATIONS)}, or None"
-        )
+    _check_one_of("dtype", dtype, "bfloat16", "float32", "float16")
+    _check_one_of("quantization", quantization, None, *QUANTIZATIONS)
     section = ModelSection.model_validate(
         {
             "path": str(path),
             "dtype": dtype,
             "quantization": quantization,
+            "quantization_double": quantization_double,
             "quantization_experts": quantization_experts,
             "quantization_skip_modules": list(quantization_skip_modules),
         }
@@ -97,6 +97,12 @@ def load_pretrained(
     model = setup.partition.merge(load_trainable(setup, frozen, 0), frozen)
     model.origin = CheckpointOrigin(setup)
     return model
+
+
+def _check_one_of(name: str, value: Any, *choices: str | None) -> None:
+    if value not in choices:
+        *others, last = map(str, choices)
+        raise ConfigError(f"{name}: got {value!r}, expected {', '.join(others)} or {last}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -170,6 +176,9 @@ def save_pretrained(
 ) -> None:
     """Save a model that `load_pretrained` gave, with the values that it has now.
 
+    Matrices that it holds quantized are written as they are in its checkpoint, and an adapter is
+    merged into those.
+
     Args:
         model: the model.
         directory: a new or empty folder.
@@ -195,8 +204,12 @@ def save_pretrained(
         if format == "peft":
             write_peft(folder, setup, adapter)
         else:
-            changes = changed_tensors(setup.model, None, params, {})
+            own = {p: x for p, x in params.items() if not setup.partition.leaves[p].quantized}
+            changes = changed_tensors(setup.model, None, own, {})
             if setup.spec is not None:
                 merged = changed_tensors(setup.model, setup.spec, adapter, {})
-                changes |= {name: compose(changes[name], update) for name, update in merged.items()}
+                changes |= {
+                    name: compose(changes[name], update) if name in changes else update
+                    for name, update in merged.items()
+                }
             write_checkpoint(setup.source, folder, changes)

@@ -35,7 +35,7 @@ Reporters = Annotated[
 ]
 
 
-Quantization = Literal["nf4", "int8"]
+Quantization = Literal["nf4", "int8", "fp8"]
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 
 
@@ -65,8 +65,9 @@ class ModelSection(Section):
     float32. bfloat16 rounds updates at random, so that none is lost on average. Frozen weights are
     held in `dtype`, adapters in float32."""
     quantization: Quantization | None = None
-    """How an adapter's frozen weights are held: nf4 (4.5 bits a weight) or int8 (8 bits), decoded
-    where they are used; null: as numbers of `dtype`. Embedding, norms, routers and head stay."""
+    """How an adapter's frozen weights are held: nf4 (4.5 bits a weight), int8 (8 bits) or, of an
+    FP8 checkpoint, fp8 (its own bytes), decoded where they are used; null: as numbers of `dtype`.
+    Embedding, norms, routers and head stay."""
     quantization_double: bool = False
     """nf4: whether the scales of its blocks are quantized, too (4.13 bits a weight)."""
     quantization_experts: bool = True

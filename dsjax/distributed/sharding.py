@@ -74,6 +74,7 @@ class Leaf:
         kind: `base`, `adapter` or `buffer`.
         count: parameters in it, without the padding of unequal adapter ranks.
         pinned: whether no other dtype will do.
+        quantized: whether it is one of the arrays that hold a matrix in fewer bits.
     """
 
     shape: tuple[int, ...]
@@ -82,6 +83,7 @@ class Leaf:
     kind: str
     count: int
     pinned: bool = False
+    quantized: bool = False
 
 
 def has_experts(leaves: Mapping[str, Leaf]) -> bool:
@@ -130,7 +132,7 @@ def check_experts(leaves: Mapping[str, Leaf], mesh: Mesh) -> None:
     if mesh.shape["tensor"] > 1 and any("whole_matrix" in leaf.axes for leaf in experts):
         raise ConfigError(
             f"mesh.tensor: got {mesh.shape['tensor']}, expected 1: a part of an expert's matrix "
-            "cannot be decoded alone; use mesh.expert, or set model.quantization_double=false"
+            "cannot be decoded alone; use mesh.expert, or another model.quantization"
         )
     raise_all(
         f"mesh.{divisor}: got {mesh.shape[divisor]}, expected a divisor of {field} ({size})"

@@ -33,6 +33,7 @@ from dsjax.models.llama.config import parse_config as parse_llama
 from dsjax.models.llama.model import causal_lm as llama
 from dsjax.models.llama.model import prefix_shape
 from dsjax.models.moe import ExpertLinear
+from dsjax.models.quantization import fp8
 from dsjax.models.quantization.int8 import INT8
 from dsjax.models.quantization.nf4 import NF4
 from dsjax.models.quantization.nf4_double import NF4_DOUBLE
@@ -84,13 +85,14 @@ MODELS = {
 }
 """config.json's model_type -> family."""
 
-STORAGE: dict[str, Storage] = {
-    "dense": DENSE,
-    "nf4": NF4,
-    "nf4_double": NF4_DOUBLE,
-    "int8": INT8,
+STORAGE: dict[str, Callable[[Mapping[str, Any]], Storage | None]] = {
+    "dense": lambda config: DENSE,
+    "nf4": lambda config: NF4,
+    "nf4_double": lambda config: NF4_DOUBLE,
+    "int8": lambda config: INT8,
+    "fp8": fp8.storage_of,
 }
-"""Kind of storage of frozen matrices -> how it works."""
+"""Kind of storage of frozen matrices -> config.json -> how it works; None where it has no place."""
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -123,10 +125,19 @@ class Quantization(NamedTuple):
     experts: bool = True
     skip_modules: Sequence[str] = ()
 
-    @property
-    def storage(self) -> Storage:
-        """How the matrices are held."""
-        return STORAGE[f"{self.kind}_double" if self.double else self.kind]
+    def storage(self, config: Mapping[str, Any]) -> Storage:
+        """Return how the matrices of a checkpoint are held.
+
+        Raises:
+            ConfigError: it has none that could be held so.
+        """
+        found = STORAGE[f"{self.kind}_double" if self.double else self.kind](config)
+        if found is None:
+            raise ConfigError(
+                f"model.quantization: got {self.kind} for a checkpoint that is not in FP8, "
+                "expected int8, nf4 or null"
+            )
+        return found
 
 
 def build(
@@ -147,17 +158,16 @@ def build(
     family = family_of(config)
     model = family.model(family.parse_config(config), jnp.dtype(dtype))
     if quantization is not None:
-        _quantize(model, quantization)
+        _quantize(model, quantization, quantization.storage(config))
     return model
 
 
-def _quantize(model: Model, quantization: Quantization) -> None:
+def _quantize(model: Model, quantization: Quantization, storage: Storage) -> None:
     """Declare other storage for the matrices of a model, or refuse those that do not fit into it.
 
     Raises:
         ConfigError: a matrix cannot be held so; a name that no module has.
     """
-    kind, storage = quantization.kind, quantization.storage
     names = {entry.path: entry.hf for entry in reversed(entries_of(model))}
     linears, problems, skipped = _stacked_linears(model), [], set()
     for path, linear in linears.items():
@@ -170,8 +180,8 @@ def _quantize(model: Model, quantization: Quantization) -> None:
         if expected:
             name = path.rpartition(".")[2]
             problems.append(
-                f"model.quantization: got {kind} for {names[f'{path}.weight']} of shape "
-                f"{list(shape)}, expected {expected}; keep it as it is, with "
+                f"model.quantization: got {quantization.kind} for {names[f'{path}.weight']} of "
+                f"shape {list(shape)}, expected {expected}; keep it as it is, with "
                 f"model.quantization_skip_modules=[{name}], or take int8"
             )
         else:

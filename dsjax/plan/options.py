@@ -18,7 +18,7 @@ USAGE = """Plan: whether a run fits on devices that are not here, by their own c
 
 FILE.yaml          the run's configuration (--config FILE, if its name ends otherwise); of the model
                    its config.json is enough, of data nothing
---topology NAME    v5p:2x4x4 (also v4, v5e, v6e), h100:8, h200:8x4 (also a100, l40s), cpu:8
+--topology NAME    v5p:2x4x4 (also v4, v5e, v6e), h100:8, h200:8x4 (also a100, l4, l40s), cpu:8
 --json             print the plan as JSON on stdout, and nothing else there
 --verbose          also list every array: shape, sharding, bytes on a device
 --search           find the largest batch and the cheapest remat policy that fit

@@ -29,7 +29,7 @@ SLICES: Mapping[str, tuple[str, ...]] = {
     "v5p": _CUBES,
     "v6e": _FLAT,
     **dict.fromkeys(
-        ("a100", "a100-40gb", "h100", "h100-pcie", "h200", "l40s"), ("1", "2", "4", "8")
+        ("a100", "a100-40gb", "h100", "h100-pcie", "h200", "l4", "l40s"), ("1", "2", "4", "8")
     ),
 }
 """Accelerator -> the slices that are usually rented, smallest first; others are taken too. Of GPUs:
@@ -41,6 +41,7 @@ _GPU_TARGETS = {
     "h100": "h100_sxm",
     "h100-pcie": "h100_pcie",
     "h200": "h200_sxm",
+    "l4": "l4",
     "l40s": "l40s",
 }
 """GPU -> its description in gpu_targets/, which XLA compiles for."""

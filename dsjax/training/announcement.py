@@ -6,6 +6,7 @@ configuration is not used. Not done here: how it looks (`console`).
 """
 
 import sys
+from collections.abc import Mapping
 
 import jax
 
@@ -34,7 +35,7 @@ def announce(run: Run) -> str:
     training, loader = config.training, data.train
     length = loader.sequence_length
     step = step_config(config, setup.partition, setup.mesh, total, length)
-    held = sum(state_bytes(step, training.batch_size, length).values())
+    classes = state_bytes(step, training.batch_size, length)
     facts = {
         "model": f"{config.model.path} ({setup.model.config.model_type})",
         "parameters": f"{everything:,}, of which {trained:,} train",
@@ -42,7 +43,7 @@ def announce(run: Run) -> str:
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "mesh": ", ".join(f"{axis} {size}" for axis, size in setup.mesh.shape.items() if size > 1)
         or "1 device",
-        "memory": f"{held / 2**20:,.1f} MiB per device, without gradients and activations",
+        "memory": _memory_text(classes, config.model.quantization),
         "rows": _rows_text(loader),
         "batch": _batch_text(training.batch_size, step.accumulation),
         "evaluation": _evaluation_text(data.eval),
@@ -97,6 +98,14 @@ def large_on_cpu(parameters: int, platform: str) -> list[str]:
         f"WARNING: {parameters / 1e9:.1f} billion parameters on a CPU, where a step takes minutes "
         "or hours: no GPU or TPU was found; if one is here, pip install 'jax[cuda13]' or 'jax[tpu]'"
     ]
+
+
+def _memory_text(classes: Mapping[str, int], quantization: str | None) -> str:
+    held = f"{sum(classes.values()) / 2**20:,.1f} MiB per device, without gradients and activations"
+    if quantization is None:
+        return held
+    part = f"{classes['quantized weights'] / 2**20:,.1f} MiB of it weights in {quantization}"
+    return f"{held}; {part}"
 
 
 def _rows_text(loader: Loader) -> str:

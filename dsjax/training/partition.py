@@ -20,6 +20,7 @@ from dsjax.distributed.sharding import Leaf, Params
 from dsjax.errors import ConfigError, nearest, raise_all
 from dsjax.models import Model, base_shapes, entries_of
 from dsjax.models.parameters import AdapterBuffer, AdapterParam
+from dsjax.models.storage import StoredParam
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ def _leaf(variable: nnx.Variable, kind: str, dtype: jnp.dtype) -> Leaf:
     metadata = variable.get_metadata()
     shape, pinned = tuple(variable.shape), "dtype" in metadata
     count = metadata.get("count", math.prod(shape))
-    return Leaf(shape, metadata["axes"], dtype, kind, count, pinned)
+    quantized = isinstance(variable, StoredParam)
+    return Leaf(shape, metadata["axes"], dtype, kind, count, pinned, quantized)
 
 
 def _layer_masks(model: Model, freeze: Sequence[str]) -> dict[str, np.ndarray]:

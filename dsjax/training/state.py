@@ -192,8 +192,11 @@ def state_bytes(config: StepConfig, rows: int, length: int) -> dict[str, int]:
     shardings = leaf_shardings(leaves, config.mesh)
     state = abstract_state(config)
     counters = (state.step, state.rng, state.loss_scale)
+    frozen = {p: _held(leaves[p], shardings[p]) for p in config.partition.frozen}
+    quantized = sum(size for path, size in frozen.items() if leaves[path].quantized)
     return {
-        "frozen weights": sum(_held(leaves[p], shardings[p]) for p in config.partition.frozen),
+        **({"quantized weights": quantized} if quantized else {}),
+        "frozen weights": sum(frozen.values()) - quantized,
         "trainable weights": _held_by_all(state.trainable),
         "optimizer": _held_by_all((state.opt_state, counters)),
         "batch": _held_by_all(abstract_batch(rows, length, config.mesh)),

@@ -10,11 +10,10 @@ the multiplier: W[i, j] = bytes[i, j] * scale[i // 128, j // 128]. Not done here
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -22,22 +21,13 @@ from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from dsjax.errors import ConfigError, raise_all
 from dsjax.models.config_checks import shown
+from dsjax.models.quantization.fp8 import FP8, LARGEST, LEAST_SCALE, SCALE, numbers
 from dsjax.models.tensor_names import examples
 from dsjax.weights.safetensors import TensorInfo
 from dsjax.weights.source import Source
 
-FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-LARGEST = 448.0
-"""The largest number of float8_e4m3fn."""
-
-SCALE = "_scale_inv"
-"""What a weight's scale is called after it."""
-
 _VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
 """Number of every byte: five times as fast as a cast."""
-
-_LEAST_SCALE = 2.0**-117
-"""With smaller scales some numbers are subnormal in float32; most devices make them 0."""
 
 _LARGEST_BLOCK = 2**20
 
@@ -121,23 +111,7 @@ class Quantised(NamedTuple):
 def dequantise(part: Quantised, dtype: np.dtype) -> Float[Array, "... O I"]:
     """Return the numbers of bytes and scales, to be traced: bit by bit those that `read` gives."""
     scales = jnp.asarray(part.scales).at[part.block_rows].get(mode="promise_in_bounds")
-    return (_numbers(jnp.asarray(part.codes)) * scales).astype(dtype)
-
-
-def _numbers(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
-    """Convert float8_e4m3fn to float32: XLA for CPU takes twice as long for its own conversion.
-
-    Of a byte, 1 bit is the sign, 4 the exponent, 3 the fraction; exponents count from -7, those of
-    float32 from -127. The smallest exponent means subnormals: no subnormal of float32 is among the
-    steps, since devices may make it 0.
-    """
-    as_float = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
-    bits = codes.astype(jnp.uint32)
-    rest = bits & 0x7F
-    normal, one_higher = as_float((rest << 20) + (120 << 23)), as_float((rest << 20) + (121 << 23))
-    values = jnp.where(rest < 8, one_higher - jnp.float32(2**-6), normal)
-    values = jnp.where(rest == 0x7F, jnp.float32(jnp.nan), values)
-    return as_float(jax.lax.bitcast_convert_type(values, jnp.uint32) | ((bits & 0x80) << 24))
+    return (numbers(jnp.asarray(part.codes)) * scales).astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -205,7 +179,7 @@ class DequantisedSource:
         part = self._quantised(name, index)
         sizes = np.abs(part.scales[part.scales != 0])
         fits = np.all(sizes <= float(jnp.finfo(dtype).max) / LARGEST)
-        return part if fits and np.all(sizes >= _LEAST_SCALE) else None
+        return part if fits and np.all(sizes >= LEAST_SCALE) else None
 
     def _quantised(self, name: str, index: tuple[slice, ...] | None) -> "Quantised":
         """Read bytes and scales of a part of a quantised tensor."""

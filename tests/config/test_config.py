@@ -135,10 +135,7 @@ mesh: 8
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            "model.quantization=fp8",
-            'got "fp8", which is not built yet, expected nf4, int8 or null',
-        ),
+        ("model.quantization=fp4", 'got "fp4", expected nf4, int8, fp8 or null'),
         (
             "adapter.peft_type=BOTTLENECK",
             'got "BOTTLENECK", which is not built yet, expected LORA, IA3, PREFIX_TUNING or null',

@@ -2,6 +2,7 @@
 """The LoRA step of a V2-Lite goes through the CUDA compiler, for one GPU and for eight."""
 
 import json
+import math
 from pathlib import Path
 
 import h100
@@ -13,7 +14,7 @@ from dsjax import adapters
 from dsjax.adapters.lora import LoraConfig
 from dsjax.config import MeshSection
 from dsjax.distributed.mesh import make_mesh
-from dsjax.models import build
+from dsjax.models import Quantization, base_shapes, build, stored_linears
 from dsjax.training.partition import make_partition
 from dsjax.training.state import step_config
 from dsjax.training.step import lower_train_step
@@ -57,3 +58,29 @@ def test_the_lora_step_runs_the_kernels_and_takes_weights_a_layer_at_a_time(
     assert [shape for shape in gathered if STACKS & set(shape)] == []
     # What is frozen is bfloat16 and stays as it lies; adapters are float32 and small.
     assert [shape for shape in program.rearranged("bf16") if STACKS & set(shape)] == []
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4_double", "int8", "fp8"])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_no_stack_of_quantized_matrices_is_there_in_full_precision(kind: str, remat: str) -> None:
+    training = {"gradient_checkpointing": remat, "batch_size": 1}
+    config = tiny_steps.run_config({"dtype": "bfloat16"}, training=training)
+    blocks = {"quantization_config": {"weight_block_size": [128, 128]}}
+    base, _, double = kind.partition("_")
+    model = build(V2_LITE | blocks, "bfloat16", Quantization(base, bool(double)))
+    adapters.attach(model, LoraConfig(r=16, lora_alpha=32))
+    partition = make_partition(model, dtype="bfloat16")
+    on = make_mesh(MeshSection(), h100.devices(1))
+    parts = step_config(config, partition, on, total_steps=10)
+    length = 8064  # which the loss takes in 4 chunks, neither stack's size
+    program = h100.compiled(lower_train_step(parts, 1, length))
+
+    shapes = base_shapes(model)
+    matrices = {tuple(sorted(shapes[path][-2:])) for path in stored_linears(model)}
+    numbers = {math.prod(matrix) for matrix in matrices}
+    held = {leaf.shape for leaf in partition.leaves.values()}
+    decoded = {
+        shape for shape in program.shapes() - held if tuple(sorted(shape[-2:])) in matrices
+    } | {shape for shape in program.shapes() - held if math.prod(shape[1:]) in numbers}
+    assert [shape for shape in decoded if shape[0] in STACKS] == []
+    assert decoded  # of one layer

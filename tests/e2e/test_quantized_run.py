@@ -11,6 +11,7 @@ import small_run
 import tiny
 from safetensors.numpy import load_file
 
+import dsjax
 from dsjax import evaluate, train
 from dsjax.adapters import lora_method
 from dsjax.errors import ConfigError
@@ -126,3 +127,20 @@ def test_a_mesh_that_cuts_an_expert_s_matrix_is_refused(run: Path) -> None:
     mesh = ["mesh.tensor=2", "mesh.data=1"]
     with pytest.raises(ConfigError, match=r"mesh\.tensor: got 2, expected 1: a part of an expert"):
         train.main(["--config", str(run.parent / "config.yaml"), *mesh, "output_dir=elsewhere"])
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_loaded_model_is_saved_as_its_checkpoint_is(
+    run: Path, adapted: bool, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "adapter"
+    assert export.main(words(run, adapter, "peft")) == 0
+    given = {"adapter": adapter} if adapted else {}
+    for name, quantization in {"whole": None, "quantized": "nf4"}.items():
+        model = dsjax.load_pretrained(
+            run.parent / "model", dtype="float32", quantization=quantization, **given
+        )
+        model.save_pretrained(tmp_path / name)
+    whole, found = tensors(tmp_path / "whole"), tensors(tmp_path / "quantized")
+    assert whole.keys() == found.keys()
+    assert [name for name in whole if (whole[name] != found[name]).any()] == []

@@ -28,9 +28,9 @@ from dsjax.config import MeshSection
 from dsjax.distributed import arrays
 from dsjax.distributed.mesh import make_mesh
 from dsjax.distributed.sharding import Leaf, leaf_shardings
-from dsjax.models import STORAGE, Quantization, base_shapes, build, entries_of
+from dsjax.models import Quantization, base_shapes, build, entries_of
 from dsjax.models.layers import Linear
-from dsjax.models.quantization.int8 import SCALE, decode, quantise
+from dsjax.models.quantization.int8 import INT8, SCALE, decode, quantise
 from dsjax.models.slots import LinearMap
 from dsjax.models.storage import store
 from dsjax.training.partition import make_partition
@@ -161,7 +161,9 @@ def test_no_stack_is_ever_decoded_as_a_whole(monkeypatch: pytest.MonkeyPatch) ->
     assert "tensor<5x64x32xf32>" not in text
     dense = tiny_steps.start(shape, LORA["llama"], training=training)
     assert "tensor<5x64x32xf32>" in dense.lower(tiny_steps.batch()).as_text()
-    held, before = (state_bytes(r.config, 8, 24)["frozen weights"] for r in (run, dense))
+    sizes, other = (state_bytes(r.config, 8, 24) for r in (run, dense))
+    held, before = sizes["frozen weights"] + sizes["quantized weights"], other["frozen weights"]
+    assert "quantized weights" not in other
     # Seven matrices of 1,024 to 2,048 numbers a layer: 3 bytes less of each, 4 more a row.
     numbers, rows = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32, 32 + 16 + 16 + 32 + 64 + 64 + 32
     assert before - held == 5 * (3 * numbers - 4 * rows)
@@ -177,7 +179,7 @@ class _ByWeight(nnx.Module):
 
 def test_a_slot_is_handed_the_decoded_weight() -> None:
     linear = Linear(6, 4, (None, None), bias=True)
-    store(linear, STORAGE["int8"])
+    store(linear, INT8)
     rng = np.random.default_rng(0)
     codes, scales = quantise(rng.normal(size=(4, 6)).astype(np.float32))
     arrays = {"weight": codes, f"weight{SCALE}": scales, "bias": np.float32([1, 2, 3, 4])}

@@ -20,7 +20,7 @@ SCALE = "_scale"
 
 
 def arrays(shape: tuple[int, int], axes: tuple[str | None, ...]) -> Mapping[str, StoredArray]:
-    """Codes in the matrix's shape, and a column of scales."""
+    """Declare codes in the matrix's shape, and a column of scales."""
     return {
         "": StoredArray(shape, "int8", axes),
         SCALE: StoredArray((shape[0], 1), "float32", (axes[0], None)),

@@ -53,7 +53,7 @@ def problem(shape: tuple[int, int]) -> str:
 
 
 def arrays(shape: tuple[int, int], axes: tuple[str | None, ...]) -> Mapping[str, StoredArray]:
-    """Two codes a byte, of rows 2i (the high half) and 2i + 1; and every block's absmax."""
+    """Declare two codes a byte, of rows 2i (the high half) and 2i + 1; and every block's absmax."""
     rows, columns = shape
     return {
         "": StoredArray((rows // 2, columns), "uint8", axes),

@@ -30,7 +30,7 @@ _BINS = 2**16
 
 
 def arrays(shape: tuple[int, int], axes: tuple[str | None, ...]) -> Mapping[str, StoredArray]:
-    """NF4's arrays, absmax as codes; the largest of every group, and the mean."""
+    """Declare NF4's arrays, absmax as codes; the largest of every group, and the mean."""
     stored = nf4.arrays(shape, axes)
     absmax = stored[ABSMAX]
     groups = -(-absmax.shape[0] * absmax.shape[1] // GROUP)

@@ -167,7 +167,13 @@ def test_a_yaml_file_of_other_bytes(cli_runner: CliRunner):
         ),
         (["adapter.peft_type=BOTTLENECK"], ["adapter.peft_type", "which is not built yet"]),
         (["adapter.use_dora=true"], ["adapter.use_dora: got true, which is not built yet"]),
-        (["model.quantization=fp8"], ['model.quantization: got "fp8", which is not built yet']),
+        (
+            ["model.quantization=fp8"],
+            [
+                "model.quantization: got fp8 for a checkpoint that is not in FP8",
+                "int8, nf4 or null",
+            ],
+        ),
         (
             ["model.quantization=nf4", "adapter.peft_type=null"],
             ["model.quantization: got nf4 without an adapter", "set adapter.peft_type"],
