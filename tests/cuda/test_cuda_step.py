@@ -60,8 +60,9 @@ def test_the_lora_step_runs_the_kernels_and_takes_weights_a_layer_at_a_time(
     assert [shape for shape in program.rearranged("bf16") if STACKS & set(shape)] == []
 
 
-@pytest.mark.parametrize("kind", ["nf4", "nf4_double", "int8", "fp8"])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(
+    ("kind", "remat"), [("nf4", "none"), ("nf4_double", "full"), ("int8", "dots"), ("fp8", "none")]
+)
 def test_no_stack_of_quantized_matrices_is_there_in_full_precision(kind: str, remat: str) -> None:
     training = {"gradient_checkpointing": remat, "batch_size": 1}
     config = tiny_steps.run_config({"dtype": "bfloat16"}, training=training)

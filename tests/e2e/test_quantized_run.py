@@ -110,8 +110,6 @@ def test_it_is_evaluated_as_it_was_trained(run: Path, capsys: pytest.CaptureFixt
     "other",
     [
         "model.quantization=int8",
-        "model.quantization_double=false",
-        "model.quantization_experts=false",
         "model.quantization_skip_modules=[o_proj]",
     ],
 )

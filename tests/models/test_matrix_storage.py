@@ -6,7 +6,6 @@ the decoded ones.
 """
 
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +17,9 @@ import numpy as np
 import pytest
 import tiny
 import tiny_steps
-import yaml
 from flax import nnx
 
-from dsjax import adapters, evaluate, train
+from dsjax import adapters
 from dsjax.adapters.ia3 import IA3Config
 from dsjax.adapters.lora import LoraConfig
 from dsjax.config import MeshSection
@@ -220,42 +218,3 @@ def test_first_values_are_made_of_the_decoded_stack(monkeypatch: pytest.MonkeyPa
     codes, scales = map(np.asarray, loaded.values())
     np.testing.assert_allclose(found[vector], np.linalg.norm(codes * scales, axis=-1), rtol=1e-6)
     assert found[vector].sharding == shardings[vector] and found[vector].shape == (2, 32)
-
-
-@pytest.mark.slow
-def test_a_run_trains_evaluates_and_exports(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rng = np.random.default_rng(0)
-    rows = tmp_path / "rows.jsonl"
-    lines = [{"input_ids": rng.integers(3, 250, 20).tolist()} for _ in range(16)]
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = {
-        "model": {
-            "path": str(tiny.build_checkpoint(tmp_path / "model", "deepseek_v3")),
-            "dtype": "float32",
-            "quantization": "int8",
-        },
-        "data": {"train": str(rows), "eval": str(rows), "format": "tokens", "max_length": 64},
-        "adapter": {"peft_type": "LORA", "r": 4, "target_modules": ["kv_b_proj", "o_proj"]},
-        "training": {"batch_size": 8, "max_steps": 3},
-        "optimizer": {"learning_rate": 1e-2},
-        "export": {"format": "peft"},
-        "output_dir": str(tmp_path / "run"),
-    }
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(config))
-
-    assert train.main(["--config", str(file)]) == 0
-    last = json.loads((tmp_path / "run/eval_results.json").read_text())["eval_loss"]
-    capsys.readouterr()
-    assert evaluate.main(["--config", str(file)]) == 0
-
-    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(last, rel=1e-6)
-    adapter = tmp_path / "run/export/adapter_model.safetensors"
-    assert adapter.is_file()
-    # The same rows over the dense base: near, but not the same numbers.
-    words = ["--model", config["model"]["path"], "--adapter", str(adapter.parent)]
-    assert evaluate.main([*words, "--data", str(rows), "--dtype", "float32"]) == 0
-    dense = json.loads(capsys.readouterr().out)["loss"]
-    assert dense != last and dense == pytest.approx(last, rel=0.02)

@@ -41,14 +41,6 @@ FEED_FORWARD = {
     "rank_pattern": {r"shared_experts.down_proj.weight": 3},
 }
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "v2_lite_attention": (
-        {"variant": "deepseek_v2_lite_hub", "dtype": "float32"},
-        {
-            "r": 4,
-            "lora_alpha": 8,
-            "target_modules": ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
-        },
-    ),
     "v2_lite_feed_forward": (
         {"variant": "deepseek_v2_lite_hub", "dtype": "float32"},
         FEED_FORWARD,
@@ -86,7 +78,6 @@ def _config(checkpoint: Path, adapter: Path, data: Path, steps: int, pieces: int
     [
         ("v2_lite_feed_forward", 1),
         ("v3_attention", 2),
-        ("v2_lite_attention", 1),
         ("v3_feed_forward", 2),
     ],
 )

@@ -34,12 +34,23 @@ LATENT = {
     "moe_intermediate_size": 64,
 }
 
-CASES: dict[str, tuple[str, dict[str, int], Any]] = {
-    "llama": ("llama_gqa", SHAPE, "all-linear"),
-    "qwen2": ("qwen2", SHAPE, ["q_proj", "v_proj", "down_proj"]),
-    "v2": ("deepseek_v2_groups", LATENT, ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]),
-    "v3": ("deepseek_v3", LATENT, ["q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"]),
+CASES: dict[str, tuple[str, dict[str, int], Any, int]] = {
+    "llama": ("llama_gqa", SHAPE, "all-linear", 1),
+    "qwen2": ("qwen2", SHAPE, ["q_proj", "v_proj", "down_proj"], 2),
+    "v2": (
+        "deepseek_v2_groups",
+        LATENT,
+        ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+        1,
+    ),
+    "v3": (
+        "deepseek_v3",
+        LATENT,
+        ["q_a_proj", "q_b_proj", "kv_b_proj", "o_proj"],
+        2,
+    ),
 }
+"""Name -> a variant of tests/tiny.py, its sizes, the targets, microbatches."""
 
 
 def _quantized(checkpoint: Path) -> torch.nn.Module:
@@ -58,14 +69,19 @@ def _quantized(checkpoint: Path) -> torch.nn.Module:
 def test_losses_and_export_are_those_of_peft(
     case: str, run_cli: runs.RunCli, tmp_path: Path
 ) -> None:
-    variant, shape, targets = CASES[case]
+    variant, shape, targets, pieces = CASES[case]
     checkpoint = tiny.build_checkpoint(tmp_path / "model", variant, **shape)
     adapter = peft_adapters.build_lora(
-        checkpoint, tmp_path / "adapter", r=4, lora_alpha=8, target_modules=targets
+        checkpoint,
+        tmp_path / "adapter",
+        r=4,
+        lora_alpha=8,
+        target_modules=targets,
     )
     data = torch_reference.write_rows(tmp_path / "rows.jsonl", 288, count=trajectory.ROWS)
     section = {"peft_type": "LORA", "path": str(adapter)}
     config = trajectory.make_config(checkpoint, data, section, {"warmup_steps": 2})
+    config["training"]["gradient_accumulation_steps"] = pieces
     config["model"] |= {"quantization": "nf4", "quantization_experts": False}
     model = PeftModel.from_pretrained(_quantized(checkpoint), adapter, is_trainable=True)
 
