@@ -18,6 +18,12 @@ from dsjax.models.storage import Index, Storage, StoredArray, TensorReader
 
 SCALE = "_scale"
 
+_AT_ONCE = 2**17
+"""Weights whose codes are made at a time: few enough for a processor's caches."""
+
+BYTES = 16
+"""About how many a weight takes while it is encoded; reads are cut by it."""
+
 
 def arrays(shape: tuple[int, int], axes: tuple[str | None, ...]) -> Mapping[str, StoredArray]:
     """Declare codes in the matrix's shape, and a column of scales."""
@@ -32,20 +38,29 @@ def encode(source: TensorReader, name: str, array: str, index: Index) -> np.ndar
     rows, columns = index
     width = source.tensors[name].shape[1]
     parts = []
-    for (piece,) in row_pieces((rows.stop - rows.start, width), 4):
+    for (piece,) in row_pieces((rows.stop - rows.start, width), BYTES):
         some = slice(rows.start + piece.start, rows.start + piece.stop)
-        codes, scales = quantise(source.read(name, (some,)).astype(np.float32))
-        parts.append((scales if array == SCALE else codes)[:, columns])
+        values = source.read(name, (some,)).astype(np.float32)
+        parts.append((scales_of(values) if array == SCALE else quantise(values)[0])[:, columns])
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def quantise(
     values: Float[np.ndarray, "O I"],
 ) -> tuple[Int8[np.ndarray, "O I"], Float[np.ndarray, "O 1"]]:
-    """Return the codes of float32 numbers, and every row's scale; 1 for a row of zeros."""
-    scales = np.abs(values).max(axis=1, keepdims=True) / np.float32(127.5)
-    scales = np.where(scales > 0, scales, np.float32(1))
-    return np.clip(np.rint(values / scales), -128, 127).astype(np.int8), scales
+    """Return the codes of float32 numbers, and every row's scale."""
+    scales, codes = scales_of(values), np.empty(values.shape, np.int8)
+    rows = max(1, _AT_ONCE // values.shape[1])
+    for first in range(0, len(values), rows):
+        some = slice(first, first + rows)
+        codes[some] = np.clip(np.rint(values[some] / scales[some]), -128, 127)
+    return codes, scales
+
+
+def scales_of(values: Float[np.ndarray, "O I"]) -> Float[np.ndarray, "O 1"]:
+    """Return every row's scale; 1 for a row of zeros."""
+    largest = np.maximum(values.max(axis=1, keepdims=True), -values.min(axis=1, keepdims=True))
+    return np.where(largest > 0, largest / np.float32(127.5), np.float32(1))
 
 
 def decode(stored: Mapping[str, Array], dtype: jnp.dtype) -> Float[Array, "*E O I"]:

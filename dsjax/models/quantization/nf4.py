@@ -40,6 +40,13 @@ CODE = np.array(
 _BOUNDS = (CODE[:-1] + CODE[1:]) / np.float32(2)
 """Half way between every two values."""
 
+_AT_ONCE = 2**17
+"""Weights whose codes are made at a time: few enough for a processor's caches, twice as fast."""
+
+BYTES = 16
+"""About how many a weight takes while it is encoded; reads are cut by it, since several run at a
+time."""
+
 _LEAST = np.float32(1e-38)
 """What a block of zeros is divided by."""
 
@@ -66,10 +73,10 @@ def encode(source: TensorReader, name: str, array: str, index: Index) -> np.ndar
     rows, columns = _read_for(array, index)
     cut = index[1].start - columns.start // (1 if array == "" else BLOCK)
     parts = []
-    for (piece,) in row_pieces((rows.stop - rows.start, columns.stop - columns.start), 4, 2):
+    for (piece,) in row_pieces((rows.stop - rows.start, columns.stop - columns.start), BYTES, 2):
         some = slice(rows.start + piece.start, rows.start + piece.stop)
-        codes, absmax = quantise(source.read(name, (some, columns)).astype(np.float32))
-        made = pack(codes) if array == "" else absmax
+        values = source.read(name, (some, columns)).astype(np.float32)
+        made = pack(quantise(values)[0]) if array == "" else absmax_of(values)
         parts.append(made[:, cut : cut + index[1].stop - index[1].start])
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
@@ -91,17 +98,29 @@ def quantise(
     A code counts the bounds that the number times 1 / absmax is above: it is bitsandbytes' rule, of
     which a division, or the nearest value, would differ where a bound is within a rounding.
     """
-    blocks, absmax = values.reshape(len(values), -1, BLOCK), absmax_of(values)
-    scaled = blocks * (np.float32(1) / np.maximum(absmax, _LEAST))[..., None]
-    codes = np.zeros(blocks.shape, np.uint8)
+    absmax, codes = absmax_of(values), np.empty(values.shape, np.uint8)
+    rows = max(1, _AT_ONCE // values.shape[1])
+    for first in range(0, len(values), rows):
+        some = slice(first, first + rows)
+        codes[some] = _codes(values[some], absmax[some])
+    return codes, absmax
+
+
+def _codes(
+    values: Float[np.ndarray, "O I"], absmax: Float[np.ndarray, "O B"]
+) -> UInt8[np.ndarray, "O I"]:
+    inverse = np.float32(1) / np.maximum(absmax, _LEAST)
+    scaled = values.reshape(*absmax.shape, BLOCK) * inverse[..., None]
+    codes = np.zeros(scaled.shape, np.uint8)
     for bound in _BOUNDS:
         codes += scaled > bound
-    return codes.reshape(values.shape), absmax
+    return codes.reshape(values.shape)
 
 
 def absmax_of(values: Float[np.ndarray, "O I"]) -> Float[np.ndarray, "O I/64"]:
     """Return the largest magnitude of every block."""
-    return np.abs(values.reshape(len(values), -1, BLOCK)).max(axis=-1)
+    blocks = values.reshape(len(values), -1, BLOCK)
+    return np.abs(np.maximum(blocks.max(axis=-1), -blocks.min(axis=-1)))
 
 
 def pack(codes: UInt8[np.ndarray, "O I"]) -> UInt8[np.ndarray, "O/2 I"]:

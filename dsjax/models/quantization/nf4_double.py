@@ -87,7 +87,7 @@ class Encoder:
 
     def _absmax(self, name: str, rows: slice, columns: int) -> Float[np.ndarray, "O I"]:
         parts = []
-        for (piece,) in row_pieces((rows.stop - rows.start, columns), 4):
+        for (piece,) in row_pieces((rows.stop - rows.start, columns), nf4.BYTES):
             some = slice(rows.start + piece.start, rows.start + piece.stop)
             parts.append(nf4.absmax_of(self.source.read(name, (some,)).astype(np.float32)))
         return np.concatenate(parts)
