@@ -101,6 +101,9 @@ RULES = {
 """Logical axis -> the mesh axis that shards it. No rule shards the others (`embed`, `layers`,
 None), but `FSDP_AXES` may. Models name the axes of their parameters in their constructors."""
 
+WHOLE = "whole_matrix"
+"""Logical axis of an array by whose parts no part of a matrix can be decoded alone."""
+
 FSDP_AXES = (
     ("fsdp", "expert", "sequence"),
     ("fsdp", "expert"),
@@ -129,7 +132,7 @@ def check_experts(leaves: Mapping[str, Leaf], mesh: Mesh) -> None:
     sizes = {
         (axis, size) for leaf in experts for axis, size in zip(leaf.axes, leaf.shape, strict=True)
     }
-    if mesh.shape["tensor"] > 1 and any("whole_matrix" in leaf.axes for leaf in experts):
+    if mesh.shape["tensor"] > 1 and any(WHOLE in leaf.axes for leaf in experts):
         raise ConfigError(
             f"mesh.tensor: got {mesh.shape['tensor']}, expected 1: a part of an expert's matrix "
             "cannot be decoded alone; use mesh.expert, or another model.quantization"

@@ -24,9 +24,6 @@ Encode = Callable[[str, str, Index], np.ndarray]
 """(tensor, array, index into that array) -> that part of it. It reads no more than the part needs,
 in pieces where that is much (`arrays.row_pieces`)."""
 
-WHOLE = "whole_matrix"
-"""Logical axis of what a part of a matrix cannot be decoded by alone; no mesh axis divides it."""
-
 
 class StoredParam(nnx.Variable):
     """One of the arrays that hold a frozen matrix. No `nnx.Param`: nothing trains or casts it."""

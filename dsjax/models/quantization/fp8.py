@@ -16,8 +16,9 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from dsjax.distributed.sharding import WHOLE
 from dsjax.errors import ConfigError
-from dsjax.models.storage import WHOLE, Encode, Index, Storage, StoredArray, TensorReader
+from dsjax.models.storage import Encode, Index, Storage, StoredArray, TensorReader
 
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 LARGEST = 448.0

@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from dsjax.distributed.arrays import row_pieces
+from dsjax.distributed.sharding import WHOLE
 from dsjax.models.quantization import nf4
 from dsjax.models.quantization.nf4 import ABSMAX
-from dsjax.models.storage import WHOLE, Index, Storage, StoredArray, TensorReader
+from dsjax.models.storage import Index, Storage, StoredArray, TensorReader
 
 GROUP = 256
 """Blocks whose absmax are scaled together."""

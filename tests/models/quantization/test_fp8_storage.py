@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from dsjax.config import MeshSection
 from dsjax.distributed.mesh import make_mesh
-from dsjax.distributed.sharding import check_experts, leaf_shardings
+from dsjax.distributed.sharding import WHOLE, check_experts, leaf_shardings
 from dsjax.errors import ConfigError
 from dsjax.models import Quantization, build, entries_of, stored_linears
 from dsjax.models.quantization.fp8 import SCALE, numbers
-from dsjax.models.storage import WHOLE
 from dsjax.training.partition import make_partition
 from dsjax.weights import load as loading
 
