@@ -245,6 +245,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
+BLOCKS_OF_64 = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 16,
+    "moe_intermediate_size": 64,
+}
+"""Sizes with which latent attention has input sizes that 64 divides, output sizes that 32 does."""
+
 NEVER_TRAINED = ("e_score_correction_bias", ".indexer.")
 """In the names of tensors that get no gradient of the loss."""
 

@@ -73,8 +73,8 @@ class ModelSection(Section):
     quantization_experts: bool = True
     """Whether routed experts' weights are held so, too."""
     quantization_skip_modules: Texts = []
-    """Modules whose weights stay as they are: names, or ends of paths (down_proj,
-    self_attn.o_proj)."""
+    """Modules whose weights stay as they are: whole components of their paths (down_proj,
+    self_attn.o_proj, shared_experts)."""
     attention: Literal["auto"] = "auto"
     """Attention kernel; auto: the best one for the device."""
 

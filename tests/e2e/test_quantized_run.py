@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import deepseek_variants
 import numpy as np
 import pytest
 import small_run
@@ -20,16 +21,6 @@ from dsjax.export import verify
 
 pytestmark = pytest.mark.slow
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "q_lora_rank": 64,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 16,
-    "moe_intermediate_size": 64,
-}
 WITH_UPDATE = lora_method._with_update
 
 
@@ -48,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         export={"format": "merged"},
         mesh={"expert": 2, "fsdp": 2, "data": 2},
     )
-    tiny.build_checkpoint(folder / "model", "deepseek_v3", **SIZES)
+    tiny.build_checkpoint(folder / "model", "deepseek_v3", **deepseek_variants.BLOCKS_OF_64)
     assert train.main(["--config", str(config)]) == 0
     return folder / "run"
 

@@ -7,6 +7,7 @@ bitsandbytes leaves embedding, head, routers and routed experts as they are; so 
 from pathlib import Path
 from typing import Any
 
+import deepseek_variants
 import peft_adapters
 import pytest
 import runs
@@ -24,15 +25,7 @@ pytestmark = pytest.mark.parity
 # Input sizes are multiples of 64; bitsandbytes for CPU wants output sizes that are multiples of 32.
 WEIGHT_BOUND = 2e-6
 SHAPE = {"hidden_size": 64, "intermediate_size": 128}
-LATENT = {
-    **SHAPE,
-    "q_lora_rank": 64,
-    "kv_lora_rank": 64,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 16,
-    "moe_intermediate_size": 64,
-}
+LATENT = deepseek_variants.BLOCKS_OF_64
 
 CASES: dict[str, tuple[str, dict[str, int], Any, int]] = {
     "llama": ("llama_gqa", SHAPE, "all-linear", 1),
