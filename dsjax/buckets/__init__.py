@@ -7,7 +7,7 @@ moment. Not done here: what the objects mean; reading weights by byte ranges (`w
 one holder at a time (`distributed.lease`).
 """
 
-from dsjax.buckets.bucket import Bucket, Place, open_place
+from dsjax.buckets.bucket import Bucket, Place, new_digest, open_place
 from dsjax.buckets.connection import connect, reason
 from dsjax.buckets.retry import again
 from dsjax.buckets.scratch import process_lives, remove_left_behind, scratch_folder
@@ -17,6 +17,7 @@ __all__ = [
     "Place",
     "again",
     "connect",
+    "new_digest",
     "open_place",
     "process_lives",
     "reason",

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,7 +34,10 @@ _FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError)
 
 T = TypeVar("T")
 S = TypeVar("S")
-_hash = partial(hashlib.blake2b, digest_size=16)
+
+new_digest = hashlib.sha256
+"""What takes the bytes of a file, in order, to say which they are: processors have instructions
+for it, and it is 2.5 times as fast as BLAKE2b where they do."""
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,12 @@ class Bucket:
             return None
 
     def digest(self, name: str) -> str:
-        """Return the BLAKE2b digest of an object, as `weights.storage.file_digest` of a file.
+        """Return the digest of an object, as `weights.storage.file_digest` of a file.
 
         Raises:
             FileNotFoundError: there is none of that name.
         """
-        place, whole = f"{self.url}/{name}", _hash()
+        place, whole = f"{self.url}/{name}", new_digest()
         size = self._again(lambda: self._system.info(self._path(name))["size"], place)
         for start in range(0, size, _CHUNK):
             whole.update(self.read(name, start, min(start + _CHUNK, size)))
@@ -197,7 +199,7 @@ class Bucket:
         """
 
         with file.open("rb") as content:
-            digest = hashlib.file_digest(content, _hash).hexdigest()
+            digest = hashlib.file_digest(content, new_digest).hexdigest()
 
         def put() -> None:
             self._system.put_file(str(file), self._path(name))

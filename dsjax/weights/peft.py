@@ -6,6 +6,7 @@ names. PEFT drops unknown tensors without a word and only warns of missing ones;
 errors, and so is every field of the config that changes the numbers and that we do not implement.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -94,9 +95,10 @@ def unknown_fields(path: str) -> list[str]:
 
 def contents(path: str, spec: AdapterConfig) -> str:
     """Digest an adapter, wherever it lies: what it is, and all its numbers."""
-    # Checkpoints know it by the names that these classes had first.
+    # Checkpoints know it by the names that these classes had first, and by the digest of that time.
     described = repr(spec).replace("Config(", "Spec(", 1)
-    return digest([described, file_digest(_open(path).files[TENSORS])])
+    blake2b = partial(hashlib.blake2b, digest_size=16)
+    return digest([described, file_digest(_open(path).files[TENSORS], blake2b)])
 
 
 def _open(path: str) -> Folder:

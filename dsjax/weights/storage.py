@@ -7,7 +7,6 @@ Not done here: the way to a store, and writing there (`buckets`); what the files
 (`hf_directory`, `peft`).
 """
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any, TypeVar
 import fsspec
 import numpy as np
 
-from dsjax.buckets import again, connect, reason
+from dsjax.buckets import again, connect, new_digest, reason
 from dsjax.config.paths import is_url
 from dsjax.errors import ConfigError, files_of
 
@@ -230,14 +229,9 @@ def _empty(length: int) -> np.ndarray:
     return whole[-whole.ctypes.data % ALIGNMENT :][:length]
 
 
-def new_digest() -> hashlib.blake2b:
-    """Return what takes the bytes of a file, in order, to say which they are (BLAKE2b)."""
-    return hashlib.blake2b(digest_size=16)
-
-
-def file_digest(file: File) -> str:
-    """Return the digest of all bytes of a file."""
-    whole, size = new_digest(), size_of(file)
+def file_digest(file: File, new: Callable[[], Any] = new_digest) -> str:
+    """Return the digest of all bytes of a file; `new` makes what they are given to."""
+    whole, size = new(), size_of(file)
     for offset in range(0, size, _DIGEST_BYTES):
         whole.update(read_at(file, offset, min(_DIGEST_BYTES, size - offset)).data)
     return whole.hexdigest()

@@ -9,7 +9,6 @@ FP8. What was written is read again and compared. Not done here: adapters' files
 
 import json
 import math
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dsjax.buckets import new_digest
 from dsjax.config.json_file import read_object
 from dsjax.distributed.arrays import row_pieces
 from dsjax.models.changes import Change, Rows
@@ -27,15 +27,13 @@ from dsjax.weights.dsjax_format import safetensors_name
 from dsjax.weights.folders import check_room
 from dsjax.weights.hf_directory import (
     SAFETENSORS_INDEX,
-    HFSource,
     SafetensorsWriter,
-    TensorInfo,
     index_json,
     open_source,
 )
 from dsjax.weights.model_files import CONFIG, DECIDING, needs_code
 from dsjax.weights.source import Source, copy_aux_files
-from dsjax.weights.storage import in_order, new_digest
+from dsjax.weights.storage import file_digest, in_order, open_folder
 
 PIECES = 2
 """Pieces that are read ahead of the one that is computed, and that wait behind it to be written."""
@@ -106,7 +104,7 @@ def write_checkpoint(
         share: called when all is written, gives the place where it is proven; else the folder is.
 
     Returns:
-        The digest of each file of weights as it was read again (`storage.file_digest`).
+        The digest of each file of weights (`storage.file_digest`).
 
     Raises:
         ConfigError: the disk has no room for it.
@@ -122,26 +120,29 @@ def write_checkpoint(
     check_room(directory, {"the checkpoint": needed}, "output directory")
     copy_aux_files(source, directory)
     _write_config(source, directory, files)
-    checksums = {out.name: 0 for outs in files.values() for out in outs}
+    digests = {}
     for file, outs in files.items():
         entries = [(out.name, out.dtype, out.shape) for out in outs]
         header = _header(source, file, entries)
         with SafetensorsWriter(directory / file, entries, raw_header=header) as writer:
-            for out, piece in _appended(writer, outs, min(PIECES, source.reads_ahead)):
-                checksums[out.name] = zlib.crc32(_bytes_of(piece), checksums[out.name])
+            whole = new_digest(len(writer.header).to_bytes(8, "little") + writer.header)
+            for piece in _appended(writer, outs, min(PIECES, source.reads_ahead)):
+                whole.update(_bytes_of(piece))
                 done += piece.nbytes
                 progress(done, total)
+        digests[file] = whole.hexdigest()
         if send is not None:
             send(file)
     index = _index_text(source, files)
     if index is not None:
         (directory / SAFETENSORS_INDEX).write_text(index, "utf-8")
-    return _prove_written(str(directory) if share is None else share(), checksums)
+    _prove_written(str(directory) if share is None else share(), digests)
+    return digests
 
 
 def _appended(
     writer: SafetensorsWriter, outputs: Sequence[Output], ahead: int
-) -> Iterator[tuple[Output, np.ndarray]]:
+) -> Iterator[np.ndarray]:
     """Make the pieces of a file's tensors and write them, and yield each one that is written.
 
     While one is computed here, the next ones are read and the last ones written in threads.
@@ -156,9 +157,9 @@ def _read(out: Output, rows: Rows) -> tuple[Output, Rows, np.ndarray]:
     return out, rows, out.read(rows)
 
 
-def _append(writer: SafetensorsWriter, out: Output, piece: np.ndarray) -> tuple[Output, np.ndarray]:
+def _append(writer: SafetensorsWriter, out: Output, piece: np.ndarray) -> np.ndarray:
     writer.append(out.name, piece)
-    return out, piece
+    return piece
 
 
 def _outputs(
@@ -279,40 +280,14 @@ def _bytes_of(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _prove_written(directory: str, checksums: Mapping[str, int]) -> dict[str, str]:
-    """Read everything again, as anybody would, and compare it with what was meant.
-
-    Returns:
-        The digest of each file as it was read.
-    """
-    written = open_source(directory)
-    wrong = sorted(set(written.tensors) ^ set(checksums))
-    files: dict[str, list[TensorInfo]] = {file: [] for file in written.files}
-    for info in written.tensors.values():
-        files[info.file].append(info)
-    reads = [partial(_read_again, written, file, infos) for file, infos in files.items()]
-    digests = {}
-    for file, (digest, found) in zip(files, in_order(reads, written.reads_ahead), strict=True):
-        digests[file] = digest
-        wrong += [name for name in found if found[name] != checksums.get(name, found[name])]
+def _prove_written(directory: str, digests: Mapping[str, str]) -> None:
+    """Read everything again, as anybody would, and compare it with what was meant."""
+    open_source(directory)  # index and headers fit one another
+    folder = open_folder(directory, "output directory")
+    reads = [partial(file_digest, folder.files[file]) for file in digests]
+    found = in_order(reads, folder.reads_ahead)
+    wrong = [file for file, digest in zip(digests, found, strict=True) if digest != digests[file]]
     if wrong:
         raise RuntimeError(
             f"{directory}: what was read back differs from what was written: {wrong}"
         )
-    return digests
-
-
-def _read_again(
-    written: HFSource, file: str, infos: Sequence[TensorInfo]
-) -> tuple[str, dict[str, int]]:
-    """Read a file from end to end: its digest, and the checksum of each of its tensors."""
-    whole, header, checksums = new_digest(), written.raw_header(file), {}
-    whole.update(len(header).to_bytes(8, "little") + header)
-    for info in infos:  # in the order of their bytes, without a gap: `parse_header`
-        checksum = 0
-        for rows in row_pieces(info.shape, info.dtype.itemsize):
-            piece = _bytes_of(written.read(info.name, rows))
-            whole.update(piece)
-            checksum = zlib.crc32(piece, checksum)
-        checksums[info.name] = checksum
-    return whole.hexdigest(), checksums

@@ -102,7 +102,8 @@ def _flip(folder: Path, name: str) -> str:
 
 @pytest.mark.parametrize("name", ["lm_head.weight", CHANGED, "model.norm.weight"])
 def test_a_bit_that_the_disk_changed_is_found(checkpoint: Path, out: Path, name: str) -> None:
-    said = re.escape(f"{out}: what was read back differs from what was written: ['{name}']")
+    file = open_source(checkpoint).tensors[name].file
+    said = re.escape(f"{out}: what was read back differs from what was written: ['{file}']")
     with pytest.raises(RuntimeError, match=said):
         write.write_checkpoint(
             open_source(checkpoint), out, CHANGES, share=partial(_flip, out, name)
