@@ -3,10 +3,10 @@
 
 In: the `adapter` section and an abstract model. Out: the model with its slots filled, the first
 values of the new arrays, and the same arrays as PEFT's tensors. The parts: `method` (the record of
-a kind of adapter), `targets` (which modules); LoRA is `lora` and `expert_lora` (the update),
-`lora_method` (its record), `lora_peft` (PEFT's config) and `lora_tensors` (PEFT's tensors); `ia3`;
-`prefix`; `idle` (what of an adapter has no effect). Not done here: deciding what trains
-(`training.partition`), writing an export.
+a kind of adapter), `targets` (which modules); LoRA is `lora` (which maps, first values),
+`linear_lora`, `expert_lora` and `dora` (the update), `lora_method` (its record), `lora_peft`
+(PEFT's config) and `lora_tensors` (PEFT's tensors); `ia3`; `prefix`; `idle` (what of an adapter has
+no effect). Not done here: deciding what trains (`training.partition`), writing an export.
 """
 
 import zlib
@@ -47,7 +47,7 @@ def notes(model: Model, spec: AdapterConfig | None) -> list[str]:
 def unused_keys(section: AdapterSection, spec: AdapterConfig | None) -> list[str]:
     """Keys that the user gave and that this kind of adapter does not have."""
     used = method_of(spec).keys if spec else ()
-    off = {"peft_type", "path", "use_dora", *used}
+    off = {"peft_type", "path", *used}
     return [f"adapter.{key}" for key in sorted(section.model_fields_set - off)]
 
 

@@ -2,27 +2,24 @@
 """LoRA (arXiv 2106.09685) with PEFT's initialisation, scaling, dropout and target matching.
 
 In: a `LoraConfig` and a model. Out: A and B in the slot of every targeted linear map, and where in
-them each module's factors lie. A stack holds one A and one B for all its layers; where layers (or
-experts) differ in rank, or have no adapter, the missing rows are zeros, which stay zeros: each
-factor's gradient is a product with the other. `LoraConfig.scaling_of` computes the scaling of every
-form: `Lora`, routed experts, merged weights. Not done here: the update of routed experts
-(`expert_lora`), PEFT's files (`lora_peft`, `weights.peft`), merged weights (`lora_method`).
+them each module's factors lie. `LoraConfig.scaling_of` computes the scaling of every form: linear
+maps, routed experts, merged weights. Not done here: the update (`linear_lora`, `expert_lora`,
+`dora`), PEFT's files (`lora_peft`, `weights.peft`), merged weights (`lora_method`).
 """
 
 import math
 import re
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float
 
+from dsjax.adapters.dora import MAGNITUDE, Dora, ExpertDora, lengths
 from dsjax.adapters.expert_lora import ExpertLora, is_routed, parameter_of
+from dsjax.adapters.linear_lora import Lora
 from dsjax.adapters.targets import (
     TargetPattern,
     chosen,
@@ -35,10 +32,8 @@ from dsjax.config.patterns import fullmatch, is_linear
 from dsjax.distributed.sharding import Leaf
 from dsjax.errors import nearest, raise_all
 from dsjax.models import Model
-from dsjax.models.layers import Linear, product
+from dsjax.models.layers import Linear
 from dsjax.models.moe import ExpertLinear
-from dsjax.models.parameters import AdapterBuffer, AdapterParam, abstract, stacked_axes
-from dsjax.models.slots import Dropout
 
 
 @dataclass(frozen=True)
@@ -58,6 +53,8 @@ class LoraConfig:
     alpha_pattern: Mapping[str, int | float] = field(default_factory=dict)
     use_rslora: bool = False
     target_parameters: list[str] | None = None
+    # Not in `repr`, by which checkpoints know an adapter on disk: its tensors say it too.
+    use_dora: bool = field(default=False, repr=False)
 
     peft_type = "LORA"
 
@@ -138,64 +135,6 @@ def pattern_problems(spec: LoraConfig, names: Iterable[str]) -> list[str]:
     ]
 
 
-class Lora(nnx.Module):
-    """The update of one linear map: y + scaling * B A dropout(x)."""
-
-    def __init__(
-        self, linear: Linear, path: str, ranks: list[int], scalings: list[float], p: float
-    ):
-        """Declare the factors for all layers of a stack (one outside a stack).
-
-        Args:
-            linear: the map whose slot this goes into.
-            path: its path; makes its dropout differ from every other's.
-            ranks: rank per layer, 0 for a layer without an adapter.
-            scalings: factor of the update per layer.
-            p: probability that dropout zeroes an input.
-        """
-        rank, layers = max(ranks), linear.layers
-        out_axis, in_axis = linear.axes
-        self.dropout, self.seed = p, zlib.crc32(path.encode())
-        self.ranks = tuple(ranks)
-        self.lora_A = AdapterParam(
-            abstract((rank, linear.in_features), layers),
-            axes=stacked_axes((None, in_axis), layers),
-            count=sum(ranks) * linear.in_features,
-        )
-        self.lora_B = AdapterParam(
-            abstract((linear.out_features, rank), layers),
-            axes=stacked_axes((out_axis, None), layers),
-            count=sum(ranks) * linear.out_features,
-        )
-        self.scaling = AdapterBuffer(
-            abstract((), layers), axes=stacked_axes((), layers), values=tuple(scalings)
-        )
-
-    def __call__(
-        self,
-        x: Float[Array, "*B I"],
-        linear: Callable[[jax.Array], jax.Array],
-        dropout: Dropout | None,
-    ) -> Float[Array, "*B O"]:
-        """Add the update, in x's dtype: no array of y's size is made in a wider one.
-
-        The scaling goes with the narrow product, whose numbers are the fewest, so that the wide one
-        is a plain addend of y, which GPU libraries add where they write the product.
-        """
-        y = linear(x)
-        if self.dropout and dropout is not None:
-            keep = dropout.fold_in(self.seed).keep(1 - self.dropout, x.shape[-1])
-            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        low = (product(x, self.lora_A[...]) * self.scaling[...]).astype(x.dtype)
-        return y + product(low, self.lora_B[...])
-
-    def merged_weight(self, weight: Float[Array, "O I"]) -> Float[Array, "O I"]:
-        """Return the weight with the update, in float32."""
-        exact = jax.lax.Precision.HIGHEST
-        product = jnp.einsum("or,ri->oi", self.lora_B[...], self.lora_A[...], precision=exact)
-        return weight + product * self.scaling[...]
-
-
 def attach(model: Model, spec: LoraConfig) -> None:
     """Put an adapter into the slot of every targeted linear map.
 
@@ -207,9 +146,10 @@ def attach(model: Model, spec: LoraConfig) -> None:
         ranks = [spec.rank_of(name) if hit else 0 for name, hit in modules.items()]
         scalings = [spec.scaling_of(name) if hit else 0.0 for name, hit in modules.items()]
         if isinstance(linear, ExpertLinear):
-            linear.adapter = ExpertLora(linear, ranks, scalings)
+            linear.adapter = (ExpertDora if spec.use_dora else ExpertLora)(linear, ranks, scalings)
         else:
-            linear.adapter = Lora(linear, path, ranks, scalings, spec.lora_dropout)
+            kind = Dora if spec.use_dora else Lora
+            linear.adapter = kind(linear, path, ranks, scalings, spec.lora_dropout)
 
 
 def targets(model: Model, spec: LoraConfig) -> dict[str, dict[str, bool]]:
@@ -276,8 +216,11 @@ def initial(
 ) -> jax.Array:
     """PEFT's start of one leaf: A uniform in +-1/sqrt(in) (kaiming, a = sqrt 5), B zero.
 
-    Rows of A beyond a layer's own rank are zero.
+    Rows of A beyond a layer's own rank are zero. DoRA's magnitudes are the lengths of W's rows.
     """
+    if path.endswith(f".{MAGNITUDE}"):
+        (weight,) = base.values()
+        return lengths(weight)
     module = module_at(model, path.rsplit(".", 1)[0])
     if path.endswith(".scaling"):
         values = dict(module.scaling.get_metadata())["values"]
@@ -290,8 +233,14 @@ def initial(
     return values * jnp.asarray(rows.reshape(*leaf.shape[:-1], 1), leaf.dtype)
 
 
+def initial_reads(path: str) -> list[str]:
+    """Name the base parameter that the first value of a leaf is computed from, if one is."""
+    owner, _, name = path.rpartition(".adapter.")
+    return [f"{owner}.weight"] if name == MAGNITUDE else []
+
+
 def tensors(model: Model, spec: LoraConfig) -> dict[str, tuple[str, tuple[Any, ...]]]:
-    """Both factors of every adapted module under PEFT's names: (path, index into that array)."""
+    """All arrays of every adapted module under PEFT's names: (path, index into that array)."""
     found = {}
     for path, modules in targets(model, spec).items():
         lead = stack_shape(module_at(model, path))
@@ -302,6 +251,8 @@ def tensors(model: Model, spec: LoraConfig) -> dict[str, tuple[str, tuple[Any, .
             key = f"base_model.model.{name}"
             found[f"{key}.lora_A.weight"] = (f"{path}.adapter.lora_A", (*index, rank, slice(None)))
             found[f"{key}.lora_B.weight"] = (f"{path}.adapter.lora_B", (*index, slice(None), rank))
+            if spec.use_dora:
+                found[f"{key}.{MAGNITUDE}"] = (f"{path}.adapter.{MAGNITUDE}", index)
     return found
 
 

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from dsjax.adapters import idle, lora, lora_peft, lora_tensors
+from dsjax.adapters.dora import MAGNITUDE
 from dsjax.adapters.lora import LoraConfig
 from dsjax.adapters.method import AdapterMethod, Tensors
 from dsjax.config import AdapterSection
 from dsjax.distributed.arrays import host_part, is_here
 from dsjax.errors import raise_all
 from dsjax.models import Model
-from dsjax.models.changes import Change, Rows
+from dsjax.models.changes import Change, Rows, compose
 
 KEYS = tuple(key for key in LoraConfig.__dataclass_fields__ if key != "target_parameters")
 
@@ -66,7 +67,7 @@ def file_problems(model: Model, config: LoraConfig, read: Callable[[], Tensors])
 
 
 def merged(model: Model, config: LoraConfig, trained: Mapping[str, Any]) -> dict[str, Change]:
-    """Every adapted weight plus scaling * B A."""
+    """Every adapted weight plus scaling * B A; under DoRA its rows at their trained lengths."""
     pieces = lora.tensors(model, config)
 
     @cache
@@ -79,7 +80,11 @@ def merged(model: Model, config: LoraConfig, trained: Mapping[str, Any]) -> dict
         name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
         (path_a, at_a), (path_b, at_b) = pieces[key], pieces[key.replace("lora_A", "lora_B")]
         low, high = (partial(array_of, path_a), at_a), (partial(array_of, path_b), at_b)
-        changes[f"{name}.weight"] = _with_update(low, high, config.scaling_of(name))
+        change = _with_update(low, high, config.scaling_of(name))
+        if config.use_dora:
+            path, at = pieces[key.replace("lora_A.weight", MAGNITUDE)]
+            change = compose(change, _at_length(partial(array_of, path), at))
+        changes[f"{name}.weight"] = change
     return changes
 
 
@@ -99,6 +104,18 @@ def _with_update(low: Factor, high: Factor, scaling: float) -> Change:
     return Change(fetch, apply)
 
 
+def _at_length(magnitude: Callable[[], Any], at: tuple[Any, ...]) -> Change:
+    """Return the change of the rows of a weight to trained lengths."""
+
+    def apply(source: np.ndarray, magnitude_O: np.ndarray) -> np.ndarray:
+        lengths_O = np.linalg.norm(source, axis=-1)
+        some = lengths_O > 0
+        ratio_O = np.where(some, magnitude_O / np.where(some, lengths_O, 1), 1)
+        return source * ratio_O.astype(np.float32)[:, None]
+
+    return Change(lambda rows: host_part(magnitude(), (*at, *rows[:1])), apply)
+
+
 LORA = AdapterMethod(
     keys=KEYS,
     from_section=from_section,
@@ -111,6 +128,7 @@ LORA = AdapterMethod(
     to_file=lora_tensors.to_file,
     from_file=lora_tensors.from_file,
     merged=merged,
+    initial_reads=lora.initial_reads,
     without_idle=idle.without_idle,
     file_problems=file_problems,
     without_effect=(

@@ -22,7 +22,7 @@ from dsjax.adapters.lora import LoraConfig
 from dsjax.adapters.peft_fields import value_problems
 from dsjax.adapters.targets import in_layers, linear_modules, short_names
 from dsjax.config import AdapterSection
-from dsjax.errors import raise_all
+from dsjax.errors import ConfigError, raise_all
 from dsjax.models import Model, entries_of, model_family
 from dsjax.models.config_checks import names_problems, shown
 
@@ -83,6 +83,7 @@ def from_fields(config: Mapping[str, Any], section: AdapterSection) -> LoraConfi
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern=config.get("alpha_pattern") or {},
         use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
         target_parameters=parameters or None,
     )
 
@@ -95,6 +96,12 @@ def config_fields(model: Model, spec: LoraConfig) -> dict[str, Any]:
     """
     targets = peft_targets(model, spec)
     parameters = sorted(name for name in targets if _is_parameter(name, model))
+    if spec.use_dora and parameters:
+        raise ConfigError(
+            f"export.format: got peft with adapter.use_dora on {parameters[0]}, expected merged or "
+            "null; PEFT has no DoRA for what it adapts by its weight. Leave the feed-forwards out "
+            "of adapter.target_modules, or set export.format=merged"
+        )
     fields = {
         "r": spec.r,
         "lora_alpha": spec.lora_alpha,
@@ -109,7 +116,7 @@ def config_fields(model: Model, spec: LoraConfig) -> dict[str, Any]:
             spec.alpha_pattern, spec.lora_alpha, {name: a for name, (_, a) in targets.items()}
         ),
         "use_rslora": spec.use_rslora,
-        "use_dora": False,
+        "use_dora": spec.use_dora,
         "lora_bias": False,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -112,8 +112,8 @@ class AdapterSection(Section):
     """LoRA: another lora_alpha, as with rank_pattern."""
     use_rslora: bool = False
     """LoRA: scale by lora_alpha / sqrt(r)."""
-    use_dora: Literal[False] = False
-    """LoRA: learn magnitude and direction apart."""
+    use_dora: bool = False
+    """LoRA: learn the length of each row of a weight apart from its direction (DoRA)."""
     feedforward_modules: str | list[str] | None = None
     """IA3: those of target_modules whose input is scaled; the others' output is. null: the
     down_proj among them."""

@@ -106,12 +106,14 @@ class BaseMap(NamedTuple):
         base: computes it without what is in the slot.
         dtype: of the activations.
         bias: its bias.
+        divided_by: mesh axis over whose devices its inputs are divided.
     """
 
     linear: Any
     base: Callable[[jax.Array], jax.Array]
     dtype: jnp.dtype
     bias: jax.Array | None = None
+    divided_by: str | None = None
 
     @property
     def weight(self) -> jax.Array:

@@ -185,8 +185,16 @@ class ExpertLinear(nnx.Module):
         self.weight = parameter((experts, out_features, in_features), ("experts", *axes), layers)
         self.adapter: ExpertSlot | None = nnx.data(None)
 
-    def __call__(self, x_ZI: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        """Map each group of rows by its expert, as the adapter in the slot changes it."""
+    def __call__(
+        self, x_ZI: jax.Array, sizes_E: jax.Array, by_width: str | None = None
+    ) -> jax.Array:
+        """Map each group of rows by its expert, as the adapter in the slot changes it.
+
+        Args:
+            x_ZI: the rows.
+            sizes_E: rows of each expert.
+            by_width: the mesh axis that divides the experts' width, inside `shard_map`.
+        """
 
         def base(x_ZI: jax.Array) -> jax.Array:
             if self.storage is DENSE:
@@ -195,7 +203,8 @@ class ExpertLinear(nnx.Module):
 
         if self.adapter is None:
             return base(x_ZI)
-        return self.adapter(x_ZI, BaseMap(self, base, x_ZI.dtype), sizes_E)
+        divided_by = by_width if self.axes[1] == "mlp" else None
+        return self.adapter(x_ZI, BaseMap(self, base, x_ZI.dtype, divided_by=divided_by), sizes_E)
 
 
 class Experts(nnx.Module):
@@ -237,7 +246,8 @@ class Experts(nnx.Module):
                 x_BTD, routing = jax.tree.map(
                     lambda x: lax.all_gather(x, by_expert, axis=0, tiled=True), (x_BTD, routing)
                 )
-                out_BTD = lax.psum(_local_experts(experts, x_BTD, routing, first), by_width)
+                out_BTD = _local_experts(experts, x_BTD, routing, first, by_width)
+                out_BTD = lax.psum(out_BTD, by_width)
                 out_BTD = lax.psum_scatter(out_BTD, by_expert, scatter_dimension=0, tiled=True)
                 return out_BTD.astype(x_BTD.dtype)
 
@@ -292,7 +302,7 @@ def tokens_at_once(rows: int, chosen: int, width: int, itemsize: int) -> int:
 
 
 def _local_experts(
-    experts: Experts, x_BTD: jax.Array, routing: Routing, first: Any
+    experts: Experts, x_BTD: jax.Array, routing: Routing, first: Any, by_width: str | None = None
 ) -> Float[Array, "B T D"]:
     """Sum, weighted and in float32, over those of each token's experts that these arrays hold.
 
@@ -301,6 +311,7 @@ def _local_experts(
         x_BTD: tokens.
         routing: where they go.
         first: number of the first expert that is held.
+        by_width: the mesh axis that divides the experts' width.
     """
     count = experts.gate_proj.weight.shape[0]
     shape, chosen = x_BTD.shape, routing.experts.shape[-1]
@@ -312,7 +323,7 @@ def _local_experts(
     sizes_E = jnp.bincount(group, length=count + 1)[:count].astype(jnp.int32)
     x_ZD = _rows_in_order(x_BTD.reshape(-1, shape[-1]), order, back)
     gated_ZF = gated(experts.gate_proj(x_ZD, sizes_E), experts.up_proj(x_ZD, sizes_E))
-    y_ZD = experts.down_proj(gated_ZF, sizes_E)
+    y_ZD = experts.down_proj(gated_ZF, sizes_E, by_width)
     y_ZD = _rows_in_order(y_ZD, back, order)
     y_ZD = jnp.where(mine[:, None], y_ZD, 0).astype(jnp.float32)
     weights_Z1 = routing.weights.reshape(-1, 1)

@@ -63,6 +63,11 @@ class LinearMap(Protocol):
         """What the map adds to W x; None without, as in routed experts."""
         ...
 
+    @property
+    def divided_by(self) -> str | None:
+        """Mesh axis over whose devices I is divided, inside `shard_map`; None: all of I is here."""
+        ...
+
     def __call__(self, x: jax.Array, /) -> jax.Array:
         """W x + b in x's dtype."""
         ...

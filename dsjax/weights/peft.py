@@ -31,7 +31,6 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 
 _REFUSED = (
-    "use_dora",
     "use_qalora",
     "use_bdlora",
     "lora_bias",

@@ -140,7 +140,7 @@ mesh: 8
             "adapter.peft_type=BOTTLENECK",
             'got "BOTTLENECK", which is not built yet, expected LORA, IA3, PREFIX_TUNING or null',
         ),
-        ("adapter.use_dora=true", "got true, which is not built yet, expected false"),
+        ("adapter.use_dora=1", "got 1, expected true or false"),
         ("adapter.peft_type=lora", 'got "lora", expected LORA, IA3, PREFIX_TUNING or null'),
         ("adapter.r=true", "got true, expected an integer >= 1 and <= 65536"),
         ("adapter.r='8'", 'got "8", expected an integer >= 1 and <= 65536'),

@@ -37,10 +37,6 @@ FACTORY_REFUSED = [
         {"quantization_bit": 3},
         "quantization_bit: got 3, expected 4 (of quantization_type nf4) or 8",
     ),
-    (
-        {"use_dora": True},
-        "use_dora: here adapter.use_dora: got true, which is not built yet, expected false",
-    ),
     ({"lora_rank": 0}, "lora_rank: here adapter.r: got 0, expected an integer >= 1 and <= 65536"),
     (
         {"lora_rnk": 8},

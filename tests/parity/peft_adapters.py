@@ -48,7 +48,10 @@ def _build(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if part in name:
+            if "magnitude" in name:  # near the length of the weight's row, which it begins as
+                change = torch.empty_like(parameter).normal_(1.0, 0.2, generator=generator)
+                parameter.mul_(change)
+            elif part in name:
                 parameter.normal_(*normal, generator=generator)
     model.save_pretrained(directory)
     return directory

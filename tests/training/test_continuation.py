@@ -47,7 +47,7 @@ OTHER: dict[str, Any] = {
     "export.format": "peft",
     "export.dtype": "fp8",
 }
-ONE_VALUE = ("model.attention", "adapter.use_dora", "objective.type")
+ONE_VALUE = ("model.attention", "objective.type")
 """Keys that have but one value yet."""
 
 

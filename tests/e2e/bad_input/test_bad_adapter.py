@@ -124,7 +124,7 @@ def test_an_adapter_path_without_an_adapter(cli_runner: CliRunner, path: str, pa
         ),
         ({"peft_type": None}, ["peft_type: got None", "expected LORA"]),
         ({"task_type": "SEQ_CLS"}, ["task_type: got 'SEQ_CLS'", "expected CAUSAL_LM"]),
-        ({"use_dora": True}, ["use_dora: got True", "not implemented"]),
+        ({"use_qalora": True}, ["use_qalora: got True", "not implemented"]),
         ({"bias": "all"}, ["bias: got 'all'", "expected none"]),
         (
             {"modules_to_save": ["lm_head"]},

@@ -54,9 +54,9 @@ def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
             ["mesh: got data 3", "devices (1)"],
         ),
         (
-            lambda cli_runner: cli_runner.write_adapter(use_dora=True),
+            lambda cli_runner: cli_runner.write_adapter(use_qalora=True),
             [],
-            ["adapter_config.json use_dora: got True"],
+            ["adapter_config.json use_qalora: got True"],
         ),
         (
             lambda cli_runner: cli_runner.edit_yaml(f"{cli_runner.run}", f"{cli_runner.model}/run"),
