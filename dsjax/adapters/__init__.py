@@ -10,7 +10,7 @@ no effect). Not done here: deciding what trains (`training.partition`), writing 
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -103,6 +103,14 @@ def initial_params(
 
     # Where nothing is read, the compiled function has no input.
     return jax.jit(make, out_shardings={path: shardings[path] for path in own})(held)
+
+
+def lr_factors(spec: AdapterConfig | None, paths: Iterable[str]) -> dict[str, float]:
+    """Return what the learning rates of an adapter's leaves are multiplied by, where not by 1."""
+    if spec is None:
+        return {}
+    factors = {path: method_of(spec).lr_factor(path, spec) for path in paths}
+    return {path: factor for path, factor in factors.items() if factor != 1}
 
 
 def check_form(model: Model, spec: AdapterConfig | None, form: str, field: str) -> None:

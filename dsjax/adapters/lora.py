@@ -55,6 +55,8 @@ class LoraConfig:
     target_parameters: list[str] | None = None
     # Not in `repr`, by which checkpoints know an adapter on disk: its tensors say it too.
     use_dora: bool = field(default=False, repr=False)
+    # Of training alone, as the next: an adapter on disk has none.
+    loraplus_lr_ratio: float | None = field(default=None, repr=False)
 
     peft_type = "LORA"
 
@@ -231,6 +233,12 @@ def initial(
     values = jax.random.uniform(key, leaf.shape, leaf.dtype, -bound, bound)
     rows = np.arange(leaf.shape[-2]) < np.asarray(module.ranks)[:, None]
     return values * jnp.asarray(rows.reshape(*leaf.shape[:-1], 1), leaf.dtype)
+
+
+def lr_factor(path: str, spec: LoraConfig) -> float:
+    """LoRA+ (arXiv 2402.12354) in PEFT's groups: the ratio for B and vectors, 1 for A."""
+    ratio = spec.loraplus_lr_ratio
+    return 1.0 if ratio is None or path.endswith(".lora_A") else float(ratio)
 
 
 def initial_reads(path: str) -> list[str]:

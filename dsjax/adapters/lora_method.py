@@ -129,6 +129,7 @@ LORA = AdapterMethod(
     from_file=lora_tensors.from_file,
     merged=merged,
     initial_reads=lora.initial_reads,
+    lr_factor=lora.lr_factor,
     without_idle=idle.without_idle,
     file_problems=file_problems,
     without_effect=(

@@ -84,6 +84,7 @@ def from_fields(config: Mapping[str, Any], section: AdapterSection) -> LoraConfi
         alpha_pattern=config.get("alpha_pattern") or {},
         use_rslora=bool(config.get("use_rslora")),
         use_dora=bool(config.get("use_dora")),
+        loraplus_lr_ratio=section.loraplus_lr_ratio,
         target_parameters=parameters or None,
     )
 

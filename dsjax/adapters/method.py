@@ -54,6 +54,10 @@ def _by_value(config: Any) -> Collection[str]:
     return ()
 
 
+def _as_it_is(path: str, config: Any) -> float:
+    return 1.0
+
+
 def _never(key: str, section: AdapterSection, config: Any, model: Model) -> bool:
     raise AssertionError(f"{key} is compared by its value")
 
@@ -86,6 +90,8 @@ class AdapterMethod:
             (`config.sections.UNMERGED` says why).
         initial_reads: path of one of its leaves -> paths of the base parameters that its first
             value is computed from (`models.base_shapes` lists them all).
+        lr_factor: (path of one of its leaves, config) -> what the learning rate of this leaf is
+            multiplied by.
         without_idle: the description without what is not in a model, and the names left out.
         file_problems: why tensors of the right shapes cannot be read, by names of tensors; they
             are read only if they are asked for.
@@ -107,6 +113,7 @@ class AdapterMethod:
     from_file: Callable[[Model, Any, Leaves, Tensors], dict[str, np.ndarray]]
     merged: Callable[[Model, Any, Arrays], dict[str, Change]] | None
     initial_reads: Callable[[str], Collection[str]] = _reads_nothing
+    lr_factor: Callable[[str, Any], float] = _as_it_is
     without_idle: Callable[[Model, Any], tuple[Any, list[str]]] = _nothing_idle
     file_problems: Callable[[Model, Any, Callable[[], Tensors]], list[str]] = _no_problems
     without_effect: tuple[str, ...] = ()

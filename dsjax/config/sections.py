@@ -114,6 +114,8 @@ class AdapterSection(Section):
     """LoRA: scale by lora_alpha / sqrt(r)."""
     use_dora: bool = False
     """LoRA: learn the length of each row of a weight apart from its direction (DoRA)."""
+    loraplus_lr_ratio: Scale | None = None
+    """LoRA: lora_B, and what DoRA adds, learn at optimizer.learning_rate times this (LoRA+)."""
     feedforward_modules: str | list[str] | None = None
     """IA3: those of target_modules whose input is scaled; the others' output is. null: the
     down_proj among them."""

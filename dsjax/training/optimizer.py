@@ -15,6 +15,7 @@ unchanged by an update that the step throws away.
 import math
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -170,7 +171,10 @@ def decay_mask(paths: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def make_optimizer(
-    section: OptimizerSection, schedule: Schedule, decay_mask: Mapping[str, bool]
+    section: OptimizerSection,
+    schedule: Schedule,
+    decay_mask: Mapping[str, bool],
+    lr_factors: Mapping[str, float] = MappingProxyType({}),
 ) -> optax.GradientTransformation:
     """Build the optimizer over a flat dict of parameters. It does not clip.
 
@@ -178,11 +182,17 @@ def make_optimizer(
     its betas from `adam_beta1` and `adam_beta2` as Hugging Face does (the paper uses 0.9 and 0.99).
     Both decay the parameter directly, by learning rate times `weight_decay`, where `decay_mask` is
     True. Every moment is a dict with the keys and shapes of the parameters: shard it like them.
+    What has a factor in `lr_factors` learns, and decays, at so many times the schedule's rate.
     """
+
+    def scaled(updates: Any, params: Any) -> Any:
+        return {path: update * lr_factors.get(path, 1.0) for path, update in updates.items()}
+
     return optax.chain(
         DIRECTIONS[section.optim](section),
         optax.add_decayed_weights(section.weight_decay, mask=dict(decay_mask)),
         optax.scale_by_learning_rate(schedule),
+        *([optax.stateless(scaled)] if lr_factors else []),
     )
 
 

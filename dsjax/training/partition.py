@@ -8,7 +8,7 @@ put both back into. Not done here: gradients, sharding, values.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ class Partition:
             train.
         router_biases: those trainable paths that move by the experts' loads, and have neither
             gradient nor optimizer state.
+        lr_factors: what the learning rate of some trainable paths is multiplied by.
     """
 
     graphdef: Any
@@ -44,6 +45,7 @@ class Partition:
     frozen: tuple[str, ...]
     layer_masks: Mapping[str, np.ndarray]
     router_biases: tuple[str, ...] = ()
+    lr_factors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def gradient_params(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ state, training.
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -118,6 +118,8 @@ def assemble_model(
         param_dtype=section.param_dtype,
         balance=own.moves_biases(options),
     )
+    rates = adapters.lr_factors(spec, partition.trainable)
+    partition = replace(partition, lr_factors=rates)
     if weights and adapter.path is not None and spec is not None:
         check_params(adapter.path, model, spec, partition.leaves, source.read)
     return Assembly(section, source, model, spec, partition, mesh, carried, adapter.path)

@@ -94,7 +94,7 @@ def step_config(
         partition=partition,
         objective=objective,
         options=config.objective,
-        optimizer=make_optimizer(config.optimizer, schedule, mask),
+        optimizer=make_optimizer(config.optimizer, schedule, mask, partition.lr_factors),
         schedule=schedule,
         mesh=mesh,
         max_grad_norm=config.optimizer.max_grad_norm,

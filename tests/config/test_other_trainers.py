@@ -164,6 +164,11 @@ FACTORY_VALUES = [
     ({"adapter_name_or_path": "old"}, {"adapter.path": "old", "adapter.peft_type": None}),
     ({"lora_target": "q_proj,v_proj"}, {"adapter.target_modules": ["q_proj", "v_proj"]}),
     ({"lora_alpha": 3, "use_rslora": True}, {"adapter.lora_alpha": 3, "adapter.use_rslora": True}),
+    ({"loraplus_lr_ratio": 16.0}, {"adapter.loraplus_lr_ratio": 16.0}),
+    (
+        {"loraplus_lr_ratio": 4.0, "adapter_name_or_path": "old"},
+        {"adapter.loraplus_lr_ratio": 4.0, "adapter.path": "old"},
+    ),
     ({"packing": True}, {"data.packing": True}),
     ({"neat_packing": True}, {"data.packing": True}),
     ({"val_size": 100}, {"data.val_size": 100}),

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
@@ -102,6 +103,18 @@ def make_optimizer(model: torch.nn.Module, section: Mapping[str, Any]) -> torch.
     )
 
 
+def make_loraplus(model: torch.nn.Module, config: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """AdamW with the groups that PEFT makes for LoRA+."""
+    section = config["optimizer"]
+    return create_loraplus_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=section["learning_rate"],
+        loraplus_lr_ratio=config["adapter"]["loraplus_lr_ratio"],
+        loraplus_weight_decay=section["weight_decay"],
+    )
+
+
 def make_schedule(
     optimizer: torch.optim.Optimizer, section: Mapping[str, Any], steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
@@ -128,7 +141,8 @@ def train(
     """Train `model` in place; the loss is the token mean over the whole optimizer batch."""
     section, training = config["optimizer"], config["training"]
     steps, pieces = training["max_steps"], training.get("gradient_accumulation_steps", 1)
-    optimizer = make_optimizer(model, section)
+    ratio = config["adapter"].get("loraplus_lr_ratio")
+    optimizer = make_optimizer(model, section) if ratio is None else make_loraplus(model, config)
     schedule = make_schedule(optimizer, section, steps)
     batches = iterate_batches(rows, training["batch_size"])
     micro = training["batch_size"] // pieces

@@ -46,6 +46,7 @@ OTHER: dict[str, Any] = {
     "logging.profile_steps": [1, 2],
     "export.format": "peft",
     "export.dtype": "fp8",
+    "adapter.loraplus_lr_ratio": 16,
 }
 ONE_VALUE = ("model.attention", "objective.type")
 """Keys that have but one value yet."""

@@ -90,6 +90,9 @@ def _convert_adapter(draft: Draft) -> None:
         _convert_lora(draft)
     if kind == "lora":
         draft.set("finetuning_type", "export.format", "peft")
+        ratio = draft.values.get("loraplus_lr_ratio")
+        if ratio is not None:
+            draft.set("loraplus_lr_ratio", "adapter.loraplus_lr_ratio", ratio)
 
 
 def _convert_lora(draft: Draft) -> None:
