@@ -187,7 +187,7 @@ def _first_value(
     model: nnx.Module, path: str, leaf: Leaf, values: Callable[[str, Leaf], np.ndarray]
 ) -> np.ndarray:
     """Random, but for buffers, and for a LoRA's rows beyond a layer's own rank: zero."""
-    if not path.endswith((".lora_A", ".lora_B")) and leaf.kind != "buffer":
+    if not path.endswith(("lora_A", "lora_B")) and leaf.kind != "buffer":
         return values(path, leaf)
     *owner, name = path.split(".")
     module = model

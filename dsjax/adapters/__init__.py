@@ -82,6 +82,9 @@ def initial_params(
     method, stored = method_of(spec), stored_linears(model)
     reads = {path: sorted(method.initial_reads(path)) for path in own}
     kinds = {name: storage_of(stored.get(name)) for names in reads.values() for name in names}
+    slots: dict[str, list[str]] = {}
+    for path in own:
+        slots.setdefault(path.rpartition(".")[0], []).append(path)
     held = {
         name: {array: loaded[name + array] for array in arrays}
         for name, (_, arrays) in kinds.items()
@@ -90,14 +93,22 @@ def initial_params(
     def make(held: Mapping[str, Mapping[str, jax.Array]]) -> dict[str, jax.Array]:
         key = jax.random.key(seed)
         base = {name: kind.decode(held[name], model.dtype) for name, (kind, _) in kinds.items()}
+
+        def of(paths: Iterable[str]) -> dict[str, jax.Array]:
+            return {name: base[name] for path in paths for name in reads[path]}
+
+        def key_of(path: str) -> jax.Array:
+            return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+        found: dict[str, jax.Array] = {}
+        for slot, paths in slots.items():
+            names = [path.rpartition(".")[2] for path in paths]
+            values = method.initial_at_once(slot, names, model, key_of(slot), of(paths))
+            found |= {f"{slot}.{name}": value for name, value in values.items()}
         return {
-            path: method.initial(
-                path,
-                leaf,
-                model,
-                jax.random.fold_in(key, zlib.crc32(path.encode())),
-                {name: base[name] for name in reads[path]},
-            )
+            path: found[path]
+            if path in found
+            else method.initial(path, leaf, model, key_of(path), of([path]))
             for path, leaf in own.items()
         }
 

@@ -7,6 +7,8 @@ gradient goes through |V|. It is computed from |W|, W A^T and A A^T: V itself is
 done here: LoRA's factors (`linear_lora`, `expert_lora`).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -27,11 +29,9 @@ MAGNITUDE = "lora_magnitude_vector"
 class Dora(Lora):
     """The map with its rows at the length of m: m / |V| * (W x + scaling * B A x) + b."""
 
-    def __init__(
-        self, linear: Linear, path: str, ranks: list[int], scalings: list[float], p: float
-    ):
+    def __init__(self, linear: Linear, path: str, ranks: list[int], *options: Any):
         """Declare LoRA's factors and the magnitudes; see `Lora`."""
-        super().__init__(linear, path, ranks, scalings, p)
+        super().__init__(linear, path, ranks, *options)
         self.lora_magnitude_vector = AdapterParam(
             abstract((linear.out_features,), linear.layers),
             axes=stacked_axes(linear.axes[:1], linear.layers),
@@ -55,16 +55,16 @@ class Dora(Lora):
         return self._scale(weight)[:, None] * super().merged_weight(weight)
 
     def _scale(self, weight: jax.Array) -> Float[Array, " O"]:
-        norms = row_norms(weight, self.lora_A[...], self.lora_B[...], self.scaling[...])
+        norms = row_norms(weight, *self.factors(), self.scaling[...])
         return length_ratio(self.lora_magnitude_vector[...], norms, self.scaling[...] != 0)
 
 
 class ExpertDora(ExpertLora):
     """`Dora` for one linear map per expert."""
 
-    def __init__(self, linear: ExpertLinear, ranks: list[int], scalings: list[float]):
+    def __init__(self, linear: ExpertLinear, ranks: list[int], *options: Any):
         """Declare LoRA's factors and the magnitudes; see `ExpertLora`."""
-        super().__init__(linear, ranks, scalings)
+        super().__init__(linear, ranks, *options)
         self.lora_magnitude_vector = AdapterParam(
             abstract((linear.experts, linear.out_features), linear.layers),
             axes=("layers", "experts", linear.axes[0]),
@@ -76,9 +76,7 @@ class ExpertDora(ExpertLora):
     ) -> Float[Array, "Z O"]:
         """Apply each group's map."""
         scaling_E = self.scaling[...]
-        norms_EO = row_norms(
-            linear.weight, self.lora_A[...], self.lora_B[...], scaling_E, linear.divided_by
-        )
+        norms_EO = row_norms(linear.weight, *self.factors(), scaling_E, linear.divided_by)
         adapted_E1 = (scaling_E != 0)[:, None]
         scale_EO = length_ratio(self.lora_magnitude_vector[...], norms_EO, adapted_E1)
         scale_ZO = jnp.repeat(scale_EO, sizes_E, axis=0, total_repeat_length=x_ZI.shape[0])

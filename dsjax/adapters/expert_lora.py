@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dsjax.adapters import lora_start
 from dsjax.models.moe import ExpertLinear
 from dsjax.models.ops.grouped_matmul import grouped_matmul
 from dsjax.models.parameters import AdapterBuffer, AdapterParam, abstract
@@ -34,17 +35,24 @@ class ExpertLora(nnx.Module):
     sum over the devices that divide the width where A is cut by its inputs, as y is.
     """
 
-    def __init__(self, linear: ExpertLinear, ranks: list[int], scalings: list[float]):
+    def __init__(
+        self,
+        linear: ExpertLinear,
+        ranks: list[int],
+        scalings: list[float],
+        start: bool | str = True,
+    ):
         """Declare the factors for all experts of all layers.
 
         Args:
             linear: the map whose slot this goes into.
             ranks: rank per expert, layer by layer; 0 for an expert without an adapter.
             scalings: factor of the update, in the same order.
+            start: `init_lora_weights`.
         """
         rank, experts, layers = max(ranks), linear.experts, linear.layers
         out_axis, in_axis = linear.axes
-        self.ranks = tuple(ranks)
+        self.ranks, self.start = tuple(ranks), start
         self.lora_A = AdapterParam(
             abstract((experts, rank, linear.in_features), layers),
             axes=("layers", "experts", None, in_axis),
@@ -58,6 +66,7 @@ class ExpertLora(nnx.Module):
         self.scaling = AdapterBuffer(
             abstract((experts,), layers), axes=("layers", "experts"), values=tuple(scalings)
         )
+        self.initial_lora_A, self.initial_lora_B = lora_start.declared(self)
 
     def __call__(
         self,
@@ -66,10 +75,15 @@ class ExpertLora(nnx.Module):
         sizes_E: Int[Array, " E"],
     ) -> Float[Array, "Z O"]:
         """Add each group's update, in x's dtype; see `Lora`."""
-        low_Zr = grouped_matmul(x_ZI, self.lora_A[...], sizes_E)
+        a_ErI, b_EOr = self.factors()
+        low_Zr = grouped_matmul(x_ZI, a_ErI, sizes_E)
         scaling_Z = jnp.repeat(self.scaling[...], sizes_E, total_repeat_length=x_ZI.shape[0])
         low_Zr = (low_Zr * scaling_Z[:, None]).astype(x_ZI.dtype)
-        return linear(x_ZI) + grouped_matmul(low_Zr, self.lora_B[...], sizes_E)
+        return linear(x_ZI) + grouped_matmul(low_Zr, b_EOr, sizes_E)
+
+    def factors(self) -> tuple[Float[Array, "E r I"], Float[Array, "E O r"]]:
+        """Return A and B; see `Lora.factors`."""
+        return lora_start.since_start(self)
 
 
 def is_routed(module: str) -> bool:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dsjax.adapters import lora_start
 from dsjax.models.layers import Linear, product
 from dsjax.models.parameters import AdapterBuffer, AdapterParam, abstract, stacked_axes
 from dsjax.models.slots import Dropout
@@ -23,7 +24,13 @@ class Lora(nnx.Module):
     """The update of one linear map: y + scaling * B A dropout(x)."""
 
     def __init__(
-        self, linear: Linear, path: str, ranks: list[int], scalings: list[float], p: float
+        self,
+        linear: Linear,
+        path: str,
+        ranks: list[int],
+        scalings: list[float],
+        p: float = 0.0,
+        start: bool | str = True,
     ):
         """Declare the factors for all layers of a stack (one outside a stack).
 
@@ -33,11 +40,12 @@ class Lora(nnx.Module):
             ranks: rank per layer, 0 for a layer without an adapter.
             scalings: factor of the update per layer.
             p: probability that dropout zeroes an input.
+            start: `init_lora_weights`.
         """
         rank, layers = max(ranks), linear.layers
         out_axis, in_axis = linear.axes
         self.dropout, self.seed = p, zlib.crc32(path.encode())
-        self.ranks = tuple(ranks)
+        self.ranks, self.start = tuple(ranks), start
         self.lora_A = AdapterParam(
             abstract((rank, linear.in_features), layers),
             axes=stacked_axes((None, in_axis), layers),
@@ -51,6 +59,7 @@ class Lora(nnx.Module):
         self.scaling = AdapterBuffer(
             abstract((), layers), axes=stacked_axes((), layers), values=tuple(scalings)
         )
+        self.initial_lora_A, self.initial_lora_B = lora_start.declared(self)
 
     def __call__(
         self,
@@ -74,11 +83,16 @@ class Lora(nnx.Module):
 
     def update(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         """Return scaling * B A x."""
-        low = (product(x, self.lora_A[...]) * self.scaling[...]).astype(x.dtype)
-        return product(low, self.lora_B[...])
+        a_rI, b_Or = self.factors()
+        low = (product(x, a_rI) * self.scaling[...]).astype(x.dtype)
+        return product(low, b_Or)
+
+    def factors(self) -> tuple[Float[Array, "r I"], Float[Array, "O r"]]:
+        """Return A and B; of twice the rank, where the change since the start is what counts."""
+        return lora_start.since_start(self)
 
     def merged_weight(self, weight: Float[Array, "O I"]) -> Float[Array, "O I"]:
         """Return the weight with the update, in float32."""
         exact = jax.lax.Precision.HIGHEST
-        product = jnp.einsum("or,ri->oi", self.lora_B[...], self.lora_A[...], precision=exact)
-        return weight + product * self.scaling[...]
+        a_rI, b_Or = self.factors()
+        return weight + jnp.einsum("or,ri->oi", b_Or, a_rI, precision=exact) * self.scaling[...]

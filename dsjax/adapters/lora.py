@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsjax.adapters import lora_start
 from dsjax.adapters.dora import MAGNITUDE, Dora, ExpertDora, lengths
 from dsjax.adapters.expert_lora import ExpertLora, is_routed, parameter_of
 from dsjax.adapters.linear_lora import Lora
@@ -57,6 +58,7 @@ class LoraConfig:
     use_dora: bool = field(default=False, repr=False)
     # Of training alone, as the next: an adapter on disk has none.
     loraplus_lr_ratio: float | None = field(default=None, repr=False)
+    init_lora_weights: bool | str = field(default=True, repr=False)
 
     peft_type = "LORA"
 
@@ -143,15 +145,19 @@ def attach(model: Model, spec: LoraConfig) -> None:
     Raises:
         ConfigError: a target, pattern or layer matches nothing.
     """
+    start, problems = spec.init_lora_weights, []
     for path, modules in targets(model, spec).items():
         linear = module_at(model, path)
         ranks = [spec.rank_of(name) if hit else 0 for name, hit in modules.items()]
         scalings = [spec.scaling_of(name) if hit else 0.0 for name, hit in modules.items()]
+        problems += lora_start.problems(start, path, linear, max(ranks))
         if isinstance(linear, ExpertLinear):
-            linear.adapter = (ExpertDora if spec.use_dora else ExpertLora)(linear, ranks, scalings)
+            experts = ExpertDora if spec.use_dora else ExpertLora
+            linear.adapter = experts(linear, ranks, scalings, start)
         else:
             kind = Dora if spec.use_dora else Lora
-            linear.adapter = kind(linear, path, ranks, scalings, spec.lora_dropout)
+            linear.adapter = kind(linear, path, ranks, scalings, spec.lora_dropout, start)
+    raise_all(problems)
 
 
 def targets(model: Model, spec: LoraConfig) -> dict[str, dict[str, bool]]:
@@ -216,10 +222,7 @@ def _expert_problems(spec: LoraConfig, adapted: list[str]) -> list[str]:
 def initial(
     path: str, leaf: Leaf, model: Model, key: jax.Array, base: Mapping[str, jax.Array]
 ) -> jax.Array:
-    """PEFT's start of one leaf: A uniform in +-1/sqrt(in) (kaiming, a = sqrt 5), B zero.
-
-    Rows of A beyond a layer's own rank are zero. DoRA's magnitudes are the lengths of W's rows.
-    """
+    """First value of one leaf: A at random, B zero, DoRA's magnitudes the lengths of W's rows."""
     if path.endswith(f".{MAGNITUDE}"):
         (weight,) = base.values()
         return lengths(weight)
@@ -229,10 +232,17 @@ def initial(
         return jnp.asarray(values, jnp.float32).reshape(leaf.shape)
     if path.endswith(".lora_B"):
         return jnp.zeros(leaf.shape, leaf.dtype)
-    bound = 1 / math.sqrt(leaf.shape[-1])
-    values = jax.random.uniform(key, leaf.shape, leaf.dtype, -bound, bound)
-    rows = np.arange(leaf.shape[-2]) < np.asarray(module.ranks)[:, None]
-    return values * jnp.asarray(rows.reshape(*leaf.shape[:-1], 1), leaf.dtype)
+    return lora_start.drawn(module, leaf, key)
+
+
+def initial_at_once(
+    slot: str, leaves: Iterable[str], model: Model, key: jax.Array, base: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """First values of both factors, where they are computed from the weight they are beside."""
+    if lora_start.INITIAL_A not in leaves:
+        return {}
+    owner = slot.removesuffix(".adapter")
+    return lora_start.of_weight(module_at(model, slot), base[f"{owner}.weight"], key)
 
 
 def lr_factor(path: str, spec: LoraConfig) -> float:
@@ -244,7 +254,7 @@ def lr_factor(path: str, spec: LoraConfig) -> float:
 def initial_reads(path: str) -> list[str]:
     """Name the base parameter that the first value of a leaf is computed from, if one is."""
     owner, _, name = path.rpartition(".adapter.")
-    return [f"{owner}.weight"] if name == MAGNITUDE else []
+    return [f"{owner}.weight"] if name in (MAGNITUDE, lora_start.INITIAL_A) else []
 
 
 def tensors(model: Model, spec: LoraConfig) -> dict[str, tuple[str, tuple[Any, ...]]]:

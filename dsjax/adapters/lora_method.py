@@ -17,6 +17,7 @@ import numpy as np
 from dsjax.adapters import idle, lora, lora_peft, lora_tensors
 from dsjax.adapters.dora import MAGNITUDE
 from dsjax.adapters.lora import LoraConfig
+from dsjax.adapters.lora_plain import plain_array, plain_config
 from dsjax.adapters.method import AdapterMethod, Tensors
 from dsjax.config import AdapterSection
 from dsjax.distributed.arrays import host_part, is_here
@@ -68,11 +69,12 @@ def file_problems(model: Model, config: LoraConfig, read: Callable[[], Tensors])
 
 def merged(model: Model, config: LoraConfig, trained: Mapping[str, Any]) -> dict[str, Change]:
     """Every adapted weight plus scaling * B A; under DoRA its rows at their trained lengths."""
+    config = plain_config(config)
     pieces = lora.tensors(model, config)
 
     @cache
     def array_of(path: str) -> Any:
-        array = trained[path]
+        array = plain_array(model, path, trained)
         return np.asarray(array, np.float32) if is_here(array) else array
 
     changes = {}
@@ -129,6 +131,7 @@ LORA = AdapterMethod(
     from_file=lora_tensors.from_file,
     merged=merged,
     initial_reads=lora.initial_reads,
+    initial_at_once=lora.initial_at_once,
     lr_factor=lora.lr_factor,
     without_idle=idle.without_idle,
     file_problems=file_problems,

@@ -19,6 +19,7 @@ from dsjax.adapters.expert_lora import (
     parameter_of,
 )
 from dsjax.adapters.lora import LoraConfig
+from dsjax.adapters.lora_plain import plain_config
 from dsjax.adapters.peft_fields import value_problems
 from dsjax.adapters.targets import in_layers, linear_modules, short_names
 from dsjax.config import AdapterSection
@@ -95,6 +96,7 @@ def config_fields(model: Model, spec: LoraConfig) -> dict[str, Any]:
     Raises:
         ConfigError: PEFT has no form for this adapter.
     """
+    spec = plain_config(spec)
     targets = peft_targets(model, spec)
     parameters = sorted(name for name in targets if _is_parameter(name, model))
     if spec.use_dora and parameters:

@@ -21,6 +21,7 @@ from dsjax.adapters.expert_lora import (
     stack_gate_up,
 )
 from dsjax.adapters.lora import LoraConfig
+from dsjax.adapters.lora_plain import plain_arrays, plain_config, plain_leaves
 from dsjax.adapters.targets import module_at
 from dsjax.distributed.sharding import Leaf
 from dsjax.models import Model, model_family
@@ -72,6 +73,7 @@ def shapes(
     model: Model, spec: LoraConfig, leaves: Mapping[str, Leaf]
 ) -> dict[str, tuple[int, ...]]:
     """Every tensor of the adapter in PEFT's file, and its shape."""
+    spec, leaves = plain_config(spec), plain_leaves(leaves)
     # Arrays of no memory: every element is the same one.
     empty = {
         path: np.broadcast_to(np.float32(0), leaf.shape)
@@ -91,6 +93,7 @@ def shapes(
 
 def to_file(model: Model, spec: LoraConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Our arrays as the tensors of PEFT's file, float32."""
+    spec, params = plain_config(spec), plain_arrays(model, params)
     host = {path: np.asarray(array) for path, array in params.items()}
     tensors = {key: host[path][index] for key, (path, index) in _plain(model, spec).items()}
     for container, places in _fused(model, spec).items():

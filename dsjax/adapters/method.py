@@ -46,6 +46,12 @@ def _nothing_to_note(model: Model, config: Any) -> list[str]:
     return []
 
 
+def _one_by_one(
+    slot: str, leaves: Collection[str], model: Model, key: jax.Array, base: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    return {}
+
+
 def _reads_nothing(path: str) -> Collection[str]:
     return ()
 
@@ -90,6 +96,9 @@ class AdapterMethod:
             (`config.sections.UNMERGED` says why).
         initial_reads: path of one of its leaves -> paths of the base parameters that its first
             value is computed from (`models.base_shapes` lists them all).
+        initial_at_once: (path of a slot, names of its leaves, the abstract model, the slot's random
+            key, base parameters by path) -> first values by name, of those leaves whose values are
+            computed together; `initial` is not asked for them.
         lr_factor: (path of one of its leaves, config) -> what the learning rate of this leaf is
             multiplied by.
         without_idle: the description without what is not in a model, and the names left out.
@@ -113,6 +122,9 @@ class AdapterMethod:
     from_file: Callable[[Model, Any, Leaves, Tensors], dict[str, np.ndarray]]
     merged: Callable[[Model, Any, Arrays], dict[str, Change]] | None
     initial_reads: Callable[[str], Collection[str]] = _reads_nothing
+    initial_at_once: Callable[
+        [str, Collection[str], Model, jax.Array, Mapping[str, jax.Array]], Mapping[str, jax.Array]
+    ] = _one_by_one
     lr_factor: Callable[[str, Any], float] = _as_it_is
     without_idle: Callable[[Model, Any], tuple[Any, list[str]]] = _nothing_idle
     file_problems: Callable[[Model, Any, Callable[[], Tensors]], list[str]] = _no_problems

@@ -27,7 +27,7 @@ def value_problems(field: str, config: Mapping[str, Any], required: str) -> list
         config: adapter_config.json.
         required: a key that has to be there.
     """
-    keys = AdapterSection.model_fields.keys() - {"peft_type", "path"}
+    keys = AdapterSection.model_fields.keys() - {"peft_type", "path", "init_lora_weights"}
     if config.get("target_parameters"):
         config = {key: value for key, value in config.items() if value != []}
     given = {key: config.get(key) for key in keys if key == required or config.get(key) is not None}

@@ -153,6 +153,8 @@ def _choices(schema: Mapping[str, Any]) -> list[str]:
     if "const" in schema or "enum" in schema:
         values = schema.get("enum", [schema.get("const")])
         return [value if isinstance(value, str) else _show(value) for value in values]
+    if "examples" in schema:
+        return schema["examples"]
     kind = schema["type"]
     if kind == "array":
         if "minItems" in schema and schema["minItems"] == schema.get("maxItems"):

@@ -21,6 +21,10 @@ def _as_list(value: object) -> object:
 
 Positive = Annotated[int, Field(ge=1)]
 Rank = Annotated[int, Field(ge=1, le=2**16)]
+LoraStart = (
+    Literal[True, "gaussian", "pissa", "olora"]
+    | Annotated[str, Field(pattern=r"^pissa_niter_[1-9][0-9]?$", examples=["pissa_niter_4"])]
+)
 Scale = Annotated[int, Field(gt=0, le=10**9)] | Annotated[float, Field(gt=0, le=10**9)]
 FolderPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 AxisSize = Literal[-1] | Positive
@@ -114,6 +118,9 @@ class AdapterSection(Section):
     """LoRA: scale by lora_alpha / sqrt(r)."""
     use_dora: bool = False
     """LoRA: learn the length of each row of a weight apart from its direction (DoRA)."""
+    init_lora_weights: LoraStart = True
+    """LoRA: first values of A and B. true: A at random (kaiming), B zero; gaussian: A normal;
+    pissa, pissa_niter_4 (faster, approximate), olora: parts of the weight, which stays as it is."""
     loraplus_lr_ratio: Scale | None = None
     """LoRA: lora_B, and what DoRA adds, learn at optimizer.learning_rate times this (LoRA+)."""
     feedforward_modules: str | list[str] | None = None

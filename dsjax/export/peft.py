@@ -44,8 +44,9 @@ def write_peft(directory: Path, setup: Assembly, trained: Params, primary: bool 
             writer.append(name, tensors[name])
     again = resolve(AdapterSection(path=str(directory)))
     assert again is not None
-    read = peft.read_params(str(directory), model, again, setup.partition.leaves)
-    wrong = [path for path in host if not np.array_equal(host[path], read[path])]
+    read = peft.read_tensors(str(directory))
+    wrong = sorted(tensors.keys() ^ read.keys())
+    wrong += [n for n in tensors.keys() & read.keys() if not np.array_equal(tensors[n], read[n])]
     if wrong or adapters.peft_config(model, again, base_name(setup)) != config:
         raise RuntimeError(f"{directory}: the adapter read back differs from the trained: {wrong}")
 

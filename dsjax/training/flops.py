@@ -183,7 +183,7 @@ def _kind(path: str, leaf: Leaf) -> str:
     """Name the row of `_AGAIN`. What an adapter's first factor gives is needed by the second."""
     if "experts" in leaf.axes:
         return "experts"
-    names = set() if path.endswith(".lora_A") else set(path.split("."))
+    names = set() if path.endswith("lora_A") else set(path.split("."))
     if names & {"o_proj", "q_a_proj", "kv_a_proj_with_mqa"}:
         return "kept"
     return "down_proj" if "down_proj" in names else "linear"
@@ -198,7 +198,7 @@ def _of_weight(step: _Step, path: str, part: str, again: int) -> TokenFlops:
     if path in step.partition.gradient_params:
         of_weight = step.partition.trainable_count(path) / leaf.count
     if leaf.kind == "adapter":  # only in layers that train; the second factor's input always does
-        of_input = 1.0 if path.endswith(".lora_B") else float(math.ceil(of_input))
+        of_input = 1.0 if path.endswith("lora_B") else float(math.ceil(of_input))
     # The padding of unequal adapter ranks is multiplied with too. (A stored matrix's shape is that
     # of what holds it.)
     whole = math.prod(leaf.shape) if leaf.kind == "adapter" else leaf.count

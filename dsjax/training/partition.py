@@ -36,6 +36,7 @@ class Partition:
             train.
         router_biases: those trainable paths that move by the experts' loads, and have neither
             gradient nor optimizer state.
+        kept: those trainable paths that no step changes, first values that others count from.
         lr_factors: what the learning rate of some trainable paths is multiplied by.
     """
 
@@ -45,12 +46,14 @@ class Partition:
     frozen: tuple[str, ...]
     layer_masks: Mapping[str, np.ndarray]
     router_biases: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
     lr_factors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def gradient_params(self) -> tuple[str, ...]:
         """The trainable paths that get gradients and optimizer state."""
-        return tuple(path for path in self.trainable if path not in self.router_biases)
+        without = {*self.router_biases, *self.kept}
+        return tuple(path for path in self.trainable if path not in without)
 
     def merge(self, trainable: Params, frozen: Params) -> Model:
         """Put arrays into the module."""
@@ -67,6 +70,8 @@ class Partition:
 
     def trainable_count(self, path: str) -> int:
         """Parameters of one trainable leaf that really train."""
+        if path in self.kept:
+            return 0
         mask = self.layer_masks.get(path)
         count = self.leaves[path].count
         return count if mask is None else count // mask.size * int(mask.sum())
@@ -121,8 +126,9 @@ def make_partition(
         )
     masks = _layer_masks(model, freeze)
     router_biases = _router_biases(kinds) if balance and not has_adapter else ()
+    kept = tuple(p for p, v in kinds.items() if _kind(v) == "adapter" and not _moves(v))
     for path, variable in kinds.items():
-        if not variable.get_metadata().get("trains", True) and path not in router_biases:
+        if not _moves(variable) and path not in (*router_biases, *kept):
             masks[path] = np.zeros_like(masks.get(path, False))  # no mask: it only helps another
     leaves, trainable = {}, []
     for path, variable in kinds.items():
@@ -146,12 +152,17 @@ def make_partition(
     partial = {} if has_adapter else {p: m for p, m in masks.items() if m.any() and not m.all()}
     frozen = tuple(path for path in leaves if path not in set(trainable))
     moved = tuple(path for path in trainable if path in router_biases)
-    return Partition(nnx.graphdef(model), leaves, tuple(trainable), frozen, partial, moved)
+    return Partition(nnx.graphdef(model), leaves, tuple(trainable), frozen, partial, moved, kept)
 
 
 def _router_biases(variables: Mapping[str, nnx.Variable]) -> tuple[str, ...]:
     """Paths of what the experts' loads may move."""
     return tuple(p for p, v in variables.items() if v.get_metadata().get("balances", False))
+
+
+def _moves(variable: nnx.Variable) -> bool:
+    """Whether gradients reach it."""
+    return variable.get_metadata().get("trains", True)
 
 
 def _kind(variable: nnx.Variable) -> str:
@@ -204,7 +215,7 @@ def report(partition: Partition) -> list[tuple[str, str, str, int, int]]:
     """
     rows: dict[tuple[str, str], list[tuple[str, Leaf, int]]] = {}
     for path in partition.leaves:
-        if path in partition.trainable:
+        if path in partition.trainable and path not in partition.kept:
             leaf, count = partition.leaves[path], partition.trainable_count(path)
             module, _, name = path.partition(".adapter.")
             rows.setdefault((module, leaf.dtype.name), []).append((name, leaf, count))

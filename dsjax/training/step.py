@@ -87,7 +87,8 @@ def _accumulate(
     """Gradients of the scaled terms together, and the sums, over all microbatches."""
     key, multipliers = _step_key(state), _multipliers(config, state, batch)
     params_f32 = gradient_params_f32(state.trainable, config.partition)
-    constants = frozen | {path: state.trainable[path] for path in config.partition.router_biases}
+    others = [path for path in config.partition.trainable if path not in params_f32]
+    constants = frozen | {path: state.trainable[path] for path in others}
 
     def micro(rows: Batch, token_BT: jax.Array | None) -> tuple[Params, Sums]:
         layout = make_layout(config.mesh)
@@ -171,6 +172,7 @@ def _update(
     learning_rate = config.schedule(state.step - state.loss_scale.skipped)
     wanted = {p: _where_trained(p, updates[p], 0, config.partition) for p in updated}
     lost = share_lost(old, updated, wanted)
+    updated |= {path: old[path] for path in config.partition.kept}
     return (updated | _moved_biases(config, old, sums), opt_state), learning_rate, lost
 
 

@@ -165,7 +165,12 @@ def read_params(
     path: str, model: Model, spec: AdapterConfig, leaves: Mapping[str, Leaf]
 ) -> dict[str, np.ndarray]:
     """Return the trained arrays of an adapter, stacked as the model's leaves are, in float32."""
-    return method_of(spec).from_file(model, spec, leaves, _read_all(_open(path)))
+    return method_of(spec).from_file(model, spec, leaves, read_tensors(path))
+
+
+def read_tensors(path: str) -> dict[str, np.ndarray]:
+    """Return the tensors of an adapter's file by PEFT's names, in float32."""
+    return _read_all(_open(path))
 
 
 def _read_all(folder: Folder) -> dict[str, np.ndarray]:

@@ -165,6 +165,9 @@ FACTORY_VALUES = [
     ({"lora_target": "q_proj,v_proj"}, {"adapter.target_modules": ["q_proj", "v_proj"]}),
     ({"lora_alpha": 3, "use_rslora": True}, {"adapter.lora_alpha": 3, "adapter.use_rslora": True}),
     ({"loraplus_lr_ratio": 16.0}, {"adapter.loraplus_lr_ratio": 16.0}),
+    ({"pissa_init": True}, {"adapter.init_lora_weights": "pissa_niter_16"}),
+    ({"pissa_init": True, "pissa_iter": -1}, {"adapter.init_lora_weights": "pissa"}),
+    ({"pissa_init": False, "pissa_iter": 4}, {"adapter.init_lora_weights": True}),
     (
         {"loraplus_lr_ratio": 4.0, "adapter_name_or_path": "old"},
         {"adapter.loraplus_lr_ratio": 4.0, "adapter.path": "old"},

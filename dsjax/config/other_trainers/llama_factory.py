@@ -105,6 +105,10 @@ def _convert_lora(draft: Draft) -> None:
     for key in ("use_rslora", "use_dora"):
         if draft.on(key):
             draft.set(key, f"adapter.{key}", True)
+    if draft.on("pissa_init"):
+        niter = draft.values.get("pissa_iter", 16)
+        start = "pissa" if niter == -1 else f"pissa_niter_{niter}"
+        draft.set("pissa_init", "adapter.init_lora_weights", start)
     targets = names_of(draft.values["lora_target"])
     draft.set(
         "lora_target", "adapter.target_modules", targets if targets != ["all"] else "all-linear"

@@ -36,6 +36,8 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "lora_target": read("adapter.target_modules", "all: all-linear; names with commas: a list"),
         "use_rslora": read("adapter.use_rslora", _LORA_ONLY),
         "use_dora": read("adapter.use_dora", _LORA_ONLY),
+        "pissa_init": read("adapter.init_lora_weights", "pissa_niter_ and pissa_iter"),
+        "pissa_iter": read("adapter.init_lora_weights", "16 is their default; -1: pissa"),
         "loraplus_lr_ratio": read("adapter.loraplus_lr_ratio", _LORA_ONLY),
         "pure_bf16": read("model.param_dtype", "full training: bfloat16, rounded at random"),
         "quantization_bit": read("model.quantization", "4: nf4; 8: int8"),
@@ -52,6 +54,7 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "disable_shuffling": read("data.shuffle", "true: false"),
         # The same here, or of no consequence.
         **each("trust_remote_code", nothing(CODE)),
+        "pissa_convert": nothing("an export is a plain LoRA of twice the rank in any case"),
         "loraplus_lr_embedding": nothing("no adapter is on an embedding"),
         **each(
             "overwrite_cache preprocessing_num_workers preprocessing_batch_size", nothing(WORKERS)
@@ -111,7 +114,6 @@ KEYS: Mapping[str, Key] = MappingProxyType(
         "interleave_probs": refused("data sets are put behind one another"),
         "additional_target": refused("beside LoRA nothing else trains"),
         "create_new_adapter": refused("merge the adapter first (`dsjax export`)"),
-        **each("pissa_init pissa_convert", refused("PiSSA is not here")),
         **each(
             "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules",
             refused("training.freeze takes patterns of weights that stay"),
