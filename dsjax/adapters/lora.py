@@ -59,12 +59,14 @@ class LoraConfig:
     # Of training alone, as the next: an adapter on disk has none.
     loraplus_lr_ratio: float | None = field(default=None, repr=False)
     init_lora_weights: bool | str = field(default=True, repr=False)
+    exclude_modules: str | list[str] | None = field(default=None, repr=False)
 
     peft_type = "LORA"
 
     def __post_init__(self):
         """Keep each list, which names a set, in one order: equal adapters have equal specs."""
-        for name in ("target_modules", "layers_to_transform", "target_parameters"):
+        sets = ("target_modules", "layers_to_transform", "target_parameters", "exclude_modules")
+        for name in sets:
             value = getattr(self, name)
             if isinstance(value, list):
                 empty = [] if name == "target_modules" else None
@@ -73,7 +75,12 @@ class LoraConfig:
     @property
     def pattern(self) -> TargetPattern:
         """Which modules it is for."""
-        return TargetPattern(self.target_modules, self.layers_to_transform, self.target_parameters)
+        return TargetPattern(
+            self.target_modules,
+            self.layers_to_transform,
+            self.target_parameters,
+            self.exclude_modules,
+        )
 
     def parameter_target(self, module: str) -> tuple[str, int] | None:
         """Name the parameter by which a module is targeted, and how many share its rank."""

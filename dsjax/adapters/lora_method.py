@@ -39,7 +39,7 @@ def from_section(section: AdapterSection) -> LoraConfig:
 def compared_with_model(config: LoraConfig) -> set[str]:
     """Keys of which two values can say the same; patterns in PEFT's file may be for parameters."""
     patterns = {"rank_pattern", "alpha_pattern"} if config.target_parameters else set()
-    return {"target_modules"} | patterns
+    return {"target_modules", "exclude_modules"} | patterns
 
 
 def says_the_same(key: str, section: AdapterSection, config: LoraConfig, model: Model) -> bool:
@@ -47,7 +47,7 @@ def says_the_same(key: str, section: AdapterSection, config: LoraConfig, model: 
     plain = replace(config, target_parameters=None, rank_pattern={}, alpha_pattern={})
     wished = replace(plain, **{key: getattr(section, key)})
     adapted = lora.targets(model, config)
-    if key == "target_modules":
+    if key in ("target_modules", "exclude_modules"):
         return lora.targets(model, wished) == adapted
     names = [name for modules in adapted.values() for name, hit in modules.items() if hit]
     raise_all(lora.pattern_problems(wished, names))
@@ -136,7 +136,7 @@ LORA = AdapterMethod(
     without_idle=idle.without_idle,
     file_problems=file_problems,
     without_effect=(
-        *("bias", "init_lora_weights", "target_parameters"),
+        *("bias", "init_lora_weights", "target_parameters", "layers_pattern"),
         *("megatron_config", "megatron_core", "runtime_config", "qalora_group_size"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
     ),

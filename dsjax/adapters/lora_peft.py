@@ -55,6 +55,10 @@ def problems(config: Mapping[str, Any], field: str) -> list[str]:
             "with a changed base model, save it as a plain LoRA with PEFT's path_initial_model_for_"
             "weight_conversion"
         )
+    if config.get("layers_pattern") not in (None, "", [], "layers", ["layers"]):
+        found.append(
+            f"{field} layers_pattern: got {shown(config['layers_pattern'])}, expected layers"
+        )
     if not config.get("target_modules") and not config.get("target_parameters"):
         found.append(f"{field} target_modules: got nothing, expected a list or an expression")
     misnamed = names_problems(config, "target_parameters", field)
@@ -85,6 +89,7 @@ def from_fields(config: Mapping[str, Any], section: AdapterSection) -> LoraConfi
         alpha_pattern=config.get("alpha_pattern") or {},
         use_rslora=bool(config.get("use_rslora")),
         use_dora=bool(config.get("use_dora")),
+        exclude_modules=config.get("exclude_modules") or None,
         loraplus_lr_ratio=section.loraplus_lr_ratio,
         target_parameters=parameters or None,
     )
@@ -194,7 +199,8 @@ def _listed(model: Model, spec: LoraConfig, found: list[str]) -> list[str]:
     PEFT refuses an expression that also matches a module that is not linear, such as a whole MLP.
     """
     by_parameter = model_family(model).target_parameters
-    if not isinstance(spec.target_modules, str) and not by_parameter and not spec.target_parameters:
+    listed = not isinstance(spec.target_modules, str) and spec.exclude_modules is None
+    if listed and not by_parameter and not spec.target_parameters:
         return spec.target_modules
     modules = linear_modules(model).values()
     short = short_names(found)

@@ -25,12 +25,14 @@ from dsjax.models.moe import ExpertLinear, Router
 class TargetPattern:
     """What names an adapter's modules, as PEFT's configs do.
 
-    `target_parameters` are names of weights; no `layers_to_transform` applies to them.
+    `target_parameters` are names of weights; no `layers_to_transform` applies to them, and no
+    `exclude_modules`.
     """
 
     target_modules: str | list[str]
     layers_to_transform: list[int] | None = None
     target_parameters: list[str] | None = None
+    exclude_modules: str | list[str] | None = None
 
     def parameter_target(self, module: str) -> tuple[str, int] | None:
         """Name the parameter by which a module is targeted, and how many share its rank."""
@@ -71,19 +73,31 @@ def chosen(pattern: TargetPattern, names: Sequence[str]) -> set[str]:
 
     Routed experts are no linear maps in transformers 5.
     """
-    found = {name for name in names if pattern.parameter_target(name)}
+    by_weight = {name for name in names if pattern.parameter_target(name)}
+    excluded = _named(pattern.exclude_modules, names)
+    return by_weight | {name for name in _wanted(pattern, names) if name not in excluded}
+
+
+def _wanted(pattern: TargetPattern, names: Sequence[str]) -> set[str]:
     wanted = pattern.target_modules
     if is_regex(wanted):
-        return found | fullmatch([wanted], names).covered[wanted]
+        return _named(wanted, names)
     if isinstance(wanted, str):
-        return found | {
+        return {
             name
             for name in names
             if name != "lm_head" and not is_routed(name) and in_layers(pattern, name)
         }
-    ends = set(wanted)
-    found |= ends.intersection(names)  # named whole: PEFT adapts it in any layer
-    return found | {n for n in names if not ends.isdisjoint(ends_of(n)) and in_layers(pattern, n)}
+    whole = set(wanted).intersection(names)  # named whole: PEFT adapts it in any layer
+    return whole | {name for name in _named(wanted, names) if in_layers(pattern, name)}
+
+
+def _named(wanted: str | list[str] | None, names: Sequence[str]) -> set[str]:
+    """Return what one regular expression matches whole, or a list of names' ends."""
+    if isinstance(wanted, str):
+        return set(fullmatch([wanted], names).covered[wanted])
+    ends = set(wanted or ())
+    return {name for name in names if not ends.isdisjoint(ends_of(name))}
 
 
 def ends_of(name: str) -> list[str]:
@@ -118,7 +132,7 @@ def target_problems(pattern: TargetPattern, names: list[str], model: Model) -> l
         for wanted in pattern.target_parameters or []
         if not any(f".{parameter_of(name)[0]}".endswith(f".{wanted}") for name in names)
     ]
-    problems += _layer_problems(pattern, model)
+    problems += _layer_problems(pattern, model) + _exclusion_problems(pattern, names)
     wanted = pattern.target_modules
     if is_regex(wanted):
         matches = fullmatch([wanted], names)
@@ -157,6 +171,30 @@ def _layer_problems(pattern: TargetPattern, model: Model) -> list[str]:
             "adapter.target_modules, expected one of the two; name the layers in the expression"
         )
     return problems
+
+
+def _exclusion_problems(pattern: TargetPattern, names: list[str]) -> list[str]:
+    excluded, known = pattern.exclude_modules, {end for name in names for end in ends_of(name)}
+    if not isinstance(excluded, str):
+        return [
+            f"adapter.exclude_modules: got {name!r}, which matches no linear module; "
+            f"{nearest(name, short_names(names))}"
+            for name in excluded or []
+            if name not in known
+        ]
+    matches = fullmatch([excluded], names)
+    if excluded in matches.problems:
+        problem = matches.problems[excluded]
+        return [
+            f"adapter.exclude_modules: got {excluded!r}, expected a regular expression or a "
+            f"list of module names ({problem})"
+        ]
+    if not matches.covered[excluded]:
+        return [
+            f"adapter.exclude_modules: got {excluded!r}, which matches no linear module; write "
+            f"a list to name modules by their ends; {nearest(excluded, names)}"
+        ]
+    return []
 
 
 def _hint(wanted: str, names: list[str], model: Model) -> str:

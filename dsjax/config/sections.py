@@ -108,6 +108,8 @@ class AdapterSection(Section):
     paths, or one regular expression for the whole path. all-linear leaves out the head, routers and
     routed experts; gate_proj in a list means the experts' too (not for IA3, which leaves them),
     mlp.gate_proj the dense layers'."""
+    exclude_modules: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """LoRA: those of target_modules that get none, named in the same ways."""
     layers_to_transform: Layers | None = None
     """LoRA: indices of the layers that get an adapter; null: all."""
     rank_pattern: dict[str, Rank] = {}

@@ -31,6 +31,7 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 
 _REFUSED = (
+    "use_dora",
     "use_qalora",
     "use_bdlora",
     "lora_bias",
@@ -38,7 +39,6 @@ _REFUSED = (
     "modules_to_save",
     "exclude_modules",
     "layer_replication",
-    "layers_pattern",
     "trainable_token_indices",
     "arrow_config",
     "alora_invocation_tokens",
@@ -46,7 +46,7 @@ _REFUSED = (
     "monteclora_config",
     "kasa_config",
 )
-"""Fields that change what an adapter computes and that we do not implement, unless empty."""
+"""Fields that change what an adapter computes, refused unless empty or a key of the method."""
 
 _WITHOUT_EFFECT = (
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
@@ -78,7 +78,7 @@ def read_spec(path: str, section: AdapterSection | None = None) -> AdapterConfig
     problems += [
         f"{field} {name}: got {shown(config[name])}, expected it empty; it is not implemented"
         for name in _REFUSED
-        if config.get(name)
+        if config.get(name) and name not in method.keys
     ]
     raise_all(problems + method.peft_problems(config, field))
     return method.from_peft(config, section or AdapterSection(path=path))

@@ -113,6 +113,7 @@ def _fields(draw: st.DrawFn) -> dict[str, Any]:
         "rank_pattern": draw(ranks),
         "alpha_pattern": draw(alphas),
         "use_rslora": draw(st.booleans()),
+        "exclude_modules": draw(st.none() | st.sampled_from(EXPRESSIONS) | some),
     }
     if wanted == "all-linear" or isinstance(wanted, list):
         layers = st.lists(st.integers(0, 2), min_size=1, max_size=2, unique=True)
@@ -123,6 +124,8 @@ def _fields(draw: st.DrawFn) -> dict[str, Any]:
 @settings(max_examples=40)
 @example(DIRECT)
 @example({"r": 2, "lora_alpha": 4, "target_modules": r".*layers\.1\..*"})
+@example(DIRECT | {"exclude_modules": ["up_proj", "layers.1.self_attn.q_proj"]})
+@example({"r": 2, "lora_alpha": 4, "target_modules": ["v_proj"], "exclude_modules": ["v_proj"]})
 @given(_fields())
 def test_modules_ranks_and_scalings_are_those_of_peft(fields: dict[str, Any]) -> None:
     try:
@@ -131,7 +134,7 @@ def test_modules_ranks_and_scalings_are_those_of_peft(fields: dict[str, Any]) ->
         # PEFT takes a pattern that matches nothing; a target that does, it refuses too.
         assume("matches no adapted module" not in str(error))
         assume("matches no linear module" not in str(error))
-        with pytest.raises(ValueError, match="No modules were targeted|not found in the base"):
+        with pytest.raises(ValueError, match="No modules were targeted|not found in the|excluded"):
             _peft(fields)
         return
 
@@ -193,6 +196,18 @@ def test_counts_are_those_of_peft(tied: bool) -> None:
         (
             {"alpha_pattern": {"lm_head": 4}},
             r"adapter.alpha_pattern: got 'lm_head', which matches no",
+        ),
+        (
+            {"exclude_modules": ["q_prj"]},
+            r"adapter.exclude_modules: got 'q_prj', which matches no linear module; did you",
+        ),
+        (
+            {"exclude_modules": "q_proj"},
+            r"adapter.exclude_modules: got 'q_proj', which matches no linear module; write a list",
+        ),
+        (
+            {"exclude_modules": "("},
+            r"adapter.exclude_modules: got '\(', expected a regular expression or a list",
         ),
         (
             {"rank_pattern": {"(": 4}},

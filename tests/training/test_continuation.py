@@ -47,6 +47,7 @@ OTHER: dict[str, Any] = {
     "export.format": "peft",
     "export.dtype": "fp8",
     "adapter.loraplus_lr_ratio": 16,
+    "adapter.exclude_modules": ["lm_head"],
     "adapter.init_lora_weights": "pissa",
 }
 ONE_VALUE = ("model.attention", "objective.type")
