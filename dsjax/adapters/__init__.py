@@ -148,9 +148,9 @@ def check_form(model: Model, spec: AdapterConfig | None, form: str, field: str) 
         raise ConfigError(f"{field}: got merged with {spec.peft_type}, expected peft; {reason}")
 
 
-def uses_target_parameters(model: Model, spec: AdapterConfig | None) -> bool:
-    """Whether PEFT's file of this adapter names weights, which older readers do not know."""
-    return spec is not None and bool(peft_config(model, spec, "").get("target_parameters"))
+def readers(model: Model, spec: AdapterConfig | None) -> str:
+    """Return which programs read PEFT's files of an adapter, and which do not."""
+    return method_of(spec).readers(model, spec) if spec else ""
 
 
 def peft_config(model: Model, spec: AdapterConfig, base: str) -> dict[str, Any]:

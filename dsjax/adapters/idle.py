@@ -13,7 +13,7 @@ from typing import Any
 from dsjax.adapters import lora
 from dsjax.adapters.expert_lora import is_routed, parameter_of
 from dsjax.adapters.lora import LoraConfig
-from dsjax.adapters.targets import ends_of
+from dsjax.adapters.targets import ends_of, linear_modules
 from dsjax.errors import raise_all
 from dsjax.models import Model, entries_of
 
@@ -35,6 +35,12 @@ def without_idle(model: Model, spec: LoraConfig) -> tuple[LoraConfig, list[str]]
     wanted = spec.target_modules
     if isinstance(wanted, list):
         changes["target_modules"] = _kept(wanted, [name for name in wanted if name in ends], idle)
+    excluded = spec.exclude_modules
+    if isinstance(excluded, list):
+        names = [name for names in linear_modules(model).values() for name in names]
+        linear = {end for name in names for end in ends_of(name)}
+        changes["exclude_modules"] = [name for name in excluded if name in linear]
+        idle += [name for name in excluded if name not in ends]
     layers = spec.layers_to_transform
     if layers:
         inside = [layer for layer in layers if 0 <= layer < model.config.num_hidden_layers]

@@ -140,6 +140,7 @@ LORA = AdapterMethod(
         *("megatron_config", "megatron_core", "runtime_config", "qalora_group_size"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"),
     ),
+    readers=lora_peft.readers,
     compared_with_model=compared_with_model,
     says_the_same=says_the_same,
 )

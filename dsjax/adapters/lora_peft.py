@@ -136,6 +136,34 @@ def config_fields(model: Model, spec: LoraConfig) -> dict[str, Any]:
     return fields
 
 
+def readers(model: Model, spec: LoraConfig) -> str:
+    """Say who reads a LoRA's files; of vLLM what its code and its issue 48974 say."""
+    if config_fields(model, spec).get("target_parameters"):
+        return (
+            "This adapter names weights in `target_parameters`. It is for peft 0.21 and "
+            "transformers 5 or later; earlier ones may leave a part of it out without a warning. "
+            "For vLLM export merged weights."
+        )
+    known = "PEFT reads this adapter, and so does transformers with `load_adapter`."
+    if spec.use_dora:
+        return f"{known} vLLM's `--enable-lora` refuses DoRA: export merged weights for it."
+    found = (names for path, names in lora.targets(model, spec).items() if "kv_b_proj" in path)
+    if any(hit for names in found for hit in names.values()):
+        return (
+            f"{known} vLLM's `--enable-lora` loads what is on `kv_b_proj` and does not apply it "
+            "(its issue 48974): export merged weights for it."
+        )
+    return (
+        f"{known} vLLM's `--enable-lora` is for adapters of this kind, with `--max-lora-rank` of "
+        f"at least {_most_rank(spec)}; that was not tried."
+    )
+
+
+def _most_rank(spec: LoraConfig) -> int:
+    plain = plain_config(spec)
+    return max(plain.r, *plain.rank_pattern.values()) if plain.rank_pattern else plain.r
+
+
 def peft_targets(model: Model, spec: LoraConfig) -> dict[str, Whole]:
     """Return what PEFT adapts: names of modules and of parameters -> rank and alpha.
 
@@ -199,9 +227,9 @@ def _listed(model: Model, spec: LoraConfig, found: list[str]) -> list[str]:
     PEFT refuses an expression that also matches a module that is not linear, such as a whole MLP.
     """
     by_parameter = model_family(model).target_parameters
-    listed = not isinstance(spec.target_modules, str) and spec.exclude_modules is None
-    if listed and not by_parameter and not spec.target_parameters:
-        return spec.target_modules
+    wanted, as_named = spec.target_modules, not (spec.target_parameters or spec.exclude_modules)
+    if not isinstance(wanted, str) and as_named and not by_parameter:
+        return wanted
     modules = linear_modules(model).values()
     short = short_names(found)
     said = {n for names in modules for n in names if n.rsplit(".", 1)[-1] in short}

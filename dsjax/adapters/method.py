@@ -52,6 +52,10 @@ def _one_by_one(
     return {}
 
 
+def _by_peft(model: Model, config: Any) -> str:
+    return ""
+
+
 def _reads_nothing(path: str) -> Collection[str]:
     return ()
 
@@ -105,6 +109,8 @@ class AdapterMethod:
         file_problems: why tensors of the right shapes cannot be read, by names of tensors; they
             are read only if they are asked for.
         without_effect: fields of its adapter_config.json that change nothing of a saved adapter.
+        readers: what of its PEFT files other programs read, for the model card; empty: nothing that
+            PEFT's own card does not say.
         notes: what a user should know of it before it trains.
         compared_with_model: keys of which two values can say the same of a model.
         says_the_same: whether the YAML's value of such a key means the adapter on disk.
@@ -129,6 +135,7 @@ class AdapterMethod:
     without_idle: Callable[[Model, Any], tuple[Any, list[str]]] = _nothing_idle
     file_problems: Callable[[Model, Any, Callable[[], Tensors]], list[str]] = _no_problems
     without_effect: tuple[str, ...] = ()
+    readers: Callable[[Model, Any], str] = _by_peft
     notes: Callable[[Model, Any], list[str]] = _nothing_to_note
     compared_with_model: Callable[[Any], Collection[str]] = _by_value
     says_the_same: Callable[[str, AdapterSection, Any, Model], bool] = _never

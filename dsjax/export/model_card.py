@@ -61,7 +61,7 @@ class CardFacts:
         hyperparameters: config keys and values, in the order to be shown.
         metrics: the rows of `metrics.jsonl`.
         license: from `source_license`.
-        needs: what a reader must be to load it; empty if any will do.
+        needs: which programs read it, beside the one that is shown; empty: nothing to say.
         stops: where generation has to stop; empty if the base model's files say so.
         unproven: why the export's proof did not run; empty if it did.
         kept: of what training changed in the logits, the part that merged weights still give; None
@@ -211,12 +211,6 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-PARAMETER_TARGETS = (
-    "This adapter names weights in `target_parameters`. It is for peft 0.21 and transformers 5 or "
-    "later; earlier ones may leave a part of it out without a warning."
-)
-
-
 TURN_END = (
     "Turns end with `{1}` (token {0}), at which the base model's own files do not stop: generate "
     "with `eos_token_id={2}`, which the generation_config.json of a merged model says already."
@@ -226,7 +220,6 @@ TURN_END = (
 def card_facts(config: RunConfig, setup: Assembly, form: str, step: int, rows: list) -> CardFacts:
     """Return what the model card says of a run."""
     stop = added_stop(setup.source)
-    by_parameter = form == "peft" and adapters.uses_target_parameters(setup.model, setup.spec)
     return CardFacts(
         base_model=config.model.path,
         library_name="peft" if form == "peft" else "transformers",
@@ -241,6 +234,6 @@ def card_facts(config: RunConfig, setup: Assembly, form: str, step: int, rows: l
         },
         metrics=rows,
         license=source_license(setup.source.directory, setup.source.config),
-        needs=PARAMETER_TARGETS if by_parameter else "",
+        needs=adapters.readers(setup.model, setup.spec) if form == "peft" else "",
         stops="" if stop is None else TURN_END.format(*stop),
     )

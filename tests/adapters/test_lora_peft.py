@@ -198,3 +198,18 @@ def test_dropout_that_the_file_cannot_say_is_the_yamls(tmp_path: Path) -> None:
     assert json.loads((folder / "adapter_config.json").read_text())["lora_dropout"] == 0
     assert _resolved(folder).lora_dropout == 0
     assert _resolved(folder, lora_dropout=0.1).lora_dropout == 0.1
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "said"),
+    [
+        ({}, _spec(["q_proj"], r=3, rank_pattern={"q_proj": 5}), "at least 5; that was not tried"),
+        ({}, _spec(["q_proj"], init_lora_weights="olora"), "at least 4; that was not tried"),
+        ({}, _spec(["q_proj"], use_dora=True), "refuses DoRA: export merged weights"),
+        (tiny_steps.V3, _spec(["kv_b_proj"]), "does not apply it (its issue 48974)"),
+        (tiny_steps.V3, _spec(["kv_a_proj_with_mqa"]), "and so does transformers"),
+        (tiny_steps.V3, _spec(["up_proj", "gate_proj"]), "It is for peft 0.21 and transformers 5"),
+    ],
+)
+def test_the_card_says_who_reads_it(shape: dict[str, Any], spec: LoraConfig, said: str) -> None:
+    assert said in lora_peft.readers(tiny_steps.model_of(**shape), spec)

@@ -117,6 +117,9 @@ def test_a_fresh_adapter_begins_at_the_lengths_of_the_rows(
     config = trajectory.make_config(checkpoint, data, section, {"learning_rate": 1e-30}, steps=1)
     runs.train(run_cli, config, tmp_path)
 
+    plain, ids = tiny.reference_model(checkpoint), tiny.random_ids(288)
+    plain.load_adapter(str(tmp_path / "run" / "export"))
+    trajectory.assert_same_logits(tiny.logits(plain, ids), tiny.reference_logits(checkpoint, ids))
     weights = runs.read_tensors(checkpoint)
     for name, tensor in runs.read_tensors(tmp_path / "run" / "export").items():
         module, _, kind = name.removeprefix("base_model.model.").rpartition(".")
