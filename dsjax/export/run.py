@@ -24,6 +24,7 @@ from dsjax.export.folder import Output, check_own, is_exported, is_too_little, w
 from dsjax.export.merge import changed_tensors
 from dsjax.export.model_card import card_facts, kept_text, write_model_card
 from dsjax.export.peft import write_peft
+from dsjax.export.router_keys import write_router_keys
 from dsjax.training.metrics_log import read_metrics
 from dsjax.training.run_dir import MANIFEST
 from dsjax.training.setup import Assembly
@@ -188,6 +189,7 @@ def _write_merged(
     )
     if hosts.primary:
         write_generation_config(directory, setup.source)
+        write_router_keys(directory, setup.model)
     place = draft.share()
     hosts.barrier()  # written: all read it
     prove = partial(verify.prove, setup, trainable, frozen, place, changes.keys())
