@@ -14,6 +14,7 @@ from dsjax.adapters import lora
 from dsjax.adapters.expert_lora import is_routed, parameter_of
 from dsjax.adapters.lora import LoraConfig
 from dsjax.adapters.targets import ends_of, linear_modules
+from dsjax.config.patterns import fullmatch
 from dsjax.errors import raise_all
 from dsjax.models import Model, entries_of
 
@@ -35,12 +36,7 @@ def without_idle(model: Model, spec: LoraConfig) -> tuple[LoraConfig, list[str]]
     wanted = spec.target_modules
     if isinstance(wanted, list):
         changes["target_modules"] = _kept(wanted, [name for name in wanted if name in ends], idle)
-    excluded = spec.exclude_modules
-    if isinstance(excluded, list):
-        names = [name for names in linear_modules(model).values() for name in names]
-        linear = {end for name in names for end in ends_of(name)}
-        changes["exclude_modules"] = [name for name in excluded if name in linear]
-        idle += [name for name in excluded if name not in ends]
+    changes["exclude_modules"] = _excluding(model, spec, idle)
     layers = spec.layers_to_transform
     if layers:
         inside = [layer for layer in layers if 0 <= layer < model.config.num_hidden_layers]
@@ -52,6 +48,21 @@ def without_idle(model: Model, spec: LoraConfig) -> tuple[LoraConfig, list[str]]
         idle += [pattern for pattern in patterns if pattern not in there and pattern not in idle]
         changes[key] = {pattern: patterns[pattern] for pattern in there}
     return replace(spec, **changes), idle
+
+
+def _excluding(model: Model, spec: LoraConfig, idle: list[str]) -> str | list[str] | None:
+    """Keep what of `exclude_modules` leaves anything out; the rest is noted as idle."""
+    wanted = spec.exclude_modules
+    names = [name for names in linear_modules(model).values() for name in names]
+    if isinstance(wanted, str):
+        matches = fullmatch([wanted], names)
+        if wanted in matches.problems or matches.covered[wanted]:
+            return wanted
+        idle.append(wanted)
+        return None
+    linear = {end for name in names for end in ends_of(name)}
+    idle += [name for name in wanted or [] if name not in linear]
+    return [name for name in wanted or [] if name in linear] or None
 
 
 def _kept(wanted: list[Any], there: list[Any], idle: list[str]) -> list[Any]:

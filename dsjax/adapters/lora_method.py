@@ -31,6 +31,9 @@ Factor = tuple[Callable[[], Any], tuple[Any, ...]]
 """What gives an array, and the index of a module's factor in it."""
 
 
+_CHOICE = ("target_modules", "exclude_modules")
+
+
 def from_section(section: AdapterSection) -> LoraConfig:
     """Read the LoRA that the YAML describes."""
     return LoraConfig(**{key: getattr(section, key) for key in KEYS})
@@ -39,16 +42,18 @@ def from_section(section: AdapterSection) -> LoraConfig:
 def compared_with_model(config: LoraConfig) -> set[str]:
     """Keys of which two values can say the same; patterns in PEFT's file may be for parameters."""
     patterns = {"rank_pattern", "alpha_pattern"} if config.target_parameters else set()
-    return {"target_modules", "exclude_modules"} | patterns
+    return {*_CHOICE} | patterns
 
 
 def says_the_same(key: str, section: AdapterSection, config: LoraConfig, model: Model) -> bool:
     """Whether the YAML's value of a key gives every module what the adapter on disk has."""
     plain = replace(config, target_parameters=None, rank_pattern={}, alpha_pattern={})
-    wished = replace(plain, **{key: getattr(section, key)})
     adapted = lora.targets(model, config)
-    if key in ("target_modules", "exclude_modules"):
+    if key in _CHOICE:  # both together say which modules
+        given = section.model_fields_set & set(_CHOICE)
+        wished = replace(plain, **{name: getattr(section, name) for name in given})
         return lora.targets(model, wished) == adapted
+    wished = replace(plain, **{key: getattr(section, key)})
     names = [name for modules in adapted.values() for name, hit in modules.items() if hit]
     raise_all(lora.pattern_problems(wished, names))
     if key == "rank_pattern":

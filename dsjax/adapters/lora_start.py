@@ -47,10 +47,14 @@ def declared(lora: Any) -> tuple[AdapterParam | None, AdapterParam | None]:
         return None, None
     factors = lora.lora_A, lora.lora_B
     low, high = (
-        AdapterParam(factor.get_value(), axes=factor.get_metadata()["axes"], trains=False)
-        for factor in factors
+        AdapterParam(factor.get_value(), **_declaration(factor), trains=False) for factor in factors
     )
     return low, high
+
+
+def _declaration(factor: AdapterParam) -> dict[str, Any]:
+    metadata = factor.get_metadata()
+    return {"axes": metadata["axes"], "count": metadata["count"]}
 
 
 def since_start(lora: Any) -> tuple[Float[Array, "*E r I"], Float[Array, "*E O r"]]:
@@ -106,9 +110,14 @@ def of_weight(
     def one(layer: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         weight_OI, own, scaling, key = layer
         wide = weight_OI.astype(jnp.float32)
-        b_Or, a_rI = _parts(lora.start, wide, rank, jnp.where(scaling > 0, scaling, 1), key)
-        mine = jnp.arange(rank) < own
-        return jnp.where(mine[:, None], a_rI, 0), jnp.where(mine, b_Or, 0)
+
+        def parts() -> tuple[jax.Array, jax.Array]:
+            b_Or, a_rI = _parts(lora.start, wide, rank, scaling, key)
+            mine = jnp.arange(rank) < own
+            return jnp.where(mine[:, None], a_rI, 0), jnp.where(mine, b_Or, 0)
+
+        none = jnp.zeros((rank, wide.shape[1])), jnp.zeros((wide.shape[0], rank))
+        return lax.cond(own > 0, parts, lambda: none)
 
     ranks = jnp.int32(lora.ranks)
     a, b = lax.map(one, (weight.reshape(-1, *matrix), ranks, scalings, keys))

@@ -28,6 +28,7 @@ def value_problems(field: str, config: Mapping[str, Any], required: str) -> list
         required: a key that has to be there.
     """
     keys = AdapterSection.model_fields.keys() - {"peft_type", "path", "init_lora_weights"}
+    config = {**config, "exclude_modules": config.get("exclude_modules") or None}
     if config.get("target_parameters"):
         config = {key: value for key, value in config.items() if value != []}
     given = {key: config.get(key) for key in keys if key == required or config.get(key) is not None}

@@ -69,7 +69,7 @@ class RunConfig(Section):
 
 # Values that have a name but no code yet: refused by that name.
 _PLANNED: dict[str, Container[Any]] = {
-    "adapter.peft_type": ("BOTTLENECK",),
+    "adapter.peft_type": ("ADALORA", "BOTTLENECK"),
 }
 
 

@@ -19,12 +19,18 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, (str, int)) else value
 
 
+def _no_number(value: object) -> object:
+    """Take no 1 for true, which equals it."""
+    return str(value) if type(value) in (int, float) else value
+
+
 Positive = Annotated[int, Field(ge=1)]
 Rank = Annotated[int, Field(ge=1, le=2**16)]
-LoraStart = (
+LoraStart = Annotated[
     Literal[True, "gaussian", "pissa", "olora"]
-    | Annotated[str, Field(pattern=r"^pissa_niter_[1-9][0-9]?$", examples=["pissa_niter_4"])]
-)
+    | Annotated[str, Field(pattern=r"^pissa_niter_[1-9][0-9]?$", examples=["pissa_niter_4"])],
+    BeforeValidator(_no_number),
+]
 Scale = Annotated[int, Field(gt=0, le=10**9)] | Annotated[float, Field(gt=0, le=10**9)]
 FolderPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 AxisSize = Literal[-1] | Positive

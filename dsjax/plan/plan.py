@@ -234,7 +234,7 @@ def array_plans(step: StepConfig) -> list[ArrayPlan]:
     for path, leaf in step.partition.leaves.items():
         sharding = leaf_sharding(leaf, step.mesh)
         held = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        trains = path in step.partition.trainable
+        trains = path in step.partition.trainable and path not in step.partition.kept
         spec = ", ".join(_spec_entry(entry) for entry in sharding.spec)
         plans.append(ArrayPlan(path, leaf.shape, leaf.dtype.name, spec, trains, held))
     return plans

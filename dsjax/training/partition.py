@@ -78,7 +78,11 @@ class Partition:
 
     def counts(self) -> tuple[int, int]:
         """Trainable parameters, and all."""
-        everything = sum(leaf.count for leaf in self.leaves.values() if leaf.kind != "buffer")
+        everything = sum(
+            leaf.count
+            for path, leaf in self.leaves.items()
+            if leaf.kind != "buffer" and path not in self.kept
+        )
         return sum(self.trainable_count(path) for path in self.trainable), everything
 
 

@@ -51,6 +51,24 @@ def test_what_is_not_in_the_model_is_left_out_and_told(tmp_path: Path):
     )
 
 
+@pytest.mark.parametrize(
+    ("excluded", "kept", "told"),
+    [
+        (["o_proj", "vision_tower"], ["o_proj"], "vision_tower"),
+        ([], None, ""),
+        (".*vision_tower.*", None, ".*vision_tower.*"),
+        (r".*\.1\..*o_proj", r".*\.1\..*o_proj", ""),
+    ],
+)
+def test_what_is_excluded_and_not_in_the_model_is_left_out(
+    tmp_path: Path, excluded: Any, kept: Any, told: str
+):
+    targets = ["o_proj", "q_b_proj"]
+    spec, said = _fitted(tmp_path, tiny_steps.V3, target_modules=targets, exclude_modules=excluded)
+    assert spec.exclude_modules == kept
+    assert said == (f"adapter.path {tmp_path}: not in this model: {told}" if told else "")
+
+
 def test_an_adapter_that_fits_is_told_nothing(tmp_path: Path):
     spec, told = _fitted(tmp_path, tiny_steps.V3)
     assert (spec.target_modules, told) == (["o_proj"], "")

@@ -192,6 +192,17 @@ def test_the_yaml_may_say_the_same_in_its_own_words(tmp_path: Path) -> None:
             _resolved(folder, **{key: value})
 
 
+def test_targets_and_exclusions_are_compared_together(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules": ["o_proj"]}
+    spec = LoraConfig(r=2, lora_alpha=4, **given)
+    folder = _write(tmp_path, _model(spec, {}), spec)
+    section = AdapterSection(path=str(folder), **given)
+    check_targets(section, resolve(section), tiny_steps.model_of())
+    section = AdapterSection(path=str(folder), target_modules="all-linear")
+    with pytest.raises(ConfigError, match=r"adapter.target_modules: got 'all-linear', expected"):
+        check_targets(section, resolve(section), tiny_steps.model_of())
+
+
 def test_dropout_that_the_file_cannot_say_is_the_yamls(tmp_path: Path) -> None:
     spec = _spec(["shared_experts.up_proj"], lora_dropout=0.1)
     folder = _write(tmp_path, _model(spec, SHAPE), spec)

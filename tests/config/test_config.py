@@ -141,6 +141,14 @@ mesh: 8
             'got "BOTTLENECK", which is not built yet, expected LORA, IA3, PREFIX_TUNING or null',
         ),
         ("adapter.use_dora=1", "got 1, expected true or false"),
+        (
+            "adapter.init_lora_weights=1",
+            "got 1, expected true, gaussian, pissa, olora or pissa_niter_4",
+        ),
+        (
+            "adapter.init_lora_weights=eva",
+            'got "eva", expected true, gaussian, pissa, olora or pissa_niter_4',
+        ),
         ("adapter.peft_type=lora", 'got "lora", expected LORA, IA3, PREFIX_TUNING or null'),
         ("adapter.r=true", "got true, expected an integer >= 1 and <= 65536"),
         ("adapter.r='8'", 'got "8", expected an integer >= 1 and <= 65536'),

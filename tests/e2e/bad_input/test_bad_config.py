@@ -165,6 +165,7 @@ def test_a_yaml_file_of_other_bytes(cli_runner: CliRunner):
             ["adapter.peft_type=lora"],
             ['adapter.peft_type: got "lora"', "LORA, IA3, PREFIX_TUNING or null"],
         ),
+        (["adapter.peft_type=ADALORA"], ["adapter.peft_type", "which is not built yet"]),
         (["adapter.peft_type=BOTTLENECK"], ["adapter.peft_type", "which is not built yet"]),
         (["adapter.use_dora=1"], ["adapter.use_dora: got 1, expected true or false"]),
         (
