@@ -131,7 +131,7 @@ def test_an_adapter_path_without_an_adapter(cli_runner: CliRunner, path: str, pa
             ["modules_to_save: got ['lm_head']", "expected it empty"],
         ),
         ({"fan_in_fan_out": True}, ["fan_in_fan_out: got True"]),
-        ({"exclude_modules": "v_prj"}, ["exclude_modules: got 'v_prj'", "matches no linear"]),
+        ({"exclude_modules": "(("}, ["exclude_modules: got '(('", "a regular expression"]),
         ({"layers_pattern": "blocks"}, ["layers_pattern: got 'blocks'", "expected layers"]),
         ({"init_lora_weights": "pissa"}, ["init_lora_weights: got 'pissa'", "expected true"]),
         ({"target_modules": None}, ["target_modules: got nothing", "expected a list"]),
