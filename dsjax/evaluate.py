@@ -43,7 +43,7 @@ from dsjax.config import (
     TrainingSection,
     load_config,
 )
-from dsjax.config.evaluate_options import parse_words
+from dsjax.config.evaluate_options import OPTIONS, parse_words, word_problems
 from dsjax.config.inputs import may_download
 from dsjax.data import Examples, load_evaluation
 from dsjax.distributed.bootstrap import refuse_several
@@ -62,17 +62,6 @@ from dsjax.training.setup import Assembly, assemble, load_frozen, load_trainable
 from dsjax.training.state import step_config
 from dsjax.training.working_copy import fetched
 
-OPTIONS = {
-    "model.path": "--model",
-    "model.dtype": "--dtype",
-    "adapter.path": "--adapter",
-    "data.eval": "--data",
-    "data.format": "--format",
-    "data.max_length": "--max-length",
-    "training.batch_size": "--batch-size",
-}
-"""Key of a configuration -> the option that stands for it where there is no configuration."""
-
 BATCH_SIZE = 8
 """Rows at a time without a configuration, rounded up to the number of devices."""
 
@@ -80,7 +69,7 @@ BATCH_SIZE = 8
 def main(argv: Sequence[str]) -> int:
     """Evaluate what the command line names."""
     words = parse_words(argv)
-    raise_all(_problems(words))
+    raise_all(word_problems(words))
     refuse_several("dsjax.evaluate", os.environ)
     keep_compiled(os.environ)
     if words.config is not None:
@@ -233,32 +222,6 @@ def _config_of(words: argparse.Namespace) -> RunConfig:
         training=TrainingSection(batch_size=words.batch_size or default),
         output_dir=".",  # asked for by the class; nothing is written
     )
-
-
-def _problems(words: argparse.Namespace) -> list[str]:
-    """Return a line for every option that is missing, wrong, or at odds with another."""
-    if words.config is not None:
-        keys = {option: key for key, option in OPTIONS.items()}
-        given = [option for option in keys if vars(words)[option[2:].replace("-", "_")] is not None]
-        return [
-            f"{option}: got it beside {words.config}, expected one of the two; "
-            f"beside a configuration write {keys[option]}=..."
-            for option in given
-        ]
-    problems = []
-    if not words.model:
-        problems.append("--model: got nothing, expected a checkpoint; or FILE.yaml of a run")
-    if not words.data or "" in words.data:
-        problems.append("--data: got nothing, expected at least one file or hub dataset")
-    for word in words.overrides:
-        problems.append(f"{word}: got an override without FILE.yaml, expected options")
-    for option, value, least in (
-        ("--max-length", words.max_length, 2),
-        ("--batch-size", words.batch_size, 1),
-    ):
-        if value is not None and value < least:
-            problems.append(f"{option}: got {value}, expected an integer >= {least}")
-    return problems
 
 
 if __name__ == "__main__":

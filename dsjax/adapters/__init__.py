@@ -3,10 +3,11 @@
 
 In: the `adapter` section and an abstract model. Out: the model with its slots filled, the first
 values of the new arrays, and the same arrays as PEFT's tensors. The parts: `method` (the record of
-a kind of adapter), `targets` (which modules); LoRA is `lora` (which maps, first values),
-`linear_lora`, `expert_lora` and `dora` (the update), `lora_method` (its record), `lora_peft`
-(PEFT's config) and `lora_tensors` (PEFT's tensors); `ia3`; `prefix`; `idle` (what of an adapter has
-no effect). Not done here: deciding what trains (`training.partition`), writing an export.
+a kind of adapter), `targets` (which modules); LoRA is `lora` (which maps), `lora_start` (first
+values), `linear_lora`, `expert_lora` and `dora` (the update), `lora_method` (its record),
+`lora_plain` (as others read it), `lora_peft` (PEFT's config) and `lora_tensors` (PEFT's tensors);
+`ia3`; `prefix`; `idle` (what of an adapter has no effect). Not done here: deciding what trains
+(`training.partition`), writing an export.
 """
 
 import zlib

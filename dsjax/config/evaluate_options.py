@@ -14,6 +14,7 @@ from dsjax.config.inputs import check_inputs, check_named
 from dsjax.config.load import load_config
 from dsjax.config.sections import DataSection
 from dsjax.config.yaml_file import is_config_file, one_config
+from dsjax.errors import raise_all
 
 USAGE = """Evaluate: the loss of a model over files, exact to the token, as JSON on stdout.
 
@@ -23,6 +24,17 @@ USAGE = """Evaluate: the loss of a model over files, exact to the token, as JSON
 With FILE.yaml (or --config FILE): data.eval, with the newest checkpoint of the run in output_dir
 if it has one, else with the model as configured; stderr says which.
 """
+
+OPTIONS = {
+    "model.path": "--model",
+    "model.dtype": "--dtype",
+    "adapter.path": "--adapter",
+    "data.eval": "--data",
+    "data.format": "--format",
+    "data.max_length": "--max-length",
+    "training.batch_size": "--batch-size",
+}
+"""Key of a configuration -> the option that stands for it where there is no configuration."""
 
 
 def make_parser() -> CommandParser:
@@ -65,6 +77,7 @@ def answered(argv: Sequence[str]) -> bool:
         make_parser().print_help()
         return True
     words = parse_words(argv)
+    raise_all(word_problems(words))
     if words.config is not None:
         check_inputs(load_config(words.config, words.overrides), training=False)
     elif words.model is not None:
@@ -72,3 +85,29 @@ def answered(argv: Sequence[str]) -> bool:
         check_named(words.model, words.adapter, {"--data": words.data or []}, names)
     say_start(f"evaluate {words.config or words.model or ''}".rstrip())
     return False
+
+
+def word_problems(words: argparse.Namespace) -> list[str]:
+    """Return a line for every option that is missing, wrong, or at odds with another."""
+    if words.config is not None:
+        keys = {option: key for key, option in OPTIONS.items()}
+        given = [option for option in keys if vars(words)[option[2:].replace("-", "_")] is not None]
+        return [
+            f"{option}: got it beside {words.config}, expected one of the two; "
+            f"beside a configuration write {keys[option]}=..."
+            for option in given
+        ]
+    problems = []
+    if not words.model:
+        problems.append("--model: got nothing, expected a checkpoint; or FILE.yaml of a run")
+    if not words.data or "" in words.data:
+        problems.append("--data: got nothing, expected at least one file or hub dataset")
+    for word in words.overrides:
+        problems.append(f"{word}: got an override without FILE.yaml, expected options")
+    for option, value, least in (
+        ("--max-length", words.max_length, 2),
+        ("--batch-size", words.batch_size, 1),
+    ):
+        if value is not None and value < least:
+            problems.append(f"{option}: got {value}, expected an integer >= {least}")
+    return problems

@@ -128,7 +128,7 @@ class AdapterSection(Section):
     """LoRA: learn the length of each row of a weight apart from its direction (DoRA)."""
     init_lora_weights: LoraStart = True
     """LoRA: first values of A and B. true: A at random (kaiming), B zero; gaussian: A normal;
-    pissa, pissa_niter_4 (faster, approximate), olora: parts of the weight, which stays as it is."""
+    pissa, pissa_niter_4 (approximate), olora: parts of the weight, which stays as it is."""
     loraplus_lr_ratio: Scale | None = None
     """LoRA: lora_B, and what DoRA adds, learn at optimizer.learning_rate times this (LoRA+)."""
     feedforward_modules: str | list[str] | None = None

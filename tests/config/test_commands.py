@@ -92,6 +92,7 @@ MISTAKES = {
     "train configs/quickstart.yaml training.batch_size=0": "training.batch_size: got 0",
     "train --schem": "--schem: got an unknown option",
     "evaluate none.yaml": "none.yaml: got No such file",
+    "evaluate none": "--model: got nothing, expected a checkpoint",
     "evaluate configs/quickstart.yaml data.val_size=x": "data.val_size: got",
     "plan none.yaml --topology cpu:8": "none.yaml: got No such file",
     "plan configs/quickstart.yaml --topolgy cpu:8": "--topolgy: got an unknown option",
